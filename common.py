@@ -1,0 +1,306 @@
+"""What at least two stages share: artifacts with sidecars, the prompt's mask, the LLM, the VQ layer, DCN, metrics.
+
+Shapes use one letter per meaning (README, "Letters"): B rows, N users, M items, P profile names, T tokens,
+D width of the LLM, K codes, C width of a codeword, F fields, E width of a field's embedding.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# --------------------------------------------------------------------------------------------------------------------
+# what every stage does first and what it says when a user errs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message):
+    """Say what, where and what to do in one line, and leave with exit code 2: no traceback for a user's mistake."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def options_text(options):
+    """A preset as one would type it: {"lr": 0.1, "route": ["none"]} -> "--lr 0.1 --route none"."""
+    return " ".join(f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+                    for key, value in options.items())
+
+
+def parse_with_presets(parser, argv, **presets):
+    """Parse; a preset that is asked for (--paper) sets its options first, so that what is typed still overrides it."""
+    chosen = parser.parse_args(argv)
+    for name, options in presets.items():
+        if getattr(chosen, name):
+            parser.set_defaults(**options)
+            print(f"--{name} = {options_text(options)}")
+    return parser.parse_args(argv)
+
+
+def start_stage(args):
+    """Seed every generator and say what runs. torch stays deterministic: the same seed gives the same bits."""
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    options = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()) if value is not None)
+    print(f"{Path(sys.argv[0]).name} | {options}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# artifacts: written whole or not at all, each with a sidecar that says where it came from
+# --------------------------------------------------------------------------------------------------------------------
+
+MADE_BY = {
+    "interactions.parquet": "01_prepare.py",
+    "items.parquet": "01_prepare.py",
+    "users.parquet": "01_prepare.py",
+    "profiles.pt": "02_infer_profiles.py",
+    "codebook.pt": "03_quantize.py",
+    "feature_bank.parquet": "03_quantize.py",
+    "results.parquet": "04_train_ctr.py",
+    "results.md": "04_train_ctr.py",
+    "report.html": "05_case_study.py",
+}
+
+
+def sha256_of(path):
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes_of(value, suffix):
+    """An artifact as bytes: a data frame as parquet, text as UTF-8, a dict of tensors as a torch file."""
+    buffer = io.BytesIO()
+    if suffix == ".parquet":
+        value.to_parquet(buffer, index=False)
+    elif suffix == ".pt":
+        torch.save(value, buffer)  # into memory: torch.save writes the file's *name* into the file
+    else:
+        buffer.write(value.encode())
+    return buffer.getvalue()
+
+
+def _replace(path, content):
+    """Write bytes under a temporary name, flush to disk, rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error.strerror}; free some space or choose another --run-dir")
+
+
+def write_artifact(args, name, value, inputs=(), **facts):
+    """Write `value` as run_dir/name with a sidecar name.json; `inputs` are the artifacts' names it was made from.
+
+    `facts` (counts, the numbers the stage printed, seconds) go into the sidecar as they are. The sidecar is
+    written first with the digest of what follows, so that a kill in between is found out by `read_artifact`.
+    """
+    run_dir = Path(args.run_dir)
+    content = _bytes_of(value, Path(name).suffix)
+    sidecar = {
+        "artifact": name,
+        "stage": MADE_BY[name],
+        "options": vars(args),
+        "seed": args.seed,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "inputs": {other: sha256_of(run_dir / other) for other in inputs},
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        **facts,
+    }
+    _replace(run_dir / f"{name}.json", json.dumps(sidecar, indent=2, default=_plain).encode() + b"\n")
+    _replace(run_dir / name, content)
+    return run_dir / name
+
+
+def _version(package):
+    from importlib.metadata import version  # reads metadata only: importing transformers costs seconds
+
+    return version(package)
+
+
+def _plain(value):
+    """numpy and torch scalars and arrays, paths: what json does not know."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def read_sidecar(args, name):
+    """run_dir/name.json as a dict; exit code 2 with the command that makes it when it is missing."""
+    path = Path(args.run_dir) / f"{name}.json"
+    if not path.exists() or not (path.parent / name).exists():
+        fail(f"{path.parent / name} is missing: run `python {MADE_BY[name]} --run-dir {args.run_dir}` first")
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        fail(f"{path} is not JSON: run `python {MADE_BY[name]} --run-dir {args.run_dir}` again")
+
+
+def read_artifacts(args, *names):
+    """Read artifacts of one run and check that they belong together: list of data frames and dicts, as named.
+
+    Each must have the digest that its sidecar tells, and each must have been made from the very files that lie
+    beside it: artifacts of two data sets or seeds never mix silently.
+    """
+    run_dir = Path(args.run_dir)
+    sidecars = {name: read_sidecar(args, name) for name in names}
+    digests = {}
+
+    def digest(name):
+        if name not in digests:
+            digests[name] = sha256_of(run_dir / name)
+        return digests[name]
+
+    for name, sidecar in sidecars.items():
+        again = f"run `python {MADE_BY[name]} --run-dir {run_dir}` again"
+        if digest(name) != sidecar["sha256"]:
+            fail(f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): {again}")
+        for other, told in sidecar["inputs"].items():
+            if not (run_dir / other).exists() or digest(other) != told:
+                fail(f"{run_dir / name} was made from another {other} than the one in {run_dir}: {again}")
+    values = []
+    for name in names:
+        path = run_dir / name
+        values.append(pd.read_parquet(path) if path.suffix == ".parquet" else torch.load(path, weights_only=True))
+    return values
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the frozen LLM and the Fig. 4 mask
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_llm(source, device="cpu"):
+    """Hub name or folder -> (model, tokenizer): frozen, in eval mode, bfloat16 on CUDA and float32 elsewhere.
+
+    Exits with code 2 when a folder lacks weights or tokenizer, or a hub name cannot be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import: only where a LLM is needed
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for what, loader, options in (("tokenizer", AutoTokenizer, {}), ("weights", AutoModelForCausalLM, {"dtype": dtype})):
+        try:
+            loaded = loader.from_pretrained(source, **options)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one and the same cause
+            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            fail(f"--llm {source}: no {what} could be loaded ({reason}); give a folder that save_pretrained wrote "
+                 f"for both model and tokenizer, a hub name, or --llm tiny")
+        if what == "tokenizer":
+            tokenizer = loaded
+    if not tokenizer.is_fast or len(tokenizer) < 3:
+        fail(f"--llm {source}: no tokenizer.json in it, which tells the tokens' places in the text; save a fast tokenizer there")
+    model = loaded.to(device).eval().requires_grad_(False)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"--llm {source}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
+             f"{model.get_input_embeddings().num_embeddings:,}; they do not belong together")
+    return model, tokenizer
+
+
+def fig4_mask(segment, is_soft, sees):
+    """Who may attend to whom (Fig. 4): segment [T], is_soft [T], sees [B, P] -> bool [B, 1, T, T], True = may.
+
+    segment: k in 0..P-1 for the name and soft tokens of profile k, P for the task text, P + 1 for the evidence.
+    Always causal; name and soft tokens of one profile see only each other; the task text sees only itself, but for
+    its last token, which predicts the first evidence token; the evidence sees everything before it.
+    sees[b, k]: may row b read θ_k at all? (routing; all True = the figure as printed)
+    """
+    num_profiles, length = sees.shape[1], len(segment)
+    query, key = segment[:, None], segment[None, :]  # [T, 1], [1, T]
+    reader = segment > num_profiles
+    reader[(segment == num_profiles).nonzero().max()] = True  # the last task token
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+    allowed = causal & ((query == key) | reader[:, None])  # [T, T]
+    owner = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]  # [T, P] profile of a place
+    hidden = is_soft & ~(sees.long() @ owner.T.long()).bool()  # [B, T] soft tokens this row may not read
+    return (allowed & ~(hidden[:, None, :] & reader[:, None]))[:, None]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# modules
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class VectorQuantizer(nn.Module):
+    """Codebook with the straight-through estimator (eq. 5, 6): z [B, C] -> quantized [B, C], codes [B], loss [].
+
+    loss = ||sg[z] - e||² + beta ||z - sg[e]||², summed over C, mean over B: a mean over C would shrink the
+    terms by the width. quantized = z + sg[e - z]: its value is the codeword, its gradient goes to z.
+    """
+
+    def __init__(self, codebook, beta=0.25):
+        super().__init__()
+        self.codebook = nn.Parameter(codebook.clone())  # [K, C]
+        self.beta = beta
+
+    def forward(self, z):
+        codes = torch.cdist(z.detach(), self.codebook.detach()).argmin(1)  # [B], eq. 6
+        chosen = self.codebook[codes]  # [B, C]
+        codebook_term = (z.detach() - chosen).square().sum(1).mean()
+        commitment_term = (z - chosen.detach()).square().sum(1).mean()
+        return z + (chosen - z).detach(), codes, codebook_term + self.beta * commitment_term
+
+
+class DCN(nn.Module):
+    """Deep & Cross Network (Wang et al., 2017) on embedded fields: x_0 [B, X] -> logits [B].
+
+    x_{l+1} = x_0 (w_lᵀ x_l) + b_l + x_l  beside an MLP on x_0;  logit = wᵀ [x_L ; MLP(x_0)].
+    """
+
+    def __init__(self, input_dim, num_layers=3, hidden=(16, 16), dropout=0.2):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(num_layers, input_dim) / math.sqrt(input_dim))
+        self.biases = nn.Parameter(torch.zeros(num_layers, input_dim))
+        self.mlp = mlp(input_dim, hidden, dropout)
+        self.head = nn.Linear(input_dim + hidden[-1], 1)
+
+    def cross(self, x_0):
+        """x_0 [B, X] -> x_L [B, X]"""
+        x = x_0
+        for weight, bias in zip(self.weights, self.biases):
+            x = x_0 * (x @ weight)[:, None] + bias + x
+        return x
+
+    def forward(self, x_0):
+        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0)], 1)).squeeze(1)
+
+
+def mlp(input_dim, hidden, dropout):
+    """Linear, ReLU, dropout for each width in `hidden`: [B, input_dim] -> [B, hidden[-1]]"""
+    layers = []
+    for width in hidden:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(), nn.Dropout(dropout)]
+        input_dim = width
+    return nn.Sequential(*layers)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# metrics
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def logloss(labels, probabilities):
+    """Mean binary cross-entropy in nats; labels [B] of 0 and 1, probabilities [B] or one number for all."""
+    probabilities = np.clip(np.broadcast_to(probabilities, np.shape(labels)), 1e-7, 1 - 1e-7)
+    return float(-np.where(np.asarray(labels) == 1, np.log(probabilities), np.log1p(-probabilities)).mean())
+
+
+def usage_of(codes, num_codes):
+    """codes [N] -> users per code [K], perplexity (1 = one code has everybody, K = all alike). Unknown (K) is left out."""
+    counts = np.bincount(codes[codes < num_codes], minlength=num_codes)
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    return counts, float(np.exp(-(shares * np.log(shares)).sum()))
