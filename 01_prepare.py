@@ -69,7 +69,7 @@ LEVELS = {  # background -> brands that lean to it; the levels' price centres in
 PRICE_CENTRES = np.array([14.0, 42.0, 130.0])
 HOBBY_SHARES, BACKGROUND_SHARES = np.array([0.28, 0.26, 0.24, 0.22]), np.array([0.38, 0.34, 0.28])
 HOBBY_PULL, BACKGROUND_PULL = 1.4, 1.6  # how strongly truth steers choice; keeps Bayes-optimal ARI within 0.5 and 0.9
-HOBBY_FIT, BACKGROUND_FIT = 1.0, 1.6  # how strongly truth moves the rating; the oracle gains at least .04 AUC
+HOBBY_FIT, BACKGROUND_FIT = 0.85, 1.35  # how strongly truth moves the rating; the oracle gains at least .04 AUC
 
 
 def draw_items(rng, num_items=600):

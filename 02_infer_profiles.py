@@ -64,6 +64,7 @@ def parse_args(argv=None):
     parser.add_argument("--field-weights", choices=["noise", "none"], default="noise", help="bring all fields to the same noise, or sum as they are")
     parser.add_argument("--shared-steps", type=int, default=100, help="minibatch steps that fit the shared θ̄")
     parser.add_argument("--map-steps", type=int, default=150, help="score: minibatch steps that fit the map from scores to soft tokens")
+    parser.add_argument("--tiny-steps", type=int, default=400, help="tiny: steps of its pretraining")
     parser.add_argument("--batch-size", type=int, default=128, help="gradient: users per block")
     parser.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens per forward pass, prompt included")
     parser.add_argument("--heldout", type=int, default=3000, help="validation rows to measure the NLL on, at most")
@@ -269,10 +270,10 @@ def choose_llm():
     return "tiny", "no other LLM is on this machine and the model hub cannot be reached; it is pretrained on the train items"
 
 
-TINY = {"steps": 400, "batch": 24, "length": 96, "lr": 2e-3, "width": 128, "layers": 4, "vocabulary": 2048, "context": 512}
+TINY = {"batch": 24, "length": 96, "lr": 2e-3, "width": 128, "layers": 4, "vocabulary": 2048, "context": 512}
 
 
-def pretrain_tiny(folder, histories, name_texts, task_text, seed):
+def pretrain_tiny(folder, histories, name_texts, task_text, num_steps, seed):
     """A 4-layer GPT-2 of width 128, pretrained on the train items' texts (histories: lists of texts, of a user each) -> loss
 
     It reads a user's items in random order, so that it learns what goes with what, as a large LLM knows from the
@@ -281,7 +282,8 @@ def pretrain_tiny(folder, histories, name_texts, task_text, seed):
     rng = np.random.default_rng([seed, 3])
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    corpus = [text for history in histories for text in history] + 5 * [*name_texts, task_text]
+    corpus = [text for history in histories for text in history]
+    corpus += (1 + len(corpus) // 50) * [*name_texts, task_text]  # often enough to become whole words
     bpe.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=TINY["vocabulary"], min_frequency=5, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
@@ -294,9 +296,9 @@ def pretrain_tiny(folder, histories, name_texts, task_text, seed):
         vocab_size=len(tokenizer), n_positions=TINY["context"], n_embd=TINY["width"], n_layer=TINY["layers"], n_head=4,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=TINY["lr"], weight_decay=0.01, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], total_steps=TINY["steps"], pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], total_steps=num_steps, pct_start=0.1)
     size, stream = TINY["batch"] * TINY["length"], []
-    bar = tqdm(range(TINY["steps"]), desc="pretrain tiny", unit="step", mininterval=2)
+    bar = tqdm(range(num_steps), desc="pretrain tiny", unit="step", mininterval=2)
     for step in bar:
         while len(stream) < size:
             for user in rng.permutation(len(histories)):
@@ -305,7 +307,8 @@ def pretrain_tiny(folder, histories, name_texts, task_text, seed):
         tokens = torch.tensor(stream[:size]).view(TINY["batch"], TINY["length"])
         del stream[:size]
         offset = torch.from_numpy(rng.integers(TINY["context"] - TINY["length"], size=(TINY["batch"], 1)))
-        loss = model(tokens, labels=tokens, position_ids=offset + torch.arange(TINY["length"])).loss
+        logits = model(tokens, position_ids=offset + torch.arange(TINY["length"])).logits  # [B, T, V]
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -318,29 +321,28 @@ def pretrain_tiny(folder, histories, name_texts, task_text, seed):
     return loss.item()
 
 
-def tiny_llm(args, train, streams_pieces, name_texts):
+def make_tiny_llm(args, train, streams_pieces, name_texts):
     """run_dir/tiny_llm, made from this run's train rows; kept when the same texts and seed made it before.
 
     streams_pieces: per route, each item's pieces; the LLM reads users' items as the prompts will tell them.
     """
     of_user = train.groupby("user")["item"].agg(list)
     histories = [[text_of(pieces[item]) for item in rows if pieces[item]] for pieces in streams_pieces for rows in of_user]
-    recipe = json.dumps([histories, name_texts, args.task_text, args.seed, TINY])
+    recipe = json.dumps([histories, name_texts, args.task_text, args.tiny_steps, args.seed, TINY])
     made_from = hashlib.sha256(recipe.encode()).hexdigest()
     folder = Path(args.run_dir) / "tiny_llm"
     stamp = folder / "made_from.txt"
     if stamp.exists() and stamp.read_text() == made_from:
         print(f"tiny LLM: {folder} was made from the same texts, kept")
-        return folder
+        return
     started = time.time()
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    loss = pretrain_tiny(temporary, histories, name_texts, args.task_text, args.seed)
+    loss = pretrain_tiny(temporary, histories, name_texts, args.task_text, args.tiny_steps, args.seed)
     (temporary / stamp.name).write_text(made_from)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     print(f"tiny LLM: pretrained on {len(train):,} train interactions in {time.time() - started:.0f} s, loss {loss:.3f}")
-    return folder
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -629,8 +631,9 @@ def main(args):
         print(f"--llm auto: {llm}, because {reason}")
     routes = routes_of(args, items, names)
     streams_pieces = [[pieces_of(item, fields) for item in items.itertuples()] for fields, _ in routes]
-    source = tiny_llm(args, train, streams_pieces, name_texts) if llm == "tiny" else llm
-    model, tokenizer = load_llm(str(source), device)
+    if llm == "tiny":
+        make_tiny_llm(args, train, streams_pieces, name_texts)
+    model, tokenizer = load_llm(args, llm, device)
     prompt = Prompt(model, tokenizer, names, name_texts, args.task_text)
     print(f"LLM: {sum(p.numel() for p in model.parameters()):,} parameters, D {prompt.embedding.shape[1]}, "
           f"{prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} on {device}; prompt of {len(prompt.segment)} tokens")

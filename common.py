@@ -152,7 +152,7 @@ def read_sidecar(args, name):
 
 
 def read_artifacts(args, *names):
-    """Read artifacts of one run and check that they belong together: list of data frames and dicts, as named.
+    """Read artifacts of one run and check that they belong together: a list of data frames, dicts and texts.
 
     Each must have the digest that its sidecar tells, and each must have been made from the very files that lie
     beside it: artifacts of two data sets or seeds never mix silently.
@@ -172,12 +172,11 @@ def read_artifacts(args, *names):
             fail(f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): {again}")
         for other, told in sidecar["inputs"].items():
             if not (run_dir / other).exists() or digest(other) != told:
-                fail(f"{run_dir / name} was made from another {other} than the one in {run_dir}: {again}")
-    values = []
-    for name in names:
-        path = run_dir / name
-        values.append(pd.read_parquet(path) if path.suffix == ".parquet" else torch.load(path, weights_only=True))
-    return values
+                found = f"{digest(other)[:8]}" if (run_dir / other).exists() else "missing"
+                fail(f"two runs are mixed: {run_dir / name} was made from a {other} of digest {told[:8]}, but "
+                     f"{run_dir / other} is {found}: {again}")
+    readers = {".parquet": pd.read_parquet, ".pt": lambda path: torch.load(path, weights_only=True), ".md": Path.read_text}
+    return [readers[Path(name).suffix](run_dir / name) for name in names]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -185,11 +184,15 @@ def read_artifacts(args, *names):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def load_llm(source, device="cpu"):
-    """Hub name or folder -> (model, tokenizer): frozen, in eval mode, bfloat16 on CUDA and float32 elsewhere.
+def load_llm(args, llm, device="cpu"):
+    """Hub name, folder or "tiny" -> (model, tokenizer): frozen, in eval mode, bfloat16 on CUDA and float32 elsewhere.
 
-    Exits with code 2 when a folder lacks weights or tokenizer, or a hub name cannot be had.
+    "tiny" is the one that stage 2 pretrained into run_dir/tiny_llm. Exits with code 2 when a folder lacks weights or
+    tokenizer, or a hub name cannot be had.
     """
+    source = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm
+    if llm == "tiny" and not source.is_dir():
+        fail(f"{source} is missing: run `python 02_infer_profiles.py --run-dir {args.run_dir}` again")
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import: only where a LLM is needed
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -198,15 +201,15 @@ def load_llm(source, device="cpu"):
             loaded = loader.from_pretrained(source, **options)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one and the same cause
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            fail(f"--llm {source}: no {what} could be loaded ({reason}); give a folder that save_pretrained wrote "
+            fail(f"--llm {llm}: no {what} could be loaded ({reason}); give a folder that save_pretrained wrote "
                  f"for both model and tokenizer, a hub name, or --llm tiny")
         if what == "tokenizer":
             tokenizer = loaded
     if not tokenizer.is_fast or len(tokenizer) < 3:
-        fail(f"--llm {source}: no tokenizer.json in it, which tells the tokens' places in the text; save a fast tokenizer there")
+        fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; save a fast tokenizer there")
     model = loaded.to(device).eval().requires_grad_(False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        fail(f"--llm {source}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
+        fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
              f"{model.get_input_embeddings().num_embeddings:,}; they do not belong together")
     return model, tokenizer
 

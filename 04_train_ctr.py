@@ -1,0 +1,328 @@
+"""Stage 4 of 5: train click-through models with and without the codes, and say whether the codes help.
+
+Every model reads user id and item id (features `none`), and two more sparse fields where asked: the `codes` of the
+feature bank (eq. 8), `random` codes (the same codes dealt to users at random: more parameters, no information), and on
+planted data the `truth` (the upper bound). Adam on binary cross-entropy (eq. 9), early stopping on valid logloss, the best
+epoch's weights restored, test scored once. A gain counts only against `random`. `--paper` = the paper's batch size and
+learning rate.
+
+Reads   interactions.parquet, feature_bank.parquet, users.parquet (truth, planted data only)
+Writes  results.parquet: one row per (model, features, split seed, seed): auc, logloss, valid figures, best epoch, options
+        results.md: the tables below; the seconds of each run stand in the sidecar, so that the same seed gives the same bits
+
+Example: python 04_train_ctr.py        (2 minutes on two cores)
+  wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0300 ± 0.0020, 80% of what the truth gains
+"""
+
+import argparse
+import itertools
+import json
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.nn import functional as F
+
+from common import DCN, fail, logloss, mlp, options_text, parse_with_presets, read_artifacts, read_sidecar, start_stage, write_artifact
+
+PAPER = {"batch_size": 128, "lr": 0.001}
+FEATURES = ("none", "codes", "random", "truth")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--run-dir", default="runs/demo", help="folder of this run's artifacts")
+    parser.add_argument("--seed", type=int, default=0, help="first of the seeds")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds of initialisation, batches and random codes")
+    parser.add_argument("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="click-through models")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=None, help="what they read beside user and item id (default: all that the data allow)")
+    parser.add_argument("--field-dim", type=int, default=8, help="width of a field's embedding, E")
+    parser.add_argument("--layers", type=int, default=3, help="cross layers of DCN and DCNv2")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[16, 16], help="widths of the MLP")
+    parser.add_argument("--dropout", type=float, default=0.2, help="dropout in the MLP")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam")
+    parser.add_argument("--weight-decay", type=float, default=3e-4, help="L2 penalty of Adam")
+    parser.add_argument("--batch-size", type=int, default=512, help="rows per step")
+    parser.add_argument("--epochs", type=int, default=50, help="passes over the train rows at most")
+    parser.add_argument("--patience", type=int, default=6, help="stop after so many epochs without a better valid logloss")
+    args = parse_with_presets(parser, argv, paper=PAPER)
+    if args.seeds < 1 or args.epochs < 1:
+        parser.error("--seeds and --epochs must be at least 1")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# data: ids of all fields
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def codes_of(features, bank, users, names, sizes, seed):
+    """The code fields of all users for a feature set: int64 [N, P] (P = 0 for none), their sizes with the unknown code."""
+    if features == "none":
+        return np.empty((len(bank), 0), dtype=np.int64), []
+    if features == "truth":
+        columns = [pd.factorize(users[f"true_{name}"], sort=True)[0] for name in names]
+        return np.stack(columns, 1).astype(np.int64), [int(column.max()) + 1 for column in columns]
+    codes = bank[names].to_numpy(dtype=np.int64)
+    if features == "random":  # the same codes, dealt anew: sizes and usage stay, meaning goes
+        codes = np.stack([np.random.default_rng([seed, k]).permutation(codes[:, k]) for k in range(len(names))], 1)
+    return codes, [size + 1 for size in sizes]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# models: ids int64 [B, F] -> logits [B]
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class FieldEmbedding(nn.Module):
+    """One table for all fields, each with its own range of rows: ids [B, F] -> [B, F, E]"""
+
+    def __init__(self, sizes, dim):
+        super().__init__()
+        self.table = nn.Embedding(sum(sizes), dim)
+        nn.init.normal_(self.table.weight, std=0.3)  # products of much smaller embeddings start on a saddle
+        self.register_buffer("offsets", torch.tensor([0, *itertools.accumulate(sizes)][:-1]))
+
+    def forward(self, ids):
+        return self.table(ids + self.offsets)
+
+
+def pairs_of(num_fields, device=None):
+    """Indices p < q of all pairs of fields: two of [F (F - 1) / 2]"""
+    return torch.triu_indices(num_fields, num_fields, offset=1, device=device)
+
+
+class DCNModel(nn.Module):
+    """Deep & Cross Network (Wang et al., 2017): x_{l+1} = x_0 (w_lᵀ x_l) + b_l + x_l;  wᵀ [x_L ; MLP(x_0)]"""
+
+    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+        super().__init__()
+        self.embed = FieldEmbedding(sizes, field_dim)
+        self.net = DCN(len(sizes) * field_dim, num_layers, hidden, dropout)
+
+    def forward(self, ids):
+        return self.net(self.embed(ids).flatten(1))  # [B, F E] -> [B]
+
+
+class DCNv2(nn.Module):
+    """DCN V2 (Wang et al., 2021): x_{l+1} = x_0 ∘ (W_l x_l + b_l) + x_l;  wᵀ [x_L ; MLP(x_0)]"""
+
+    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+        super().__init__()
+        width = len(sizes) * field_dim
+        self.embed = FieldEmbedding(sizes, field_dim)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
+        self.mlp = mlp(width, hidden, dropout)
+        self.head = nn.Linear(width + hidden[-1], 1)
+
+    def cross(self, x_0):
+        """x_0 [B, X] -> x_L [B, X]"""
+        x = x_0
+        for layer in self.layers:
+            x = x_0 * layer(x) + x
+        return x
+
+    def forward(self, ids):
+        x_0 = self.embed(ids).flatten(1)  # [B, X]
+        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0)], 1)).squeeze(1)
+
+
+class PNN(nn.Module):
+    """Product-based network, inner product (Qu et al., 2016): MLP([e ; <e_p, e_q> for p < q])"""
+
+    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+        super().__init__()
+        num_pairs = len(sizes) * (len(sizes) - 1) // 2
+        self.embed = FieldEmbedding(sizes, field_dim)
+        self.mlp = mlp(len(sizes) * field_dim + num_pairs, hidden, dropout)
+        self.head = nn.Linear(hidden[-1], 1)
+
+    def products(self, e):
+        """e [B, F, E] -> <e_p, e_q> [B, F (F - 1) / 2]"""
+        p, q = pairs_of(e.shape[1], e.device)
+        return (e[:, p] * e[:, q]).sum(2)
+
+    def forward(self, ids):
+        e = self.embed(ids)  # [B, F, E]
+        return self.head(self.mlp(torch.cat([e.flatten(1), self.products(e)], 1))).squeeze(1)
+
+
+class ONN(nn.Module):
+    """Operation-aware network (Yang et al., 2020): MLP([e^raw ; <e_p^(q), e_q^(p)> for p < q])
+
+    Each id has F embeddings: one for each partner field, and in the place of its own field the raw one.
+    """
+
+    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+        super().__init__()
+        num_fields = len(sizes)
+        self.field_dim = field_dim
+        self.embed = FieldEmbedding(sizes, num_fields * field_dim)
+        self.mlp = mlp(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden, dropout)
+        self.head = nn.Linear(hidden[-1], 1)
+
+    def products(self, e):
+        """e [B, F, F, E], e[:, p, q] = e_p^(q) -> <e_p^(q), e_q^(p)> [B, F (F - 1) / 2]"""
+        p, q = pairs_of(e.shape[1], e.device)
+        return (e[:, p, q] * e[:, q, p]).sum(2)
+
+    def forward(self, ids):
+        e = self.embed(ids).unflatten(2, (-1, self.field_dim))  # [B, F, F, E]
+        raw = e.diagonal(dim1=1, dim2=2).flatten(1)  # [B, F E]
+        return self.head(self.mlp(torch.cat([raw, self.products(e)], 1))).squeeze(1)
+
+
+MODELS = {"dcn": DCNModel, "pnn": PNN, "onn": ONN, "dcnv2": DCNv2}
+
+# --------------------------------------------------------------------------------------------------------------------
+# train and evaluate
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model, ids, batch_size=65536):
+    """ids [B, F] -> click probabilities, float64 numpy [B]"""
+    model.eval()
+    return torch.cat([model(part).sigmoid() for part in ids.split(batch_size)]).double().cpu().numpy()
+
+
+def train_one(args, name, sizes, ids, labels, seed):
+    """Train one model; ids and labels: dicts by split. Returns its figures on valid (best epoch) and, once, on test."""
+    torch.manual_seed(seed)
+    device = ids["train"].device
+    model = MODELS[name](sizes, args.field_dim, args.layers, args.hidden, args.dropout).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    batches = torch.Generator().manual_seed(seed)  # of its own: every feature set sees the same rows in the same order
+    train_label = torch.from_numpy(labels["train"]).float().to(device)
+    best = {"valid_logloss": float("inf")}
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        for rows in torch.randperm(len(train_label), generator=batches).to(device).split(args.batch_size):
+            loss = F.binary_cross_entropy_with_logits(model(ids["train"][rows]), train_label[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        probability = predict(model, ids["valid"])
+        valid = logloss(labels["valid"], probability)
+        if valid < best["valid_logloss"]:
+            best = {"valid_logloss": valid, "valid_auc": roc_auc_score(labels["valid"], probability), "best_epoch": epoch}
+            weights = {key: value.clone() for key, value in model.state_dict().items()}
+        if epoch - best["best_epoch"] >= args.patience:
+            break
+    model.load_state_dict(weights)
+    probability = predict(model, ids["test"])
+    return {"auc": roc_auc_score(labels["test"], probability), "logloss": logloss(labels["test"], probability), **best}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# tables
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rela_impr_auc(auc, reference):
+    """Relative improvement in percent (eq. 10): ((A - .5) / (A_ref - .5) - 1) · 100"""
+    return ((auc - 0.5) / (reference - 0.5) - 1) * 100
+
+
+def rela_impr_logloss(loss, reference):
+    """Relative improvement in percent (eq. 11): (LL_ref / LL - 1) · 100"""
+    return (reference / loss - 1) * 100
+
+
+def paired_interval(differences):
+    """Mean of paired differences [S] and half of its 95% interval (t distribution); nan for a single seed."""
+    differences = np.asarray(differences)
+    if len(differences) < 2:
+        return float(differences.mean()), float("nan")
+    half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
+    return float(differences.mean()), float(half)
+
+
+def summarize(results):
+    """Markdown tables of means, and paired differences over the seeds: text, the codes' gains by model"""
+    spread = lambda values: f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" if len(values) > 1 else f"{values.mean():.4f}"
+    by = {key: frame.sort_values("seed") for key, frame in results.groupby(["model", "features"], sort=False)}
+    lines = ["| model | features | AUC | logloss | RelaImpr AUC (%) | RelaImpr logloss (%) |", "|---|---|---|---|---|---|"]
+    for (model, features), frame in by.items():
+        improvements = "| | |"
+        if (reference := by.get((model, "none"))) is not None and features != "none":
+            improvements = (f"| {rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f} "
+                            f"| {rela_impr_logloss(frame['logloss'].mean(), reference['logloss'].mean()):+.2f} |")
+        lines.append(f"| {model} | {features} | {spread(frame['auc'])} | {spread(frame['logloss'])} {improvements}")
+    lines += ["", "Paired differences over the seeds, mean ± half of the 95% interval (the split is one and the same):", "",
+              "| model | difference | AUC | logloss | share of the truth's AUC gain |", "|---|---|---|---|---|"]
+    gains = {}
+    for model in results["model"].unique():
+        for first, second in (("codes", "none"), ("codes", "random"), ("truth", "random")):
+            if (model, first) not in by or (model, second) not in by:
+                continue
+            auc = paired_interval(by[model, first]["auc"].to_numpy() - by[model, second]["auc"].to_numpy())
+            loss = paired_interval(by[model, first]["logloss"].to_numpy() - by[model, second]["logloss"].to_numpy())
+            share = ""
+            if (first, second) == ("codes", "random"):
+                gains[model] = {"auc_gain": auc[0], "auc_half_interval": auc[1]}
+                if (model, "truth") in by:
+                    oracle = by[model, "truth"]["auc"].mean() - by[model, "random"]["auc"].mean()
+                    gains[model] |= {"oracle_auc_gain": oracle, "share_of_oracle": auc[0] / oracle}
+                    share = f"{auc[0] / oracle:.0%}"
+            lines.append(f"| {model} | {first} - {second} | {auc[0]:+.4f} ± {auc[1]:.4f} | {loss[0]:+.4f} ± {loss[1]:.4f} | {share} |")
+    return "\n".join(lines), gains
+
+
+def main(args):
+    start_stage(args)
+    started = time.time()
+    interactions, bank, users = read_artifacts(args, "interactions.parquet", "feature_bank.parquet", "users.parquet")
+    made = read_sidecar(args, "feature_bank.parquet")
+    names, code_sizes = made["names"], made["codes"]
+    has_truth = all(f"true_{name}" in users for name in names)
+    features = args.features or [name for name in FEATURES if name != "truth" or has_truth]
+    if "truth" in features and not has_truth:
+        fail(f"--features truth: users.parquet holds no true_{names[0]}; only planted data know the truth")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    split = {name: interactions[interactions["split"] == name] for name in ("train", "valid", "test")}
+    labels = {name: frame["label"].to_numpy() for name, frame in split.items()}
+    for name, values in labels.items():
+        if len(np.unique(values)) < 2:
+            fail(f"the {name} rows of interactions.parquet have one label only, so AUC is undefined: choose another --threshold in stage 1")
+    split_seed = read_sidecar(args, "interactions.parquet")["seed"]
+    options = json.dumps({key: value for key, value in vars(args).items() if key != "run_dir"}, sort_keys=True)
+
+    rate = float(labels["train"].mean())
+    rows = [{"model": "base rate", "features": "none", "split_seed": split_seed, "seed": 0, "auc": 0.5,
+             "logloss": logloss(labels["test"], rate), "rows": len(labels["train"])}]
+    seconds = [0.0]
+    for model, feature, seed in itertools.product(args.models, features, range(args.seed, args.seed + args.seeds)):
+        codes, sizes = codes_of(feature, bank, users, names, code_sizes, seed)
+        sizes = [len(users), int(interactions["item"].max()) + 1, *sizes]
+        ids = {name: torch.from_numpy(np.column_stack([frame["user"], frame["item"], codes[frame["user"]]])).to(device)
+               for name, frame in split.items()}
+        run_started = time.time()
+        figures = train_one(args, model, sizes, ids, labels, seed)
+        seconds.append(time.time() - run_started)
+        rows.append({"model": model, "features": feature, "split_seed": split_seed, "seed": seed, "rows": len(labels["train"]),
+                     **figures, "options": options})
+        speed = figures["best_epoch"] * len(labels["train"]) / seconds[-1]
+        print(f"{model:5} {feature:6} seed {seed} | epoch {figures['best_epoch']:02d}/{args.epochs} | valid auc {figures['valid_auc']:.4f} "
+              f"logloss {figures['valid_logloss']:.4f} | test auc {figures['auc']:.4f} logloss {figures['logloss']:.4f} | "
+              f"{seconds[-1]:.1f}s, {speed:,.0f} rows/s")
+    results = pd.DataFrame(rows)
+    text, gains = summarize(results)
+    print(text)
+    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
+    facts = {"gains": gains, "seconds": time.time() - started, "seconds_per_row": seconds}
+    write_artifact(args, "results.md", f"# Click-through rate, {len(labels['test']):,} test rows\n\n{text}\n", inputs, **facts)
+    path = write_artifact(args, "results.parquet", results, inputs, **facts)
+    final = [f"{model}: codes - random AUC {gain['auc_gain']:+.4f} ± {gain['auc_half_interval']:.4f}"
+             + (f", {gain['share_of_oracle']:.0%} of what the truth gains" if "share_of_oracle" in gain else "")
+             for model, gain in gains.items()][:1]
+    print(" | ".join([f"wrote {path}: {len(results)} rows", *final]))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,186 @@
+import gzip
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import dies, prepare, run_stage, write_ml_100k, write_table
+
+
+def frame_of(pairs):
+    return pd.DataFrame(pairs, columns=["user_id", "item_id"])
+
+
+def prepare_table(tmp_path, *options):
+    run_stage("01_prepare.py", "--dataset", "table", "--raw", tmp_path / "raw", "--run-dir", tmp_path / "run", *options)
+    return [pd.read_parquet(tmp_path / "run" / f"{name}.parquet") for name in ("interactions", "items", "users")]
+
+
+def test_the_filter_is_iterated_until_nothing_falls():
+    # u3 falls with its 1 row; then item c has 1 row left and falls; then u2 has 1 row left and falls
+    pairs = [("u1", "a"), ("u1", "b"), ("u4", "a"), ("u4", "b"), ("u2", "a"), ("u2", "c"), ("u3", "c")]
+    kept = prepare.keep_core(frame_of(pairs), 2)
+    assert sorted(set(kept["user_id"])) == ["u1", "u4"] and len(kept) == 4
+    assert len(prepare.keep_core(kept, 2)) == 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_core_is_a_fixed_point_and_keeps_all_it_can(seed):
+    rng = np.random.default_rng(seed)
+    frame = frame_of([(f"u{rng.integers(30)}", f"i{rng.integers(20)}") for _ in range(150)]).drop_duplicates()
+    kept = prepare.keep_core(frame, 4)
+    assert (kept.groupby("user_id").size() >= 4).all() and (kept.groupby("item_id").size() >= 4).all()
+    alive = set(map(tuple, frame.to_numpy()))  # naive: remove one offender at a time
+    while True:
+        offenders = [pair for pair in alive if min(sum(other[side] == pair[side] for other in alive) for side in (0, 1)) < 4]
+        if not offenders:
+            break
+        alive.remove(sorted(offenders)[0])
+    assert set(map(tuple, kept.to_numpy())) == alive
+
+
+def test_the_split_is_8_1_1_disjoint_and_stays_with_its_seed():
+    split = prepare.split_random(1005, seed=3)
+    counts = pd.Series(split).value_counts()
+    assert counts.to_dict() == {"train": 805, "valid": 100, "test": 100}
+    assert (split == prepare.split_random(1005, seed=3)).all() and (split != prepare.split_random(1005, seed=4)).any()
+
+
+def test_labels_duplicates_and_table_1(tmp_path):
+    interactions, _ = write_table(tmp_path / "raw")
+    again = interactions.iloc[[5]].assign(rating=1, timestamp=1_600_000_000)  # the latest of a pair counts
+    old = interactions.iloc[[6]].assign(rating=1, timestamp=1)
+    pd.concat([interactions, again, old]).to_csv(tmp_path / "raw/interactions.csv.gz", index=False)
+    table, items, users = prepare_table(tmp_path)
+    merged = table.merge(items, on="item").merge(users, on="user").set_index(["user_id", "item_id"])
+    key = tuple(interactions.loc[5, ["user_id", "item_id"]])
+    assert merged.loc[key, "rating"] == 1 and merged.loc[key, "label"] == 0
+    assert merged.loc[tuple(interactions.loc[6, ["user_id", "item_id"]]), "rating"] == interactions.loc[6, "rating"]
+    assert (table["label"] == (table["rating"] > 3)).all()
+    facts = json.loads((tmp_path / "run/interactions.parquet.json").read_text())
+    assert facts["duplicates"] == 2 and facts["interactions"] == len(table)
+    assert facts["sparsity_percent"] == round(100 * (1 - len(table) / (len(users) * len(items))), 2)
+    share = table["label"].mean()
+    assert facts["base_rate_logloss"] == pytest.approx(-share * np.log(share) - (1 - share) * np.log(1 - share))
+    assert table.dtypes.astype(str).to_dict() | {"review": "", "split": ""} == {
+        "user": "int64", "item": "int64", "rating": "float32", "label": "int8", "timestamp": "int64", "split": "", "review": ""}
+
+
+def test_threshold_and_min_interactions_move_what_they_should(tmp_path):
+    write_table(tmp_path / "raw")
+    table, _, users = prepare_table(tmp_path)
+    stricter, _, _ = prepare_table(tmp_path, "--threshold", 4)
+    assert stricter["label"].sum() == (table["rating"] > 4).sum() < table["label"].sum()
+    fewer, items, _ = prepare_table(tmp_path, "--min-interactions", 14)
+    assert 0 < len(fewer) < len(table) and (fewer.groupby("item").size() >= 14).all()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+def test_a_table_reads_alike_in_every_format(tmp_path, suffix):
+    write_table(tmp_path / "raw", suffix=suffix)
+    table, items, _ = prepare_table(tmp_path)
+    assert len(table) == 60 * 14 and table["rating"].sum() > 0
+    assert items["brand"].isna().sum() == 13 and items["price"].iloc[1] == pytest.approx(8.1)
+    assert items.columns.tolist() == ["item", "item_id", "title", "category", "brand", "price"]
+
+
+def test_items_without_a_title_keep_their_id(tmp_path):
+    _, items = write_table(tmp_path / "raw")
+    items.loc[2, "title"] = None
+    items.drop(index=3).to_csv(tmp_path / "raw/items.csv.gz", index=False)
+    _, stored, _ = prepare_table(tmp_path)
+    assert stored.set_index("item_id").loc[["i002", "i003"], "title"].tolist() == ["i002", "i003"]
+    assert json.loads((tmp_path / "run/items.parquet.json").read_text())["untitled_items"] == 2
+
+
+def test_movielens_100k_as_published(tmp_path):
+    write_ml_100k(tmp_path / "raw")
+    run_stage("01_prepare.py", "--dataset", "ml-100k", "--raw", tmp_path / "raw", "--run-dir", tmp_path / "run")
+    table, items, users = (pd.read_parquet(tmp_path / "run" / f"{name}.parquet") for name in ("interactions", "items", "users"))
+    assert len(table) == 360 and items["title"].iloc[0].startswith("Café Nº")
+    by_id = items.set_index("item_id")["category"]
+    assert by_id["1"] == "Comedy" and by_id["2"] == "Action"
+    assert {"age", "gender", "occupation"} <= set(users) and users.set_index("user_id").loc["7", "age"] == 26
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 11])
+def test_the_planted_world_keeps_its_limits(seed):
+    args = prepare.parse_args(["--seed", str(seed)])
+    interactions, items, users, world = prepare.read_planted(args)
+    table, items, users, _ = prepare.tabulate(prepare.keep_core(interactions, 4), items, users)
+    table["split"] = prepare.split_random(len(table), seed)
+    for value in prepare.bayes_ari(world, table, items, users).values():
+        assert 0.5 < value < 0.9
+    assert len(items) == 600 and len(users) > 1900 and 0.5 < (table["rating"] > 3).mean() < 0.8
+
+
+def test_bayes_needs_the_right_truth():
+    args = prepare.parse_args([])
+    interactions, items, users, world = prepare.read_planted(args)
+    table, items, users, _ = prepare.tabulate(interactions, items, users)
+    table["split"] = prepare.split_random(len(table), 0)
+    shuffled = users.assign(true_hobby=users["true_hobby"].sample(frac=1, random_state=0).to_numpy())
+    figures = prepare.bayes_ari(world, table, items, shuffled)
+    assert abs(figures["hobby"]) < 0.02 and figures["background"] > 0.5
+
+
+# --- bad input: one line, exit code 2, nothing half-written ----------------------------------------------------------
+
+
+def refuse(tmp_path, *options):
+    line = run_stage("01_prepare.py", "--run-dir", tmp_path / "run", *options, ok=False)
+    assert not list((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
+    return line
+
+
+def test_a_missing_folder(tmp_path):
+    assert "nowhere" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "nowhere")
+    assert "--raw" in refuse(tmp_path, "--dataset", "table")
+
+
+def test_a_missing_file_and_an_empty_one(tmp_path):
+    write_table(tmp_path / "raw", suffix=".csv")
+    (tmp_path / "raw/items.csv").unlink()
+    assert "items.csv" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
+    (tmp_path / "raw/items.csv").write_text("")
+    assert "empty" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
+    (tmp_path / "raw/items.csv").write_text("item_id,title\n")
+    assert "no rows" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
+
+
+def test_a_missing_column_is_named_with_those_found(tmp_path):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    interactions.rename(columns={"rating": "stars"}).to_csv(tmp_path / "raw/interactions.csv", index=False)
+    line = refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
+    assert "no column rating" in line and "stars" in line
+
+
+def test_a_rating_that_is_not_a_number_is_named_with_its_line(tmp_path, capsys):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    interactions["rating"] = interactions["rating"].astype(object)
+    interactions.loc[7, "rating"] = "five"
+    interactions.to_csv(tmp_path / "raw/interactions.csv", index=False)
+    assert (tmp_path / "raw/interactions.csv").read_text().splitlines()[8].split(",")[2] == "five"
+    line = refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
+    assert "line 9" in line and "'five'" in line
+    write_ml_100k(tmp_path / "ml")
+    lines = (tmp_path / "ml/u.data").read_text().splitlines()
+    lines[4] = lines[4].rsplit("\t", 2)[0] + "\tx\t1"
+    (tmp_path / "ml/u.data").write_text("\n".join(lines))
+    args = prepare.parse_args(["--dataset", "ml-100k", "--raw", str(tmp_path / "ml")])
+    assert "u.data, line 5" in dies(capsys, prepare.read_ml_100k, args)
+
+
+def test_no_user_left(tmp_path):
+    write_table(tmp_path / "raw")
+    assert "--min-interactions" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw", "--min-interactions", 1000)
+
+
+def test_a_broken_gzip(tmp_path):
+    write_table(tmp_path / "raw")
+    path = tmp_path / "raw/interactions.csv.gz"
+    path.write_bytes(path.read_bytes()[:400])
+    assert "interactions.csv.gz" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
+    path.write_bytes(gzip.compress(b"\xff\xfe\x00garbage\n\xff"))
+    assert "interactions.csv.gz" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
