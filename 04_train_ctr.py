@@ -173,7 +173,7 @@ class ONN(nn.Module):
 
     def forward(self, ids):
         e = self.embed(ids).unflatten(2, (-1, self.field_dim))  # [B, F, F, E]
-        raw = e.diagonal(dim1=1, dim2=2).flatten(1)  # [B, F E]
+        raw = e.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # [B, E, F] -> [B, F E]
         return self.head(self.mlp(torch.cat([raw, self.products(e)], 1))).squeeze(1)
 
 
@@ -286,7 +286,7 @@ def main(args):
         fail(f"--features truth: users.parquet holds no true_{names[0]}; only planted data know the truth")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     split = {name: interactions[interactions["split"] == name] for name in ("train", "valid", "test")}
-    labels = {name: frame["label"].to_numpy() for name, frame in split.items()}
+    labels = {name: frame["label"].to_numpy(copy=True) for name, frame in split.items()}
     for name, values in labels.items():
         if len(np.unique(values)) < 2:
             fail(f"the {name} rows of interactions.parquet have one label only, so AUC is undefined: choose another --threshold in stage 1")

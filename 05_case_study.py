@@ -132,7 +132,7 @@ def draw_mask(names):
     mask = fig4_mask(segment, is_soft, torch.ones(1, num_profiles, dtype=torch.bool))[0, 0]
     labels = [text for name in names for text in (name, "…", f"θ {name}")] + ["task", "…", "text"] + [f"h{t}" for t in range(1, 5)]
     figure, axis = plt.subplots(figsize=(4.2, 4.2))
-    axis.imshow(mask, cmap="Blues", vmax=1.6)
+    axis.imshow(mask.numpy(), cmap="Blues", vmax=1.6)
     axis.set(xticks=range(len(labels)), yticks=range(len(labels)), ylabel="reads", xlabel="is read", title="attention mask (Fig. 4)")
     axis.set_xticklabels(labels, rotation=90, fontsize=7)
     axis.set_yticklabels(labels, fontsize=7)
@@ -231,6 +231,7 @@ def main(args):
     had = np.zeros((len(bank), len(items)), dtype=np.float32)
     had[train["user"], train["item"]] = 1
 
+    rng = np.random.default_rng(args.seed)
     maps, typical, deviations = [], {}, []
     for k, (name, num_codes) in enumerate(zip(names, sizes)):
         part, told = codebook[name], (stored["num_evidence"][:, k] > 0)
@@ -240,8 +241,10 @@ def main(args):
         nearest_first = distance.argsort(stable=True)[: int(told.sum())]
         typical[name] = [bank["user_id"].iloc[nearest_first[codes[nearest_first] == code][:3].tolist()].tolist() for code in range(num_codes)]
         centred = z[told] - z[told].mean(0)
-        plane = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).numpy()  # [N', 2]
-        maps.append(draw_map(plane, bank[name].to_numpy()[told], f"{name} by code", range(num_codes)))
+        plane = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).numpy()  # [N', 2], or 1 for C = 1
+        if plane.shape[1] == 1:  # one direction only: spread the users over the height so that they do not hide each other
+            plane = np.column_stack([plane, rng.random(len(plane))])
+        maps.append(draw_map(plane, bank[name].to_numpy()[told.numpy()], f"{name} by code", range(num_codes)))
         if f"true_{name}" in users:
             truth, labels = pd.factorize(users[f"true_{name}"][told.numpy()], sort=True)
             maps.append(draw_map(plane, truth, f"{name} by truth", labels))
@@ -250,7 +253,6 @@ def main(args):
     model, tokenizer = load_llm(args, stored["llm"])
     ids, words = vocabulary_words(tokenizer)
     embeddings = model.get_input_embeddings().weight[ids].float()
-    rng = np.random.default_rng(args.seed)
     known = np.flatnonzero(stored["has_evidence"])
     chosen = np.sort(rng.choice(known, min(args.num_users, len(known)), replace=False))
     other = rng.choice(np.setdiff1d(known, chosen) if len(known) > len(chosen) else known, len(chosen))

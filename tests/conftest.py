@@ -1,6 +1,8 @@
 """Small data in the published formats, small LLMs of both architectures, and a way to run a stage as users do."""
 
+import contextlib
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -22,12 +24,27 @@ NAME_TEXTS = ["This user's hobby is", "his background is"]
 TASK_TEXT = "The user has bought"
 
 
+STAGES = {"01_prepare.py": prepare, "02_infer_profiles.py": infer, "03_quantize.py": quantize, "04_train_ctr.py": ctr, "05_case_study.py": case_study}
+
+
 def run_stage(script, *options, ok=True):
-    """Run a stage in a process of its own; with ok=False expect exit code 2 and one line of complaint."""
+    """Run a stage in this process; what it prints. With ok=False expect exit code 2 and return its line of complaint."""
+    printed, complaint, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
+        try:
+            STAGES[script].main(STAGES[script].parse_args(list(map(str, options))))
+        except SystemExit as stop:
+            code = stop.code
+    assert code == (0 if ok else 2), (code, printed.getvalue(), complaint.getvalue())
+    return printed.getvalue() if ok else complaint.getvalue().strip().splitlines()[-1]
+
+
+def run_process(script, *options, ok=True):
+    """The same in a process of its own, as users run it."""
     done = subprocess.run([sys.executable, ROOT / script, *map(str, options)], capture_output=True, text=True,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
     assert "Traceback" not in done.stderr, done.stderr
-    assert (done.returncode == 0) if ok else (done.returncode == 2), (done.returncode, done.stdout, done.stderr)
+    assert done.returncode == (0 if ok else 2), (done.returncode, done.stdout, done.stderr)
     return done.stdout if ok else done.stderr.strip().splitlines()[-1]
 
 
@@ -76,22 +93,22 @@ SMALL = {  # the same code path as ever, with small numbers
 }
 
 
-def run_pipeline(run_dir, raw, stages=5):
-    run_stage("01_prepare.py", "--dataset", "table", "--raw", raw, "--run-dir", run_dir)
+def run_pipeline(run_dir, raw, stages=5, run=run_stage):
+    run("01_prepare.py", "--dataset", "table", "--raw", raw, "--run-dir", run_dir)
     for script in list(SMALL)[: stages - 1]:
-        run_stage(script, "--run-dir", run_dir, *SMALL[script])
+        run(script, "--run-dir", run_dir, *SMALL[script])
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A run of all five stages on a small table: (folder of the raw data, run directory). Read only."""
+    """A run of all five stages on a small table, by processes: (folder of the raw data, run directory). Read only."""
     folder = tmp_path_factory.mktemp("small")
     write_table(folder / "raw")
-    run_pipeline(folder / "run", folder / "raw")
+    run_pipeline(folder / "run", folder / "raw", run=run_process)
     return folder / "raw", folder / "run"
 
 
-CORPUS = [f"{name} {TASK_TEXT} Games: red racer {i} by Acme for ${i}. Kitchen: iron skillet {i}, a job or a sport, café" for i in range(50)
+CORPUS = [f"{name} {TASK_TEXT} Games: red racer {i} by Acme or Bolt for ${i}. Kitchen: iron skillet {i}, a job or a sport, café" for i in range(50)
           for name in (*NAME_TEXTS, "her job is", "This user's sport is")]
 
 

@@ -68,12 +68,13 @@ def test_labels_duplicates_and_table_1(tmp_path):
 
 
 def test_threshold_and_min_interactions_move_what_they_should(tmp_path):
-    write_table(tmp_path / "raw")
+    interactions, _ = write_table(tmp_path / "raw")
+    interactions.drop(index=range(12)).to_csv(tmp_path / "raw/interactions.csv.gz", index=False)  # u000 keeps 2 of 14
     table, _, users = prepare_table(tmp_path)
     stricter, _, _ = prepare_table(tmp_path, "--threshold", 4)
     assert stricter["label"].sum() == (table["rating"] > 4).sum() < table["label"].sum()
-    fewer, items, _ = prepare_table(tmp_path, "--min-interactions", 14)
-    assert 0 < len(fewer) < len(table) and (fewer.groupby("item").size() >= 14).all()
+    more, _, everyone = prepare_table(tmp_path, "--min-interactions", 1)
+    assert len(more) == len(table) + 2 == 60 * 14 - 12 and len(everyone) == len(users) + 1
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])

@@ -1,0 +1,134 @@
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import common
+from conftest import ROOT, STAGES, run_pipeline, run_process, run_stage, write_table
+
+
+def test_the_same_seed_gives_the_same_bits(small_run, tmp_path):
+    raw, run = small_run
+    run_pipeline(tmp_path / "again", raw)
+    names = list(common.MADE_BY)
+    assert len(names) == 9
+    different = [name for name in names if (run / name).read_bytes() != (tmp_path / "again" / name).read_bytes()]
+    assert not different
+
+
+def test_no_test_row_reaches_profiles_codes_or_models(small_run, tmp_path):
+    """Poison the rating and review of every test row, and the title of every item that only test rows have."""
+    _, run = small_run
+    interactions, items = write_table(tmp_path / "raw")
+    table, stored, users = (pd.read_parquet(run / f"{name}.parquet") for name in ("interactions", "items", "users"))
+    table = table.assign(user_id=users["user_id"].to_numpy()[table["user"]], item_id=stored["item_id"].to_numpy()[table["item"]])
+    is_test = interactions.merge(table[["user_id", "item_id", "split"]], how="left")["split"].to_numpy() == "test"
+    # make sure that such items exist: give some test rows items of their own (dropped by the filter otherwise)
+    poisoned = interactions.copy()
+    poisoned.loc[is_test, "rating"] = 6 - poisoned.loc[is_test, "rating"]
+    poisoned["review"] = np.where(is_test, "poison", None)
+    clean = interactions.assign(review=np.where(is_test, "clean", None))
+    only_test = set(interactions.loc[is_test, "item_id"]) - set(interactions.loc[~is_test, "item_id"])
+    for name, frame, suffix in (("clean", clean, ""), ("poisoned", poisoned, " poison")):
+        folder = tmp_path / name
+        folder.mkdir()
+        frame.to_csv(folder / "interactions.csv", index=False)
+        items.assign(title=items["title"] + np.where(items["item_id"].isin(only_test), suffix, "")).to_csv(folder / "items.csv", index=False)
+        run_pipeline(tmp_path / f"run_{name}", folder, stages=4)
+    first, second = tmp_path / "run_clean", tmp_path / "run_poisoned"
+    assert (first / "interactions.parquet").read_bytes() != (second / "interactions.parquet").read_bytes()
+    for name in ("profiles.pt", "codebook.pt", "feature_bank.parquet", "tiny_llm/model.safetensors", "tiny_llm/tokenizer.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    results = [pd.read_parquet(path / "results.parquet") for path in (first, second)]
+    same = ["model", "features", "seed", "rows", "valid_auc", "valid_logloss", "best_epoch"]
+    pd.testing.assert_frame_equal(results[0][same], results[1][same], check_exact=True)
+    assert (results[0]["auc"] != results[1]["auc"]).any()  # only the final score sees the test labels
+
+
+def test_items_that_only_test_rows_have_leave_no_trace(small_run, tmp_path):
+    """At the artifacts themselves: a title that no train or valid row has may say anything."""
+    import argparse
+    import shutil
+
+    profiles = []
+    for title in ("iron skillet", "poison"):
+        run = tmp_path / title.split()[0]
+        run.mkdir()
+        for name in ("interactions", "items", "users"):
+            for suffix in (".parquet", ".parquet.json"):
+                shutil.copy(small_run[1] / f"{name}{suffix}", run)
+        options = argparse.Namespace(run_dir=str(run), seed=0)
+        interactions, items = common.read_artifacts(options, "interactions.parquet", "items.parquet")
+        interactions.loc[interactions["item"] == 3, "split"] = "test"
+        items.loc[3, "title"] = title
+        common.write_artifact(options, "interactions.parquet", interactions)
+        common.write_artifact(options, "items.parquet", items)
+        run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4, "--shared-steps", 3, "--map-steps", 3, "--heldout", 60)
+        profiles.append((run / "profiles.pt").read_bytes())
+    assert profiles[0] == profiles[1]
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_unknown_options_are_refused(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        STAGES[script].parse_args(["--no-such-option", "1"])
+    assert stop.value.code == 2 and "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_help_tells_stage_inputs_outputs_and_an_example(script, capsys):
+    with pytest.raises(SystemExit):
+        STAGES[script].parse_args(["--help"])
+    told = capsys.readouterr().out
+    for part in (f"Stage {script[1]} of 5", "Reads", "Writes", f"Example: python {script}", "--run-dir", "--seed"):
+        assert part in told
+    assert not re.search(r"\n  --[a-z-]+( [A-Z.\[\] ]+)?\n  --", told), "an option without help"
+
+
+def commands_of_readme():
+    readme = (Path(ROOT) / "README.md").read_text()
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", readme, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;|\|\||\bdo\b", line.split(" #")[0]):
+                if (match := re.match(r"\s*python (0\d_\w+\.py)(.*)", part)):
+                    yield match[1], match[2]
+
+
+def test_every_command_in_the_readme_parses():
+    commands = list(commands_of_readme())
+    assert len(commands) >= 8
+    for script, options in commands:
+        if "$" not in options:
+            STAGES[script].parse_args(shlex.split(options))
+
+
+def test_the_tree_holds_what_the_readme_says_and_nothing_else():
+    allowed = {*STAGES, "common.py", "tests", "requirements.txt", "README.md", "LICENSE", "assets", "runs", "__pycache__"}
+    found = {path.name for path in Path(ROOT).iterdir() if not path.name.startswith(".")}
+    assert found - allowed <= {"v", "venv"}
+    readme = (Path(ROOT) / "README.md").read_text()
+    for name in (*STAGES, "common.py", "requirements.txt"):
+        assert name in readme
+
+
+def test_requirements_pin_exact_versions_of_all_that_is_imported():
+    lines = (Path(ROOT) / "requirements.txt").read_text().split()
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    pinned = {line.split("==")[0] for line in lines}
+    imported = set()
+    for path in [*Path(ROOT).glob("*.py"), *Path(ROOT).glob("tests/*.py")]:
+        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+    packages = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+    third_party = {"torch", "transformers", "numpy", "pandas", "sklearn", "matplotlib", "tqdm", "pytest", "scipy", "tokenizers", "huggingface_hub", "pyarrow"}
+    for name in imported & third_party:
+        assert packages.get(name, name) in pinned, name
+    assert torch.__version__.split("+")[0]
+
+
+def test_processes_leave_with_code_2_and_one_line(tmp_path):
+    line = run_process("02_infer_profiles.py", "--run-dir", tmp_path, ok=False)
+    assert line.startswith("02_infer_profiles.py: error:") and "python 01_prepare.py --run-dir" in line
