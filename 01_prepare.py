@@ -14,7 +14,6 @@ Example: python 01_prepare.py        (2 seconds)
   wrote runs/demo/interactions.parquet: 36,004 rows, 2,000 users, 600 items | base-rate logloss 0.6765
 """
 
-import argparse
 import time
 import zlib
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import adjusted_rand_score
 
-from common import fail, logloss, start_stage, write_artifact
+from common import fail, logloss, stage_parser, start_stage, write_artifact
 
 INTERACTION_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 ITEM_COLUMNS = ["item_id", "title"]
@@ -31,22 +30,23 @@ OPTIONAL_ITEM_COLUMNS = ["category", "brand", "price"]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--run-dir", default="runs/demo", help="folder of this run's artifacts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split, and of the planted world")
-    parser.add_argument("--dataset", choices=READERS, default="planted", help="what to read")
-    parser.add_argument("--raw", type=Path, help="folder with the raw files (not for planted)")
-    parser.add_argument("--min-interactions", type=int, default=4, help="drop users and items with fewer, until none is left")
-    parser.add_argument("--threshold", type=float, default=3, help="a rating above this is a positive label")
+    parser = stage_parser(__doc__)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="seed of the split, and of the planted world")
+    add("--dataset", choices=READERS, default="planted", help="what to read")
+    add("--raw", type=Path, help="folder with the raw files (not for planted)")
+    add("--min-interactions", type=int, default=4, help="drop users and items with fewer, until none is left")
+    add("--threshold", type=float, default=3, help="a rating above this is a positive label")
     args = parser.parse_args(argv)
     if (args.raw is None) != (args.dataset == "planted"):
-        parser.error(f"--dataset {args.dataset} " + ("draws its own data: leave --raw out" if args.raw else "needs --raw DIR"))
+        parser.error(f"--dataset {args.dataset} " +
+                     ("draws its own data: leave --raw out" if args.raw else "needs --raw DIR"))
     return args
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # planted data: a world whose truth is known
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 HOBBIES = {  # hobby -> its categories -> nouns of their titles; some nouns stand in several categories
     "gaming": {"Board Games": "Board Dice Cards Puzzle Box Guide", "Video Games": "Console Quest Racer Controller Box Guide",
@@ -58,8 +58,9 @@ HOBBIES = {  # hobby -> its categories -> nouns of their titles; some nouns stan
     "music": {"Guitars": "Guitar Strings Capo Strap Stand Case", "Vinyl": "Record Sleeve Needle Turntable Box Brush",
               "Keyboards": "Piano Synth Pedal Bench Stand Book"},
 }
-ADJECTIVES = ("Classic Modern Compact Deluxe Original Portable Vintage Essential Grand Little Silent Bright Rustic Sturdy "
-              "Smooth Royal Simple Clever Golden Silver Urban Nordic Coastal Alpine").split()
+ADJECTIVES = (
+    "Classic Modern Compact Deluxe Original Portable Vintage Essential Grand Little Silent Bright Rustic Sturdy "
+    "Smooth Royal Simple Clever Golden Silver Urban Nordic Coastal Alpine").split()
 SUFFIXES = "Kit Pack Edition Series Pro Plus Mini Max One Two Home Studio Travel Junior Duo Trio".split()
 LEVELS = {  # background -> brands that lean to it; the levels' price centres in dollars
     "student": "Basik Frugo Plainly Thrifta Nofrills".split(),
@@ -81,7 +82,10 @@ def draw_items(rng, num_items=600):
     lean = np.where(rng.random(num_items) < 0.8, level, rng.integers(3, size=num_items))
     brands = np.array(list(LEVELS.values()))  # [3, 5]
     price = PRICE_CENTRES[level] * np.exp(0.45 * rng.standard_normal(num_items))
-    titles = [f"{rng.choice(ADJECTIVES)} {rng.choice(nouns[categories[c]])} {rng.choice(SUFFIXES)}" for c in category]
+    titles = [
+        f"{rng.choice(ADJECTIVES)} {rng.choice(nouns[categories[c]])} {rng.choice(SUFFIXES)}"
+        for c in category
+    ]
     items = pd.DataFrame({
         "item_id": [f"P{index:04d}" for index in range(num_items)],
         "title": titles,
@@ -158,9 +162,9 @@ def bayes_ari(world, interactions, items, users):
             "background": adjusted_rand_score(users["true_background"], posterior.sum(1).argmax(1)[kept])}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # readers: each gives interactions (user_id, item_id, rating, timestamp, maybe review), items, users, world or None
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def read_frame(path, **options):
@@ -174,7 +178,8 @@ def read_frame(path, **options):
         fail(f"{path} is missing: --raw must be the folder that holds it")
     except pd.errors.EmptyDataError:
         fail(f"{path} is empty: download or export it again")
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # broken gzip, not parquet, not the encoding, not csv
+    except (OSError, EOFError, ValueError,
+            zlib.error) as error:  # broken gzip, not parquet, not the encoding, not csv
         fail(f"{path} cannot be read ({error}): download or export it again")
     if frame.empty:
         fail(f"{path} has no rows: download or export it again")
@@ -186,7 +191,9 @@ def to_number(frame, column, path, first_line):
     number = pd.to_numeric(frame[column], errors="coerce")
     if number.isna().any() or np.isinf(number).any():
         row = int((number.isna() | np.isinf(number)).to_numpy().argmax())
-        fail(f"{path}, line {row + first_line}: {column} {frame[column].iloc[row]!r} is not a number; mend or drop the line")
+        fail(
+            f"{path}, line {row + first_line}: {column} {frame[column].iloc[row]!r} is not a number; mend or drop the line"
+        )
     return number
 
 
@@ -206,11 +213,14 @@ def read_ml_100k(args):
     genres = read_frame(genre, sep="|", header=None)[0].tolist()
     table = read_frame(item, sep="|", header=None, encoding="latin-1")
     if table.shape[1] != 5 + len(genres):
-        fail(f"{item} has {table.shape[1]} columns, not 5 and {len(genres)} genres: is it MovieLens-100k's u.item?")
+        fail(
+            f"{item} has {table.shape[1]} columns, not 5 and {len(genres)} genres: is it MovieLens-100k's u.item?"
+        )
     flags = table.iloc[:, 5:].to_numpy() == "1"
     items = pd.DataFrame({"item_id": table[0], "title": table[1],
                           "category": [", ".join(np.array(genres)[row]) or None for row in flags]})
-    users = read_frame(user, sep="|", header=None, names=["user_id", "age", "gender", "occupation", "zip_code"])
+    users = read_frame(user, sep="|", header=None,
+                       names=["user_id", "age", "gender", "occupation", "zip_code"])
     users["age"] = to_number(users, "age", user, first_line=1).astype("int64")
     return interactions, items, users, None
 
@@ -239,9 +249,9 @@ def read_table(args):
 
 READERS = {"planted": read_planted, "ml-100k": read_ml_100k, "table": read_table}
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # filter, index, label, split
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def keep_core(interactions, min_interactions):
@@ -300,9 +310,12 @@ def main(args):
     for frame in (interactions, items, users):
         for column in frame.columns.intersection(["user_id", "item_id"]):
             if frame[column].isna().any():
-                fail(f"{int(frame[column].isna().sum())} rows have no {column} in {args.raw}: fill or drop them")
+                fail(
+                    f"{int(frame[column].isna().sum())} rows have no {column} in {args.raw}: fill or drop them"
+                )
             frame[column] = frame[column].astype(str)
-    latest = interactions.sort_values("timestamp", kind="stable").drop_duplicates(["user_id", "item_id"], keep="last")
+    latest = interactions.sort_values("timestamp", kind="stable").drop_duplicates(["user_id", "item_id"],
+                                                                                  keep="last")
     interactions = keep_core(interactions.loc[latest.index.sort_values()], args.min_interactions)
     if interactions.empty:
         fail(f"no user is left of {num_read:,} interactions after dropping users and items with fewer than "
@@ -323,14 +336,16 @@ def main(args):
         facts["bayes_ari"] = bayes_ari(world, interactions, items, users)
     print(f"read {num_read:,} interactions; {facts['duplicates']:,} duplicates of (user, item) dropped; "
           f"{num_untitled:,} items without a title keep their id as title")
-    print("| data | interactions | users | items | sparsity (%) | positive labels | logloss of predicting it |")
+    print(
+        "| data | interactions | users | items | sparsity (%) | positive labels | logloss of predicting it |")
     print("|---|---|---|---|---|---|---|")
-    print(f"| {args.dataset} | {num_rows:,} | {num_users:,} | {num_items:,} | {facts['sparsity_percent']:.2f} | "
-          f"{positive:.3f} | {facts['base_rate_logloss']:.4f} |")
+    print(
+        f"| {args.dataset} | {num_rows:,} | {num_users:,} | {num_items:,} | {facts['sparsity_percent']:.2f} | "
+        f"{positive:.3f} | {facts['base_rate_logloss']:.4f} |")
     if world:
-        print("Bayes-optimal ARI from the train items: " + "  ".join(f"{k} {v:.3f}" for k, v in facts["bayes_ari"].items()))
+        print("Bayes-optimal ARI from the train items: " +
+              "  ".join(f"{k} {v:.3f}" for k, v in facts["bayes_ari"].items()))
 
-    Path(args.run_dir).mkdir(parents=True, exist_ok=True)
     facts["seconds"] = time.time() - started
     for name, frame in (("users", users), ("items", items), ("interactions", interactions)):
         path = write_artifact(args, f"{name}.parquet", frame, **facts)

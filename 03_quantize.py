@@ -14,7 +14,6 @@ Example: python 03_quantize.py        (15 seconds)
   wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.97 of 4, background 2.95 of 3
 """
 
-import argparse
 import math
 import time
 
@@ -26,34 +25,37 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 from torch.nn import functional as F
 
-from common import DCN, VectorQuantizer, fail, options_text, parse_with_presets, read_artifacts, read_sidecar, start_stage, usage_of, write_artifact
+from common import DCN, VectorQuantizer, fail, options_text, parse_with_presets, read_artifacts, read_sidecar, stage_parser, start_stage, usage_of, write_artifact
 
 PAPER = {"whiten": "none", "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--run-dir", default="runs/demo", help="folder of this run's artifacts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of k-means++ and of the training")
-    parser.add_argument("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
-    parser.add_argument("--codes", type=int, nargs="+", default=[4, 3], metavar="K", help="codebook size of each profile, in their order")
-    parser.add_argument("--whiten", choices=["noise", "none"], default="noise", help="whiten by the noise and keep what stands out, or quantize θ as it is")
-    parser.add_argument("--dims", type=int, default=0, help="directions kept after whitening, C (0 = those above the noise, at most K - 1)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the train rows (eq. 5)")
-    parser.add_argument("--lr", type=float, default=0.003, help="learning rate of Adam")
-    parser.add_argument("--batch-size", type=int, default=512, help="train rows per step")
-    parser.add_argument("--vq-weight", type=float, default=1.0, help="weight of the quantization loss, λ")
-    parser.add_argument("--beta", type=float, default=0.25, help="weight of the commitment term, β")
-    parser.add_argument("--rec-weight", type=float, default=1.0, help="weight of the surrogate's recommendation loss, γ")
+    parser = stage_parser(__doc__)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="seed of k-means++ and of the training")
+    add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
+    add("--codes", type=int, nargs="+", default=[4, 3], metavar="K",
+        help="codebook size of each profile, in their order")
+    add("--whiten", choices=["noise", "none"], default="noise",
+        help="whiten by the noise and keep what stands out, or quantize θ as it is")
+    add("--dims", type=int, default=0,
+        help="directions kept after whitening, C (0 = those above the noise, at most K - 1)")
+    add("--epochs", type=int, default=10, help="passes over the train rows (eq. 5)")
+    add("--lr", type=float, default=0.003, help="learning rate of Adam")
+    add("--batch-size", type=int, default=512, help="train rows per step")
+    add("--vq-weight", type=float, default=1.0, help="weight of the quantization loss, λ")
+    add("--beta", type=float, default=0.25, help="weight of the commitment term, β")
+    add("--rec-weight", type=float, default=1.0, help="weight of the surrogate's recommendation loss, γ")
     args = parse_with_presets(parser, argv, paper=PAPER)
     if min(args.codes) < 2:
         parser.error(f"--codes: {min(args.codes)} codes tell nothing; give at least 2")
     return args
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # whitening: distances that count noise as 1
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def whiten(deviation, gain, noise, num_dims, most):
@@ -72,14 +74,15 @@ def whiten(deviation, gain, noise, num_dims, most):
     edge = (1 + math.sqrt(noise.shape[0] / len(z))) ** 2
     above = int((eigenvalues > edge).sum())
     num_dims = min(num_dims or max(1, min(above, most)), len(eigenvalues))
-    print(f"  whitened eigenvalues (noise 1, its edge {edge:.2f}): " + " ".join(f"{value:.2f}" for value in eigenvalues[:10])
-          + f" | {above} above the edge, {num_dims} kept")
+    print(f"  whitened eigenvalues (noise 1, its edge {edge:.2f}): " +
+          " ".join(f"{value:.2f}" for value in eigenvalues[:10]) +
+          f" | {above} above the edge, {num_dims} kept")
     return (to_unit @ directions[:, :num_dims]).float(), eigenvalues
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # model: encoder and codebook per profile, a surrogate DCN that reads the codewords
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Quantizer(nn.Module):
@@ -129,7 +132,8 @@ def train(args, quantizers, surrogate, deviations, user, item, label):
         for rows in torch.randperm(len(user)).split(args.batch_size):
             parts = [quantizer(deviation[user[rows]]) for quantizer, deviation in zip(quantizers, deviations)]
             vq_loss, drift = sum(part[2] for part in parts), sum(part[3] for part in parts)
-            rec_loss = F.binary_cross_entropy_with_logits(surrogate([part[0] for part in parts], item[rows]), label[rows])
+            rec_loss = F.binary_cross_entropy_with_logits(surrogate([part[0] for part in parts], item[rows]),
+                                                          label[rows])
             loss = drift + args.vq_weight * vq_loss + args.rec_weight * rec_loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -137,7 +141,9 @@ def train(args, quantizers, surrogate, deviations, user, item, label):
             sums += len(rows) * torch.stack([vq_loss, rec_loss, drift]).detach()
         means = (sums / len(user)).tolist()
         curve.append(dict(zip(("vq_loss", "rec_loss", "drift"), means)))
-        print(f"epoch {epoch + 1:02d}/{args.epochs} | vq {means[0]:.4f} rec {means[1]:.4f} drift {means[2]:.4f} | {time.time() - started:.1f}s")
+        print(
+            f"epoch {epoch + 1:02d}/{args.epochs} | vq {means[0]:.4f} rec {means[1]:.4f} drift {means[2]:.4f} | {time.time() - started:.1f}s"
+        )
     return curve
 
 
@@ -150,8 +156,13 @@ def check_truth(codes, num_codes, users, bayes_ari):
         own, best = figures.get(f"{name}_vs_true_{name}"), bayes_ari.get(name)
         if own is not None and best:
             figures[f"{name}_share_of_bayes"] = own / best
-            cross = [f"{value:.3f} {key}" for key, value in figures.items() if key.startswith(f"{name}_vs_") and key != f"{name}_vs_true_{name}"]
-            print(f"{name}: ARI {own:.3f} of the Bayes-optimal {best:.3f} ({own / best:.0%}); cross-ARI {', '.join(cross)}")
+            cross = [
+                f"{value:.3f} {key}" for key, value in figures.items()
+                if key.startswith(f"{name}_vs_") and key != f"{name}_vs_true_{name}"
+            ]
+            print(
+                f"{name}: ARI {own:.3f} of the Bayes-optimal {best:.3f} ({own / best:.0%}); cross-ARI {', '.join(cross)}"
+            )
     return figures
 
 
@@ -161,11 +172,14 @@ def main(args):
     stored, interactions, users = read_artifacts(args, "profiles.pt", "interactions.parquet", "users.parquet")
     names = stored["names"]
     if len(args.codes) != len(names):
-        fail(f"--codes gives {len(args.codes)} sizes ({' '.join(map(str, args.codes))}), but profiles.pt holds {len(names)} "
-             f"profiles ({', '.join(names)}): give one size for each")
+        fail(
+            f"--codes gives {len(args.codes)} sizes ({' '.join(map(str, args.codes))}), but profiles.pt holds {len(names)} "
+            f"profiles ({', '.join(names)}): give one size for each")
     known = int(stored["has_evidence"].sum())
     if known < max(args.codes):
-        fail(f"only {known} users have evidence, fewer than the {max(args.codes)} codes asked for: lower --codes")
+        fail(
+            f"only {known} users have evidence, fewer than the {max(args.codes)} codes asked for: lower --codes"
+        )
     rows = interactions[interactions["split"] == "train"]
     user, item = (torch.tensor(rows[column].to_numpy()) for column in ("user", "item"))
     label = torch.tensor(rows["label"].to_numpy(), dtype=torch.float32)
@@ -177,15 +191,18 @@ def main(args):
         deviation = stored["profiles"][:, k] - mean  # [N, D]
         print(f"{name}: {int(told.sum()):,} users with evidence, {num_codes} codes")
         if args.whiten == "noise":
-            transform, eigenvalues = whiten(deviation[told], stored["gain"][told, k], stored["noise"][k], args.dims, num_codes - 1)
+            transform, eigenvalues = whiten(deviation[told], stored["gain"][told, k], stored["noise"][k],
+                                            args.dims, num_codes - 1)
             facts[f"{name}_eigenvalues"] = eigenvalues.tolist()
         else:
             transform = torch.eye(deviation.shape[1])
         z = deviation @ transform
-        transform = transform / z[told].std().clamp(min=1e-12)  # so that learning rate and weights mean the same for all
+        transform = transform / z[told].std().clamp(
+            min=1e-12)  # so that learning rate and weights mean the same for all
         z = (deviation @ transform)[told]
         kmeans = KMeans(num_codes, init="k-means++", n_init=10, random_state=args.seed).fit(z.numpy())
-        quantizers.append(Quantizer(transform, torch.tensor(kmeans.cluster_centers_, dtype=torch.float32), args.beta))
+        quantizers.append(
+            Quantizer(transform, torch.tensor(kmeans.cluster_centers_, dtype=torch.float32), args.beta))
         # users without evidence sit at the mean: they take part in no training row, for evidence is the train rows
         deviations.append(deviation)
         facts[f"{name}_mean"] = mean
@@ -201,16 +218,24 @@ def main(args):
         usage, perplexity = usage_of(bank[name].to_numpy(), num_codes)
         share = usage.min() / max(usage.sum(), 1)
         warning = f"  <- below K/2 = {num_codes / 2:g}: the codebook is collapsing" if perplexity < num_codes / 2 else ""
-        print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} | smallest share {share:.3f}{warning}")
+        print(
+            f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} | smallest share {share:.3f}{warning}"
+        )
         facts |= {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share}
-        codebook[name] = {"codebook": quantizer.vq.codebook.detach(), "transform": quantizer.transform.detach(), "mean": means[k],
-                          "usage": torch.tensor(usage)}
-    facts |= check_truth({name: bank[name] for name in names}, args.codes, users, read_sidecar(args, "users.parquet").get("bayes_ari", {}))
+        codebook[name] = {
+            "codebook": quantizer.vq.codebook.detach(), "transform": quantizer.transform.detach(),
+            "mean": means[k], "usage": torch.tensor(usage)
+        }
+    facts |= check_truth({name: bank[name]
+                          for name in names}, args.codes, users,
+                         read_sidecar(args, "users.parquet").get("bayes_ari", {}))
     facts |= {"names": names, "codes": args.codes, "users": len(bank), "seconds": time.time() - started}
     write_artifact(args, "codebook.pt", codebook, inputs=["profiles.pt", "interactions.parquet"], **facts)
-    path = write_artifact(args, "feature_bank.parquet", bank, inputs=["profiles.pt", "interactions.parquet", "codebook.pt"], **facts)
-    print(f"wrote {path}: {len(bank):,} users | perplexity " + ", ".join(
-        f"{name} {facts[f'{name}_perplexity']:.2f} of {num_codes}" for name, num_codes in zip(names, args.codes)))
+    path = write_artifact(args, "feature_bank.parquet", bank,
+                          inputs=["profiles.pt", "interactions.parquet", "codebook.pt"], **facts)
+    print(f"wrote {path}: {len(bank):,} users | perplexity " +
+          ", ".join(f"{name} {facts[f'{name}_perplexity']:.2f} of {num_codes}"
+                    for name, num_codes in zip(names, args.codes)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Example: python 05_case_study.py        (10 seconds)
   wrote runs/demo/report.html: 4 users, 7 codes, 4 pictures
 """
 
-import argparse
 import base64
 import html
 import io
@@ -24,27 +23,27 @@ import pandas as pd
 import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
-from common import VectorQuantizer, fig4_mask, load_llm, read_artifacts, read_sidecar, start_stage, usage_of, write_artifact
+from common import VectorQuantizer, fig4_mask, load_llm, read_artifacts, read_sidecar, stage_parser, start_stage, usage_of, write_artifact
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--run-dir", default="runs/demo", help="folder of this run's artifacts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of users and of the control")
-    parser.add_argument("--num-users", type=int, default=4, help="users shown")
-    parser.add_argument("--num-words", type=int, default=6, help="words shown per profile and per code")
+    parser = stage_parser(__doc__)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="seed of the choice of users and of the control")
+    add("--num-users", type=int, default=4, help="users shown")
+    add("--num-words", type=int, default=6, help="words shown per profile and per code")
     args = parser.parse_args(argv)
     if min(args.num_users, args.num_words) < 1:
         parser.error("--num-users and --num-words must be at least 1")
     return args
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # words
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def vocabulary_words(tokenizer):
@@ -59,7 +58,9 @@ def nearest_words(deviation, embeddings, words, num_words):
     """deviation θ_u - mean θ [B, D], embeddings [W, D] -> for each row the words of the largest cosine"""
     centred = torch.nn.functional.normalize(embeddings - embeddings.mean(0), dim=1)
     cosine = torch.nn.functional.normalize(deviation, dim=1) @ centred.T  # [B, W]
-    return [[words[index] for index in row] for row in cosine.topk(min(num_words, len(words)), dim=1).indices.tolist()]
+    return [[words[index]
+             for index in row]
+            for row in cosine.topk(min(num_words, len(words)), dim=1).indices.tolist()]
 
 
 def overrepresented(counts, names, num_words, threshold=1.96):
@@ -91,9 +92,9 @@ def item_words(items):
     return category.to_numpy(float), list(category.columns), words, names
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # pictures: each returns an <img> with its text for those who cannot see it
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def picture(figure, description):
@@ -108,7 +109,8 @@ def draw_usage(bank, names, sizes):
     for axis, name, num_codes in zip(axes[0], names, sizes):
         counts, perplexity = usage_of(bank[name].to_numpy(), num_codes)
         axis.bar(range(num_codes), counts, color=[plt.cm.tab10(code % 10) for code in range(num_codes)])
-        axis.set(title=f"{name}: perplexity {perplexity:.2f} of {num_codes}", xlabel="code", ylabel="users", xticks=range(num_codes)[:20])
+        axis.set(title=f"{name}: perplexity {perplexity:.2f} of {num_codes}", xlabel="code", ylabel="users",
+                 xticks=range(num_codes)[:20])
     return picture(figure, "Bars: users per code, for each profile")
 
 
@@ -126,32 +128,40 @@ def draw_map(plane, colour, title, labels):
 def draw_mask(names):
     """Fig. 4: who attends to whom, for names and task text of three tokens and evidence of four."""
     num_profiles = len(names)
-    segment = torch.tensor([k for k in range(num_profiles) for _ in range(3)] + 3 * [num_profiles] + 4 * [num_profiles + 1])
+    segment = torch.tensor([k for k in range(num_profiles)
+                            for _ in range(3)] + 3 * [num_profiles] + 4 * [num_profiles + 1])
     is_soft = torch.zeros(len(segment), dtype=torch.bool)
     is_soft[[3 * k + 2 for k in range(num_profiles)]] = True
     mask = fig4_mask(segment, is_soft, torch.ones(1, num_profiles, dtype=torch.bool))[0, 0]
-    labels = [text for name in names for text in (name, "…", f"θ {name}")] + ["task", "…", "text"] + [f"h{t}" for t in range(1, 5)]
+    labels = [text for name in names
+              for text in (name, "…", f"θ {name}")] + ["task", "…", "text"] + [f"h{t}" for t in range(1, 5)]
     figure, axis = plt.subplots(figsize=(4.2, 4.2))
     axis.imshow(mask.numpy(), cmap="Blues", vmax=1.6)
-    axis.set(xticks=range(len(labels)), yticks=range(len(labels)), ylabel="reads", xlabel="is read", title="attention mask (Fig. 4)")
+    axis.set(xticks=range(len(labels)), yticks=range(len(labels)), ylabel="reads", xlabel="is read",
+             title="attention mask (Fig. 4)")
     axis.set_xticklabels(labels, rotation=90, fontsize=7)
     axis.set_yticklabels(labels, fontsize=7)
-    return picture(figure, "Attention mask: name and soft tokens of one profile see only each other; evidence sees all before it")
+    return picture(
+        figure,
+        "Attention mask: name and soft tokens of one profile see only each other; evidence sees all before it"
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the report
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
-STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-         "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}"
-         "img{max-width:100%}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}.dim{color:#777}")
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}"
+    "img{max-width:100%}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}.dim{color:#777}")
 
 
 def table(header, rows):
     """HTML table; every cell is escaped."""
     cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
-    return (f"<table><tr>{cells('th', header)}</tr>" + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows) + "</table>")
+    return (f"<table><tr>{cells('th', header)}</tr>" +
+            "".join(f"<tr>{cells('td', row)}</tr>" for row in rows) + "</table>")
 
 
 def markdown_tables(text):
@@ -172,10 +182,12 @@ def markdown_tables(text):
 def headline(quantized, inferred, results):
     """What was inferred, how much of the truth was found, whether it helped: rows of (question, answer)."""
     nll = inferred["heldout_nll"]
-    rows = [("Do profiles know their users?",
-             "held-out NLL per token: " + ", ".join(f"{key} {nll[key]:.4f}" for key in ("none", "shared", "shuffled", "own"))
-             + f"; own - shared {nll['own_minus_shared'][0]:+.4f} ± {nll['own_minus_shared'][1]:.4f},"
-             + f" own - shuffled {nll['own_minus_shuffled'][0]:+.4f} ± {nll['own_minus_shuffled'][1]:.4f} (95%)")]
+    rows = [
+        ("Do profiles know their users?", "held-out NLL per token: " +
+         ", ".join(f"{key} {nll[key]:.4f}" for key in ("none", "shared", "shuffled", "own")) +
+         f"; own - shared {nll['own_minus_shared'][0]:+.4f} ± {nll['own_minus_shared'][1]:.4f}," +
+         f" own - shuffled {nll['own_minus_shuffled'][0]:+.4f} ± {nll['own_minus_shuffled'][1]:.4f} (95%)")
+    ]
     for name, num_codes in zip(quantized["names"], quantized["codes"]):
         answer = f"perplexity {quantized[f'{name}_perplexity']:.2f} of {num_codes}, smallest share {quantized[f'{name}_smallest_share']:.3f}"
         if f"{name}_share_of_bayes" in quantized:
@@ -197,12 +209,15 @@ def code_cards(bank, names, sizes, had, items, typical, num_words):
     for name, num_codes in zip(names, sizes):
         member = np.stack([bank[name] == code for code in range(num_codes)]).astype(float)  # [K, N]
         counts = member @ had  # [K, M]
-        categories = overrepresented(counts @ category, category_names, num_words) if category_names else [[]] * num_codes
-        tops = overrepresented(np.asarray(counts @ words), word_names, num_words) if len(word_names) else [[]] * num_codes
+        categories = overrepresented(counts @ category, category_names,
+                                     num_words) if category_names else [[]] * num_codes
+        tops = overrepresented(np.asarray(counts @ words), word_names,
+                               num_words) if len(word_names) else [[]] * num_codes
         show = lambda pairs: ", ".join(f"{word} ({z:.0f})" for word, z in pairs) or "none above chance"
-        rows = [(code, f"{int(member[code].sum()):,}", show(categories[code]), show(tops[code]), ", ".join(typical[name][code]))
-                for code in range(num_codes)]
-        parts.append(f"<h3>{html.escape(name)}</h3>" + table(("code", "users", "categories (z)", "title words (z)", "typical users"), rows))
+        rows = [(code, f"{int(member[code].sum()):,}", show(categories[code]), show(tops[code]),
+                 ", ".join(typical[name][code])) for code in range(num_codes)]
+        parts.append(f"<h3>{html.escape(name)}</h3>" +
+                     table(("code", "users", "categories (z)", "title words (z)", "typical users"), rows))
     return "".join(parts)
 
 
@@ -212,10 +227,13 @@ def user_pages(args, chosen, other, bank, names, train, items, nearest, nearest_
     for place, user in enumerate(chosen):
         titles = items["title"].to_numpy()[train.loc[train["user"] == user, "item"]]
         rows = [(name, "unknown" if nearest[k][place] is None else bank[name].iat[user],
-                 ", ".join(nearest[k][place] or []), ", ".join(nearest_control[k][place] or [])) for k, name in enumerate(names)]
+                 ", ".join(nearest[k][place] or []), ", ".join(nearest_control[k][place] or []))
+                for k, name in enumerate(names)]
         shown = "; ".join(titles[-12:]) + (f" … and {len(titles) - 12} earlier" if len(titles) > 12 else "")
-        parts.append(f"<h3>User {html.escape(str(bank['user_id'].iat[user]))}</h3><p>Had (train rows): {html.escape(shown)}</p>"
-                     + table(("profile", "code", "nearest words", f"control: those of user {bank['user_id'].iat[other[place]]}"), rows))
+        parts.append(
+            f"<h3>User {html.escape(str(bank['user_id'].iat[user]))}</h3><p>Had (train rows): {html.escape(shown)}</p>"
+            + table(("profile", "code", "nearest words",
+                     f"control: those of user {bank['user_id'].iat[other[place]]}"), rows))
     return "".join(parts)
 
 
@@ -224,7 +242,8 @@ def main(args):
     started = time.time()
     names_of_inputs = ["interactions.parquet", "items.parquet", "users.parquet", "profiles.pt", "codebook.pt",
                        "feature_bank.parquet", "results.parquet", "results.md"]
-    interactions, items, users, stored, codebook, bank, _, results_text = read_artifacts(args, *names_of_inputs)
+    interactions, items, users, stored, codebook, bank, _, results_text = read_artifacts(
+        args, *names_of_inputs)
     sidecars = {name: read_sidecar(args, name) for name in names_of_inputs}
     names, sizes = stored["names"], sidecars["feature_bank.parquet"]["codes"]
     train = interactions[interactions["split"] == "train"]
@@ -239,10 +258,15 @@ def main(args):
         codewords, codes, _ = VectorQuantizer(part["codebook"])(z)
         distance = (z - codewords.detach()).norm(dim=1).masked_fill(~told, float("inf"))
         nearest_first = distance.argsort(stable=True)[: int(told.sum())]
-        typical[name] = [bank["user_id"].iloc[nearest_first[codes[nearest_first] == code][:3].tolist()].tolist() for code in range(num_codes)]
+        typical[name] = [
+            bank["user_id"].iloc[nearest_first[codes[nearest_first] == code][:3].tolist()].tolist()
+            for code in range(num_codes)
+        ]
         centred = z[told] - z[told].mean(0)
-        plane = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).numpy()  # [N', 2], or 1 for C = 1
-        if plane.shape[1] == 1:  # one direction only: spread the users over the height so that they do not hide each other
+        plane = (centred @ torch.linalg.svd(centred,
+                                            full_matrices=False).Vh[:2].T).numpy()  # [N', 2], or 1 for C = 1
+        if plane.shape[
+                1] == 1:  # one direction only: spread the users over the height so that they do not hide each other
             plane = np.column_stack([plane, rng.random(len(plane))])
         maps.append(draw_map(plane, bank[name].to_numpy()[told.numpy()], f"{name} by code", range(num_codes)))
         if f"true_{name}" in users:
@@ -256,24 +280,31 @@ def main(args):
     known = np.flatnonzero(stored["has_evidence"])
     chosen = np.sort(rng.choice(known, min(args.num_users, len(known)), replace=False))
     other = rng.choice(np.setdiff1d(known, chosen) if len(known) > len(chosen) else known, len(chosen))
-    nearest, control = ([nearest_words(deviation[of], embeddings, words, args.num_words) for deviation in deviations]
-                        for of in (chosen, other))
+    nearest, control = ([
+        nearest_words(deviation[of], embeddings, words, args.num_words) for deviation in deviations
+    ] for of in (chosen, other))
 
     pictures = [draw_usage(bank, names, sizes), draw_mask(names), *maps]
     body = [
         "<h1>User inherent profiles: what was inferred, and is it true?</h1>",
         headline(sidecars["feature_bank.parquet"], sidecars["profiles.pt"], sidecars["results.parquet"]),
         f"<p>{len(bank):,} users, {len(items):,} items, {len(train):,} train rows; LLM: {html.escape(str(stored['llm']))}.</p>",
-        "<h2>The codes</h2>", pictures[0], *maps,
+        "<h2>The codes</h2>",
+        pictures[0],
+        *maps,
         "<h2>What each code stands for</h2><p>What its users have more often than all others; z above 1.96 only.</p>",
         code_cards(bank, names, sizes, had, items, typical, args.num_words),
         "<h2>A few users</h2><p class='dim'>Nearest words of a soft prompt mean little alone; where the control reads as well, believe neither.</p>",
         user_pages(args, chosen, other, bank, names, train, items, nearest, control),
-        "<h2>Does it help click-through models?</h2>", markdown_tables(results_text),
-        "<h2>How a profile is kept apart</h2>", pictures[1],
+        "<h2>Does it help click-through models?</h2>",
+        markdown_tables(results_text),
+        "<h2>How a profile is kept apart</h2>",
+        pictures[1],
     ]
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>User inherent profiles</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n")
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>User inherent profiles</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )
     path = write_artifact(args, "report.html", page, names_of_inputs, seconds=time.time() - started)
     print(f"wrote {path}: {len(chosen)} users, {sum(sizes)} codes, {len(pictures)} pictures")
 

@@ -4,6 +4,7 @@ Shapes use one letter per meaning (README, "Letters"): B rows, N users, M items,
 D width of the LLM, K codes, C width of a codeword, F fields, E width of a field's embedding.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -19,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what every stage does first and what it says when a user errs
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def fail(message):
@@ -30,10 +31,19 @@ def fail(message):
     raise SystemExit(2)
 
 
+def stage_parser(doc):
+    """A parser whose --help is the stage's docstring; options cannot be abbreviated, unknown ones are refused."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--run-dir", default="runs/demo", help="folder of this run's artifacts")
+    return parser
+
+
 def options_text(options):
     """A preset as one would type it: {"lr": 0.1, "route": ["none"]} -> "--lr 0.1 --route none"."""
-    return " ".join(f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-                    for key, value in options.items())
+    return " ".join(
+        f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in options.items())
 
 
 def parse_with_presets(parser, argv, **presets):
@@ -56,9 +66,9 @@ def start_stage(args):
     print(f"{Path(sys.argv[0]).name} | {options}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # artifacts: written whole or not at all, each with a sidecar that says where it came from
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 MADE_BY = {
     "interactions.parquet": "01_prepare.py",
@@ -95,6 +105,7 @@ def _replace(path, content):
     """Write bytes under a temporary name, flush to disk, rename: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -169,19 +180,25 @@ def read_artifacts(args, *names):
     for name, sidecar in sidecars.items():
         again = f"run `python {MADE_BY[name]} --run-dir {run_dir}` again"
         if digest(name) != sidecar["sha256"]:
-            fail(f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): {again}")
+            fail(
+                f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): {again}"
+            )
         for other, told in sidecar["inputs"].items():
             if not (run_dir / other).exists() or digest(other) != told:
                 found = f"{digest(other)[:8]}" if (run_dir / other).exists() else "missing"
-                fail(f"two runs are mixed: {run_dir / name} was made from a {other} of digest {told[:8]}, but "
-                     f"{run_dir / other} is {found}: {again}")
-    readers = {".parquet": pd.read_parquet, ".pt": lambda path: torch.load(path, weights_only=True), ".md": Path.read_text}
+                fail(
+                    f"two runs are mixed: {run_dir / name} was made from a {other} of digest {told[:8]}, but "
+                    f"{run_dir / other} is {found}: {again}")
+    readers = {
+        ".parquet": pd.read_parquet, ".pt": lambda path: torch.load(path, weights_only=True),
+        ".md": Path.read_text
+    }
     return [readers[Path(name).suffix](run_dir / name) for name in names]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the frozen LLM and the Fig. 4 mask
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def load_llm(args, llm, device="cpu"):
@@ -196,17 +213,21 @@ def load_llm(args, llm, device="cpu"):
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import: only where a LLM is needed
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for what, loader, options in (("tokenizer", AutoTokenizer, {}), ("weights", AutoModelForCausalLM, {"dtype": dtype})):
+    for what, loader, options in (("tokenizer", AutoTokenizer, {}), ("weights", AutoModelForCausalLM,
+                                                                     {"dtype": dtype})):
         try:
             loaded = loader.from_pretrained(source, **options)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one and the same cause
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            fail(f"--llm {llm}: no {what} could be loaded ({reason}); give a folder that save_pretrained wrote "
-                 f"for both model and tokenizer, a hub name, or --llm tiny")
+            fail(
+                f"--llm {llm}: no {what} could be loaded ({reason}); give a folder that save_pretrained wrote "
+                f"for both model and tokenizer, a hub name, or --llm tiny")
         if what == "tokenizer":
             tokenizer = loaded
     if not tokenizer.is_fast or len(tokenizer) < 3:
-        fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; save a fast tokenizer there")
+        fail(
+            f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; save a fast tokenizer there"
+        )
     model = loaded.to(device).eval().requires_grad_(False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
@@ -228,14 +249,15 @@ def fig4_mask(segment, is_soft, sees):
     reader[(segment == num_profiles).nonzero().max()] = True  # the last task token
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     allowed = causal & ((query == key) | reader[:, None])  # [T, T]
-    owner = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]  # [T, P] profile of a place
-    hidden = is_soft & ~(sees.long() @ owner.T.long()).bool()  # [B, T] soft tokens this row may not read
+    owner = F.one_hot(segment.clamp(max=num_profiles),
+                      num_profiles + 1)[:, :num_profiles]  # [T, P] profile of a place
+    hidden = is_soft & (sees.float() @ owner.T.float() == 0)  # [B, T] soft tokens this row may not read
     return (allowed & ~(hidden[:, None, :] & reader[:, None]))[:, None]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # modules
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 class VectorQuantizer(nn.Module):
@@ -291,9 +313,9 @@ def mlp(input_dim, hidden, dropout):
     return nn.Sequential(*layers)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # metrics
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def logloss(labels, probabilities):
