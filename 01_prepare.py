@@ -1,11 +1,13 @@
 """Stage 1 of 5: turn raw interactions into one filtered, labelled, split table that all later stages use.
 
-Users and items with fewer than 4 interactions are dropped until none is left (paper, section 3.2), a rating above 3
-is a positive label, duplicates of (user, item) are kept once (the latest), and a random 8:1:1 split is drawn
-once, here. `planted` needs no data: it draws users with a true hobby and background, items that reflect them, and
-interactions caused by them, so that the later stages can say how much of the truth they found.
+Users and items with fewer than 4 interactions are dropped until none is left (paper, section 3.2), a rating
+above 3 is a positive label, duplicates of (user, item) are kept once (the latest), and a random 8:1:1 split
+is drawn once, here. `planted` needs no data: it draws users with a true hobby and background, items that
+reflect them, and interactions caused by them, so that the later stages can say how much of the truth they
+found.
 
-Reads   --raw DIR: ml-100k (u.data, u.item, u.user) or table (interactions.* and items.* as csv, csv.gz, parquet)
+Reads   --raw DIR: ml-100k (u.data, u.item, u.user) or table (interactions.* and items.* as csv, csv.gz,
+        parquet)
 Writes  interactions.parquet  user, item int64, rating float32, label int8, timestamp int64 (s), split, review
         items.parquet         item, item_id, title, category, brand, price (dollars)
         users.parquet         user, user_id, and what is known of the user, for checking only
@@ -39,8 +41,8 @@ def parse_args(argv=None):
     add("--threshold", type=float, default=3, help="a rating above this is a positive label")
     args = parser.parse_args(argv)
     if (args.raw is None) != (args.dataset == "planted"):
-        parser.error(f"--dataset {args.dataset} " +
-                     ("draws its own data: leave --raw out" if args.raw else "needs --raw DIR"))
+        advice = "draws its own data: leave --raw out" if args.raw else "needs --raw DIR"
+        parser.error(f"--dataset {args.dataset} {advice}")
     return args
 
 
@@ -49,18 +51,22 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------
 
 HOBBIES = {  # hobby -> its categories -> nouns of their titles; some nouns stand in several categories
-    "gaming": {"Board Games": "Board Dice Cards Puzzle Box Guide", "Video Games": "Console Quest Racer Controller Box Guide",
+    "gaming": {"Board Games": "Board Dice Cards Puzzle Box Guide",
+               "Video Games": "Console Quest Racer Controller Box Guide",
                "Miniatures": "Dragon Knight Paint Figure Case Brush"},
-    "cooking": {"Cookware": "Skillet Pot Pan Lid Set Stand", "Baking": "Mold Tray Whisk Flour Brush Book",
+    "cooking": {"Cookware": "Skillet Pot Pan Lid Set Stand",
+                "Baking": "Mold Tray Whisk Flour Brush Book",
                 "Knives": "Knife Blade Block Sharpener Set Case"},
-    "outdoors": {"Hiking": "Boots Pack Poles Map Bag Guide", "Cycling": "Pedal Helmet Saddle Pump Bag Light",
+    "outdoors": {"Hiking": "Boots Pack Poles Map Bag Guide",
+                 "Cycling": "Pedal Helmet Saddle Pump Bag Light",
                  "Climbing": "Rope Harness Chalk Hook Shoes Bag"},
-    "music": {"Guitars": "Guitar Strings Capo Strap Stand Case", "Vinyl": "Record Sleeve Needle Turntable Box Brush",
+    "music": {"Guitars": "Guitar Strings Capo Strap Stand Case",
+              "Vinyl": "Record Sleeve Needle Turntable Box Brush",
               "Keyboards": "Piano Synth Pedal Bench Stand Book"},
 }
 ADJECTIVES = (
-    "Classic Modern Compact Deluxe Original Portable Vintage Essential Grand Little Silent Bright Rustic Sturdy "
-    "Smooth Royal Simple Clever Golden Silver Urban Nordic Coastal Alpine").split()
+    "Classic Modern Compact Deluxe Original Portable Vintage Essential Grand Little Silent Bright Rustic "
+    "Sturdy Smooth Royal Simple Clever Golden Silver Urban Nordic Coastal Alpine").split()
 SUFFIXES = "Kit Pack Edition Series Pro Plus Mini Max One Two Home Studio Travel Junior Duo Trio".split()
 LEVELS = {  # background -> brands that lean to it; the levels' price centres in dollars
     "student": "Basik Frugo Plainly Thrifta Nofrills".split(),
@@ -69,12 +75,12 @@ LEVELS = {  # background -> brands that lean to it; the levels' price centres in
 }
 PRICE_CENTRES = np.array([14.0, 42.0, 130.0])
 HOBBY_SHARES, BACKGROUND_SHARES = np.array([0.28, 0.26, 0.24, 0.22]), np.array([0.38, 0.34, 0.28])
-HOBBY_PULL, BACKGROUND_PULL = 1.4, 1.6  # how strongly truth steers choice; keeps Bayes-optimal ARI within 0.5 and 0.9
-HOBBY_FIT, BACKGROUND_FIT = 0.85, 1.35  # how strongly truth moves the rating; the oracle gains at least .04 AUC
+HOBBY_PULL, BACKGROUND_PULL = 1.4, 1.6  # how strongly truth steers choice; keeps Bayes ARI within 0.5 and 0.9
+HOBBY_FIT, BACKGROUND_FIT = 0.85, 1.35  # how strongly truth moves ratings; the oracle gains at least .04 AUC
 
 
 def draw_items(rng, num_items=600):
-    """The catalogue: item frame [M] and what drives choice: hobby affinity [4, M], background affinity [3, M]."""
+    """The catalogue: item frame [M] and what drives choice: affinities of hobby [4, M], background [3, M]."""
     categories = [category for hobby in HOBBIES.values() for category in hobby]
     nouns = {category: words.split() for hobby in HOBBIES.values() for category, words in hobby.items()}
     category = rng.integers(len(categories), size=num_items)
@@ -82,10 +88,8 @@ def draw_items(rng, num_items=600):
     lean = np.where(rng.random(num_items) < 0.8, level, rng.integers(3, size=num_items))
     brands = np.array(list(LEVELS.values()))  # [3, 5]
     price = PRICE_CENTRES[level] * np.exp(0.45 * rng.standard_normal(num_items))
-    titles = [
-        f"{rng.choice(ADJECTIVES)} {rng.choice(nouns[categories[c]])} {rng.choice(SUFFIXES)}"
-        for c in category
-    ]
+    titles = [f"{rng.choice(ADJECTIVES)} {rng.choice(nouns[categories[c]])} {rng.choice(SUFFIXES)}"
+              for c in category]
     items = pd.DataFrame({
         "item_id": [f"P{index:04d}" for index in range(num_items)],
         "title": titles,
@@ -104,8 +108,8 @@ def draw_items(rng, num_items=600):
 def read_planted(args, num_users=2000):
     """Users with a true hobby and background, items, interactions and ratings that they cause.
 
-    The user u has the item i with probability 1 - exp(-activity_u p(i | hobby, background)), each item independently,
-    so that the likelihood of a whole history is exact and `bayes_ari` is a true ceiling.
+    The user u has the item i with probability 1 - exp(-activity_u p(i | hobby, background)), each item
+    independently, so that the likelihood of a whole history is exact and `bayes_ari` is a true ceiling.
     """
     rng = np.random.default_rng([args.seed, 1])
     items, hobby_affinity, background_affinity = draw_items(rng)
@@ -140,10 +144,11 @@ def read_planted(args, num_users=2000):
 
 
 def bayes_ari(world, interactions, items, users):
-    """Adjusted Rand index of the best possible classifier that sees the train rows' items: dict by profile name.
+    """Adjusted Rand index of the best possible classifier that sees the train rows' items: by profile name.
 
-    It knows the generator: log p(h, b | train items) = log prior + Σ_i log p(i in or not in train | h, b), where an
-    item is in train with probability share · (1 - exp(-activity p(i | h, b))); ratings are not used, as stage 2 does.
+    It knows the generator: log p(h, b | train items) = log prior + Σ_i log p(i in or not in train | h, b),
+    where an item is in train with probability share · (1 - exp(-activity p(i | h, b))); ratings are not used,
+    as stage 2 does.
     """
     train = interactions[interactions["split"] == "train"]
     share = len(train) / len(interactions)
@@ -163,7 +168,8 @@ def bayes_ari(world, interactions, items, users):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# readers: each gives interactions (user_id, item_id, rating, timestamp, maybe review), items, users, world or None
+# readers: each gives interactions (user_id, item_id, rating, timestamp, maybe review), items, users, and the
+# planted world or None
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,8 +184,8 @@ def read_frame(path, **options):
         fail(f"{path} is missing: --raw must be the folder that holds it")
     except pd.errors.EmptyDataError:
         fail(f"{path} is empty: download or export it again")
-    except (OSError, EOFError, ValueError,
-            zlib.error) as error:  # broken gzip, not parquet, not the encoding, not csv
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        # broken gzip, not parquet, not the encoding, not csv
         fail(f"{path} cannot be read ({error}): download or export it again")
     if frame.empty:
         fail(f"{path} has no rows: download or export it again")
@@ -187,13 +193,12 @@ def read_frame(path, **options):
 
 
 def to_number(frame, column, path, first_line):
-    """A column as numbers; the first that is none is named with its line. `first_line`: file line of row 0."""
+    """A column as numbers; the first that is none is named with its line. `first_line`: that of row 0."""
     number = pd.to_numeric(frame[column], errors="coerce")
     if number.isna().any() or np.isinf(number).any():
         row = int((number.isna() | np.isinf(number)).to_numpy().argmax())
-        fail(
-            f"{path}, line {row + first_line}: {column} {frame[column].iloc[row]!r} is not a number; mend or drop the line"
-        )
+        fail(f"{path}, line {row + first_line}: {column} {frame[column].iloc[row]!r} is not a number; "
+             f"mend or drop the line")
     return number
 
 
@@ -213,14 +218,13 @@ def read_ml_100k(args):
     genres = read_frame(genre, sep="|", header=None)[0].tolist()
     table = read_frame(item, sep="|", header=None, encoding="latin-1")
     if table.shape[1] != 5 + len(genres):
-        fail(
-            f"{item} has {table.shape[1]} columns, not 5 and {len(genres)} genres: is it MovieLens-100k's u.item?"
-        )
+        fail(f"{item} has {table.shape[1]} columns, not 5 and {len(genres)} genres: "
+             f"is it MovieLens-100k's u.item?")
     flags = table.iloc[:, 5:].to_numpy() == "1"
     items = pd.DataFrame({"item_id": table[0], "title": table[1],
                           "category": [", ".join(np.array(genres)[row]) or None for row in flags]})
-    users = read_frame(user, sep="|", header=None,
-                       names=["user_id", "age", "gender", "occupation", "zip_code"])
+    user_columns = ["user_id", "age", "gender", "occupation", "zip_code"]
+    users = read_frame(user, sep="|", header=None, names=user_columns)
     users["age"] = to_number(users, "age", user, first_line=1).astype("int64")
     return interactions, items, users, None
 
@@ -266,7 +270,7 @@ def keep_core(interactions, min_interactions):
 
 
 def tabulate(interactions, items, users):
-    """Replace published ids by indices in [0, N) and [0, M): interactions, items, users as the artifacts hold them."""
+    """Published ids become indices in [0, N) and [0, M): interactions, items, users as the artifacts hold."""
     user_ids, item_ids = sorted(interactions["user_id"].unique()), sorted(interactions["item_id"].unique())
     table = pd.DataFrame({
         "user": pd.Index(user_ids).get_indexer(interactions["user_id"]).astype("int64"),
@@ -309,13 +313,13 @@ def main(args):
     num_read = len(interactions)
     for frame in (interactions, items, users):
         for column in frame.columns.intersection(["user_id", "item_id"]):
-            if frame[column].isna().any():
-                fail(
-                    f"{int(frame[column].isna().sum())} rows have no {column} in {args.raw}: fill or drop them"
-                )
+            num_missing = int(frame[column].isna().sum())
+            if num_missing:
+                fail(f"{num_missing} rows have no {column} in {args.raw}: fill or drop them")
             frame[column] = frame[column].astype(str)
-    latest = interactions.sort_values("timestamp", kind="stable").drop_duplicates(["user_id", "item_id"],
-                                                                                  keep="last")
+
+    latest = interactions.sort_values("timestamp", kind="stable")
+    latest = latest.drop_duplicates(["user_id", "item_id"], keep="last")
     interactions = keep_core(interactions.loc[latest.index.sort_values()], args.min_interactions)
     if interactions.empty:
         fail(f"no user is left of {num_read:,} interactions after dropping users and items with fewer than "
@@ -326,25 +330,22 @@ def main(args):
 
     num_rows, num_users, num_items = len(interactions), len(users), len(items)
     positive = float(interactions["label"].mean())
-    facts = {
-        "dataset": args.dataset, "interactions": num_rows, "users": num_users, "items": num_items,
-        "sparsity_percent": round(100 * (1 - num_rows / (num_users * num_items)), 2),
-        "positive_share": positive, "base_rate_logloss": logloss(interactions["label"], positive),
-        "rows_read": num_read, "duplicates": num_read - len(latest), "untitled_items": num_untitled,
-    }
+    facts = {"dataset": args.dataset, "interactions": num_rows, "users": num_users, "items": num_items,
+             "sparsity_percent": round(100 * (1 - num_rows / (num_users * num_items)), 2),
+             "positive_share": positive, "base_rate_logloss": logloss(interactions["label"], positive),
+             "rows_read": num_read, "duplicates": num_read - len(latest), "untitled_items": num_untitled}
     if world:
         facts["bayes_ari"] = bayes_ari(world, interactions, items, users)
     print(f"read {num_read:,} interactions; {facts['duplicates']:,} duplicates of (user, item) dropped; "
           f"{num_untitled:,} items without a title keep their id as title")
-    print(
-        "| data | interactions | users | items | sparsity (%) | positive labels | logloss of predicting it |")
+    print("| data | interactions | users | items | sparsity (%) | positive labels | "
+          "logloss of predicting it |")
     print("|---|---|---|---|---|---|---|")
-    print(
-        f"| {args.dataset} | {num_rows:,} | {num_users:,} | {num_items:,} | {facts['sparsity_percent']:.2f} | "
-        f"{positive:.3f} | {facts['base_rate_logloss']:.4f} |")
+    print(f"| {args.dataset} | {num_rows:,} | {num_users:,} | {num_items:,} | "
+          f"{facts['sparsity_percent']:.2f} | {positive:.3f} | {facts['base_rate_logloss']:.4f} |")
     if world:
-        print("Bayes-optimal ARI from the train items: " +
-              "  ".join(f"{k} {v:.3f}" for k, v in facts["bayes_ari"].items()))
+        ceilings = "  ".join(f"{name} {value:.3f}" for name, value in facts["bayes_ari"].items())
+        print(f"Bayes-optimal ARI from the train items: {ceilings}")
 
     facts["seconds"] = time.time() - started
     for name, frame in (("users", users), ("items", items), ("interactions", interactions)):

@@ -1,16 +1,20 @@
 """Stage 4 of 5: train click-through models with and without the codes, and say whether the codes help.
 
-Every model reads user id and item id (features `none`), and two more sparse fields where asked: the `codes` of the
-feature bank (eq. 8), `random` codes (the same codes dealt to users at random: more parameters, no information), and on
-planted data the `truth` (the upper bound). Adam on binary cross-entropy (eq. 9), early stopping on valid logloss, the best
-epoch's weights restored, test scored once. A gain counts only against `random`. `--paper` = Adam's defaults.
+Every model reads user id and item id (features `none`), and two more sparse fields where asked: the `codes`
+of the feature bank (eq. 8), `random` codes (the same codes dealt to users at random: more parameters, no
+information), and on planted data the `truth` (the upper bound). Adam on binary cross-entropy (eq. 9), early
+stopping on valid logloss, the best epoch's weights restored, test scored once. A gain counts only against
+`random`. `--paper` = Adam's defaults.
 
 Reads   interactions.parquet, feature_bank.parquet, users.parquet (truth, planted data only)
-Writes  results.parquet: one row per (model, features, split seed, seed): auc, logloss, valid figures, best epoch, options
-        results.md: the tables below; the seconds of each run stand in the sidecar, so that the same seed gives the same bits
+Writes  results.parquet: one row per (model, features, split seed, seed): auc, logloss, valid figures, best
+        epoch, options
+        results.md: the tables below; the seconds of each run stand in the sidecar, so that the same seed
+        gives the same bits
 
 Example: python 04_train_ctr.py        (2 minutes on two cores)
-  wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0300 ± 0.0020, 80% of what the truth gains
+  wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0300 ± 0.0020, 80% of what the truth
+  gains
 """
 
 import itertools
@@ -25,7 +29,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
-from common import DCN, fail, logloss, mlp, options_text, parse_with_presets, read_artifacts, read_sidecar, stage_parser, start_stage, write_artifact
+from common import (DCN, fail, logloss, mlp, options_text, parse_with_presets, read_artifacts, read_sidecar,
+                    stage_parser, start_stage, write_artifact)
 
 PAPER = {"lr": 0.001, "weight_decay": 0.0}
 FEATURES = ("none", "codes", "random", "truth")
@@ -38,8 +43,7 @@ def parse_args(argv=None):
     add("--seeds", type=int, default=5, help="how many seeds of initialisation, batches and random codes")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="click-through models")
-    add("--features", nargs="+", choices=FEATURES, default=None,
-        help="what they read beside user and item id (default: all that the data allow)")
+    add("--features", nargs="+", choices=FEATURES, default=None, help="read beside the ids (default: all)")
     add("--field-dim", type=int, default=8, help="width of a field's embedding, E")
     add("--layers", type=int, default=3, help="cross layers of DCN and DCNv2")
     add("--hidden", type=int, nargs="+", default=[16, 16], help="widths of the MLP")
@@ -61,7 +65,7 @@ def parse_args(argv=None):
 
 
 def codes_of(features, bank, users, names, sizes, seed):
-    """The code fields of all users for a feature set: int64 [N, P] (P = 0 for none), their sizes with the unknown code."""
+    """The code fields of all users for a feature set: int64 [N, P] (P = 0 for none), sizes with unknown."""
     if features == "none":
         return np.empty((len(bank), 0), dtype=np.int64), []
     if features == "truth":
@@ -69,8 +73,8 @@ def codes_of(features, bank, users, names, sizes, seed):
         return np.stack(columns, 1).astype(np.int64), [int(column.max()) + 1 for column in columns]
     codes = bank[names].to_numpy(dtype=np.int64)
     if features == "random":  # the same codes, dealt anew: sizes and usage stay, meaning goes
-        codes = np.stack(
-            [np.random.default_rng([seed, k]).permutation(codes[:, k]) for k in range(len(names))], 1)
+        deal = lambda k: np.random.default_rng([seed, k]).permutation(codes[:, k])
+        codes = np.stack([deal(k) for k in range(len(names))], 1)
     return codes, [size + 1 for size in sizes]
 
 
@@ -85,7 +89,7 @@ class FieldEmbedding(nn.Module):
     def __init__(self, sizes, dim):
         super().__init__()
         self.table = nn.Embedding(sum(sizes), dim)
-        nn.init.normal_(self.table.weight, std=0.3)  # products of much smaller embeddings start on a saddle
+        nn.init.normal_(self.table.weight, std=0.5)  # products of much smaller embeddings start on a saddle
         self.register_buffer("offsets", torch.tensor([0, *itertools.accumulate(sizes)][:-1]))
 
     def forward(self, ids):
@@ -192,13 +196,13 @@ def predict(model, ids, batch_size=65536):
 
 
 def train_one(args, name, sizes, ids, labels, seed):
-    """Train one model; ids and labels: dicts by split. Returns its figures on valid (best epoch) and, once, on test."""
+    """Train one model; ids and labels: dicts by split. Figures on valid (best epoch) and, once, on test."""
     torch.manual_seed(seed)
     device = ids["train"].device
     model = MODELS[name](sizes, args.field_dim, args.layers, args.hidden, args.dropout).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    batches = torch.Generator().manual_seed(
-        seed)  # of its own: every feature set sees the same rows in the same order
+    # a generator of its own: every feature set sees the same rows in the same order
+    batches = torch.Generator().manual_seed(seed)
     train_label = torch.from_numpy(labels["train"]).float().to(device)
     best = {"valid_logloss": float("inf")}
     for epoch in range(1, args.epochs + 1):
@@ -211,19 +215,15 @@ def train_one(args, name, sizes, ids, labels, seed):
         probability = predict(model, ids["valid"])
         valid = logloss(labels["valid"], probability)
         if valid < best["valid_logloss"]:
-            best = {
-                "valid_logloss": valid, "valid_auc": roc_auc_score(labels["valid"], probability),
-                "best_epoch": epoch
-            }
+            best = {"valid_logloss": valid, "valid_auc": roc_auc_score(labels["valid"], probability),
+                    "best_epoch": epoch}
             weights = {key: value.clone() for key, value in model.state_dict().items()}
         if epoch - best["best_epoch"] >= args.patience:
             break
     model.load_state_dict(weights)
     probability = predict(model, ids["test"])
-    return {
-        "auc": roc_auc_score(labels["test"], probability), "logloss": logloss(labels["test"], probability),
-        **best
-    }
+    auc = roc_auc_score(labels["test"], probability)
+    return {"auc": auc, "logloss": logloss(labels["test"], probability), **best}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -252,34 +252,31 @@ def paired_interval(differences):
 
 def summarize(results):
     """Markdown tables of means, and paired differences over the seeds: text, the codes' gains by model"""
-    spread = lambda values: f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" if len(
-        values) > 1 else f"{values.mean():.4f}"
+    deviation = lambda values: f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+    spread = lambda values: f"{values.mean():.4f}{deviation(values)}"
     by = {key: frame.sort_values("seed") for key, frame in results.groupby(["model", "features"], sort=False)}
-    lines = [
-        "| model | features | AUC | logloss | RelaImpr AUC (%) | RelaImpr logloss (%) |",
-        "|---|---|---|---|---|---|"
-    ]
+    lines = ["| model | features | AUC | logloss | RelaImpr AUC (%) | RelaImpr logloss (%) |",
+             "|---|---|---|---|---|---|"]
     for (model, features), frame in by.items():
         improvements = "| | |"
         if (reference := by.get((model, "none"))) is not None and features != "none":
-            improvements = (
-                f"| {rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f} "
-                f"| {rela_impr_logloss(frame['logloss'].mean(), reference['logloss'].mean()):+.2f} |")
-        lines.append(
-            f"| {model} | {features} | {spread(frame['auc'])} | {spread(frame['logloss'])} {improvements}")
-    lines += [
-        "",
-        "Paired differences over the seeds, mean ± half of the 95% interval (the split is one and the same):",
-        "", "| model | difference | AUC | logloss | share of the truth's AUC gain |", "|---|---|---|---|---|"
-    ]
+            auc = rela_impr_auc(frame["auc"].mean(), reference["auc"].mean())
+            loss = rela_impr_logloss(frame["logloss"].mean(), reference["logloss"].mean())
+            improvements = f"| {auc:+.2f} | {loss:+.2f} |"
+        lines.append(f"| {model} | {features} | {spread(frame['auc'])} | {spread(frame['logloss'])} "
+                     f"{improvements}")
+
+    caption = "Paired differences over the seeds, mean ± half of the 95% interval"
+    lines += ["", f"{caption} (the split is one and the same):", "",
+              "| model | difference | AUC | logloss | share of the truth's AUC gain |",
+              "|---|---|---|---|---|"]
     gains = {}
     for model in results["model"].unique():
         for first, second in (("codes", "none"), ("codes", "random"), ("truth", "random")):
             if (model, first) not in by or (model, second) not in by:
                 continue
-            auc = paired_interval(by[model, first]["auc"].to_numpy() - by[model, second]["auc"].to_numpy())
-            loss = paired_interval(by[model, first]["logloss"].to_numpy() -
-                                   by[model, second]["logloss"].to_numpy())
+            difference = lambda key: by[model, first][key].to_numpy() - by[model, second][key].to_numpy()
+            auc, loss = paired_interval(difference("auc")), paired_interval(difference("logloss"))
             share = ""
             if (first, second) == ("codes", "random"):
                 gains[model] = {"auc_gain": auc[0], "auc_half_interval": auc[1]}
@@ -287,17 +284,16 @@ def summarize(results):
                     oracle = by[model, "truth"]["auc"].mean() - by[model, "random"]["auc"].mean()
                     gains[model] |= {"oracle_auc_gain": oracle, "share_of_oracle": auc[0] / oracle}
                     share = f"{auc[0] / oracle:.0%}"
-            lines.append(
-                f"| {model} | {first} - {second} | {auc[0]:+.4f} ± {auc[1]:.4f} | {loss[0]:+.4f} ± {loss[1]:.4f} | {share} |"
-            )
+            lines.append(f"| {model} | {first} - {second} | {auc[0]:+.4f} ± {auc[1]:.4f} | "
+                         f"{loss[0]:+.4f} ± {loss[1]:.4f} | {share} |")
     return "\n".join(lines), gains
 
 
 def main(args):
     start_stage(args)
     started = time.time()
-    interactions, bank, users = read_artifacts(args, "interactions.parquet", "feature_bank.parquet",
-                                               "users.parquet")
+    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
+    interactions, bank, users = read_artifacts(args, *inputs)
     made = read_sidecar(args, "feature_bank.parquet")
     names, code_sizes = made["names"], made["codes"]
     has_truth = all(f"true_{name}" in users for name in names)
@@ -309,53 +305,46 @@ def main(args):
     labels = {name: frame["label"].to_numpy(copy=True) for name, frame in split.items()}
     for name, values in labels.items():
         if len(np.unique(values)) < 2:
-            fail(
-                f"the {name} rows of interactions.parquet have one label only, so AUC is undefined: choose another --threshold in stage 1"
-            )
+            fail(f"the {name} rows of interactions.parquet have one label only, so AUC is undefined: "
+                 f"choose another --threshold in stage 1")
     split_seed = read_sidecar(args, "interactions.parquet")["seed"]
-    options = json.dumps({key: value
-                          for key, value in vars(args).items()
-                          if key != "run_dir"}, sort_keys=True)
+    told = {key: value for key, value in vars(args).items() if key != "run_dir"}
+    options = json.dumps(told, sort_keys=True)
 
     rate = float(labels["train"].mean())
     rows = [{"model": "base rate", "features": "none", "split_seed": split_seed, "seed": 0, "auc": 0.5,
              "logloss": logloss(labels["test"], rate), "rows": len(labels["train"])}]
     seconds = [0.0]
-    for model, feature, seed in itertools.product(args.models, features,
-                                                  range(args.seed, args.seed + args.seeds)):
+    seeds = range(args.seed, args.seed + args.seeds)
+    for model, feature, seed in itertools.product(args.models, features, seeds):
         codes, sizes = codes_of(feature, bank, users, names, code_sizes, seed)
         sizes = [len(users), int(interactions["item"].max()) + 1, *sizes]
-        ids = {
-            name: torch.from_numpy(np.column_stack([frame["user"], frame["item"],
-                                                    codes[frame["user"]]])).to(device)
-            for name, frame in split.items()
-        }
+        fields = lambda frame: np.column_stack([frame["user"], frame["item"], codes[frame["user"]]])
+        ids = {name: torch.from_numpy(fields(frame)).to(device) for name, frame in split.items()}
         run_started = time.time()
         figures = train_one(args, model, sizes, ids, labels, seed)
         seconds.append(time.time() - run_started)
-        rows.append({
-            "model": model, "features": feature, "split_seed": split_seed, "seed": seed,
-            "rows": len(labels["train"]), **figures, "options": options
-        })
+        rows.append({"model": model, "features": feature, "split_seed": split_seed, "seed": seed,
+                     "rows": len(labels["train"]), **figures, "options": options})
         speed = figures["best_epoch"] * len(labels["train"]) / seconds[-1]
-        print(
-            f"{model:5} {feature:6} seed {seed} | epoch {figures['best_epoch']:02d}/{args.epochs} | valid auc {figures['valid_auc']:.4f} "
-            f"logloss {figures['valid_logloss']:.4f} | test auc {figures['auc']:.4f} logloss {figures['logloss']:.4f} | "
-            f"{seconds[-1]:.1f}s, {speed:,.0f} rows/s")
+        print(f"{model:5} {feature:6} seed {seed} | epoch {figures['best_epoch']:02d}/{args.epochs} | "
+              f"valid auc {figures['valid_auc']:.4f} logloss {figures['valid_logloss']:.4f} | "
+              f"test auc {figures['auc']:.4f} logloss {figures['logloss']:.4f} | "
+              f"{seconds[-1]:.1f}s, {speed:,.0f} rows/s")
+
     results = pd.DataFrame(rows)
     text, gains = summarize(results)
     print(text)
-    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
     facts = {"gains": gains, "seconds": time.time() - started, "seconds_per_row": seconds}
-    write_artifact(args, "results.md", f"# Click-through rate, {len(labels['test']):,} test rows\n\n{text}\n",
-                   inputs, **facts)
+    markdown = f"# Click-through rate, {len(labels['test']):,} test rows\n\n{text}\n"
+    write_artifact(args, "results.md", markdown, inputs, **facts)
     path = write_artifact(args, "results.parquet", results, inputs, **facts)
-    final = [
-        f"{model}: codes - random AUC {gain['auc_gain']:+.4f} ± {gain['auc_half_interval']:.4f}" +
-        (f", {gain['share_of_oracle']:.0%} of what the truth gains" if "share_of_oracle" in gain else "")
-        for model, gain in gains.items()
-    ][:1]
-    print(" | ".join([f"wrote {path}: {len(results)} rows", *final]))
+    final = f"wrote {path}: {len(results)} rows"
+    for model, gain in list(gains.items())[:1]:
+        final += f" | {model}: codes - random AUC {gain['auc_gain']:+.4f} ± {gain['auc_half_interval']:.4f}"
+        if "share_of_oracle" in gain:
+            final += f", {gain['share_of_oracle']:.0%} of what the truth gains"
+    print(final)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Stage 5 of 5: say in one page what was inferred, how far it can be believed, and whether it helped.
 
-For a few users: the items they had, their codes, and the nearest vocabulary words of their centred profiles (table 5 of
-the paper) beside those of another user drawn at random, for nearest words mean little alone. For each code: its size and
-the categories and words that its users have more often than the others (log-odds with a Dirichlet prior; Monroe et
-al., 2008). Only train rows are told as evidence.
+For a few users: the items they had, their codes, and the nearest vocabulary words of their centred profiles
+(table 5 of the paper) beside those of another user drawn at random, for nearest words mean little alone. For
+each code: its size and the categories and words that its users have more often than the others (log-odds with
+a Dirichlet prior; Monroe et al., 2008). Only train rows are told as evidence.
 
 Reads   all artifacts of the run, and the LLM's embeddings
 Writes  report.html: one file with its pictures inside, opens without a network
@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
-from common import VectorQuantizer, fig4_mask, load_llm, read_artifacts, read_sidecar, stage_parser, start_stage, usage_of, write_artifact
+from common import (VectorQuantizer, fig4_mask, load_llm, read_artifacts, read_sidecar, stage_parser,
+                    start_stage, usage_of, write_artifact)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -47,7 +48,7 @@ def parse_args(argv=None):
 
 
 def vocabulary_words(tokenizer):
-    """Tokens that begin a word and hold letters only: ids [W], texts [W]. "Ġ" (GPT-2) and "▁" (Llama) stand for the space."""
+    """Tokens that begin a word and hold letters only: ids, texts [W]. "Ġ" (GPT-2), "▁" (Llama): the space."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     words = [(index, token[1:]) for index, token in enumerate(tokens)
              if token and token[0] in "Ġ▁" and len(token) > 3 and token[1:].isascii() and token[1:].isalpha()]
@@ -58,15 +59,15 @@ def nearest_words(deviation, embeddings, words, num_words):
     """deviation θ_u - mean θ [B, D], embeddings [W, D] -> for each row the words of the largest cosine"""
     centred = torch.nn.functional.normalize(embeddings - embeddings.mean(0), dim=1)
     cosine = torch.nn.functional.normalize(deviation, dim=1) @ centred.T  # [B, W]
-    return [[words[index]
-             for index in row]
-            for row in cosine.topk(min(num_words, len(words)), dim=1).indices.tolist()]
+    nearest = cosine.topk(min(num_words, len(words)), dim=1).indices.tolist()
+    return [[words[index] for index in row] for row in nearest]
 
 
 def overrepresented(counts, names, num_words, threshold=1.96):
-    """counts [K, W]: what each code's users have -> for each code the names whose share is surely higher than elsewhere.
+    """counts [K, W]: what each code's users have -> per code the names whose share is surely above elsewhere.
 
-    z of the log-odds ratio against all other codes, with the whole corpus as Dirichlet prior of a tenth of its weight.
+    z of the log-odds ratio against all other codes, with the whole corpus as Dirichlet prior of a tenth of
+    its weight.
     """
     prior = 0.1 * counts.sum(0) + 0.01
     result = []
@@ -80,16 +81,19 @@ def overrepresented(counts, names, num_words, threshold=1.96):
     return result
 
 
-def item_words(items):
-    """What items' texts say: counts of categories [M, C], their names, counts of title words [M, W], their names"""
-    category = pd.get_dummies(items["category"])
+def item_features(items):
+    """What items are, as counts: list of (title, counts [M, W], names [W]), without what the data lack."""
+    features = []
+    for title, column in (("categories", "category"), ("brands", "brand")):
+        one_hot = pd.get_dummies(items[column])
+        features.append((title, one_hot.to_numpy(float), list(one_hot.columns)))
     vectorizer = CountVectorizer(token_pattern=r"[^\W\d_]{3,}", min_df=2, stop_words="english")
     try:
-        words = vectorizer.fit_transform(items["title"])
-        names = vectorizer.get_feature_names_out()
+        counts = vectorizer.fit_transform(items["title"])
+        features.append(("title words", counts, vectorizer.get_feature_names_out()))
     except ValueError:  # no title word stands in two titles
-        words, names = np.zeros((len(items), 0)), []
-    return category.to_numpy(float), list(category.columns), words, names
+        pass
+    return [feature for feature in features if len(feature[2])]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -101,7 +105,8 @@ def picture(figure, description):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
 
 
 def draw_usage(bank, names, sizes):
@@ -128,23 +133,21 @@ def draw_map(plane, colour, title, labels):
 def draw_mask(names):
     """Fig. 4: who attends to whom, for names and task text of three tokens and evidence of four."""
     num_profiles = len(names)
-    segment = torch.tensor([k for k in range(num_profiles)
-                            for _ in range(3)] + 3 * [num_profiles] + 4 * [num_profiles + 1])
+    blocks = [k for k in range(num_profiles) for _ in range(3)]
+    segment = torch.tensor(blocks + 3 * [num_profiles] + 4 * [num_profiles + 1])
     is_soft = torch.zeros(len(segment), dtype=torch.bool)
     is_soft[[3 * k + 2 for k in range(num_profiles)]] = True
     mask = fig4_mask(segment, is_soft, torch.ones(1, num_profiles, dtype=torch.bool))[0, 0]
-    labels = [text for name in names
-              for text in (name, "…", f"θ {name}")] + ["task", "…", "text"] + [f"h{t}" for t in range(1, 5)]
+    labels = [text for name in names for text in (name, "…", f"θ {name}")]
+    labels += ["task", "…", "text"] + [f"h{t}" for t in range(1, 5)]
     figure, axis = plt.subplots(figsize=(4.2, 4.2))
     axis.imshow(mask.numpy(), cmap="Blues", vmax=1.6)
     axis.set(xticks=range(len(labels)), yticks=range(len(labels)), ylabel="reads", xlabel="is read",
              title="attention mask (Fig. 4)")
     axis.set_xticklabels(labels, rotation=90, fontsize=7)
     axis.set_yticklabels(labels, fontsize=7)
-    return picture(
-        figure,
-        "Attention mask: name and soft tokens of one profile see only each other; evidence sees all before it"
-    )
+    return picture(figure, "Attention mask: name and soft tokens of one profile see only each other; "
+                           "evidence sees all before it")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -153,15 +156,16 @@ def draw_mask(names):
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}"
+    "table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}"
     "img{max-width:100%}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}.dim{color:#777}")
 
 
 def table(header, rows):
     """HTML table; every cell is escaped."""
     cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
-    return (f"<table><tr>{cells('th', header)}</tr>" +
-            "".join(f"<tr>{cells('td', row)}</tr>" for row in rows) + "</table>")
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><tr>{cells('th', header)}</tr>{body}</table>"
 
 
 def markdown_tables(text):
@@ -182,14 +186,15 @@ def markdown_tables(text):
 def headline(quantized, inferred, results):
     """What was inferred, how much of the truth was found, whether it helped: rows of (question, answer)."""
     nll = inferred["heldout_nll"]
-    rows = [
-        ("Do profiles know their users?", "held-out NLL per token: " +
-         ", ".join(f"{key} {nll[key]:.4f}" for key in ("none", "shared", "shuffled", "own")) +
-         f"; own - shared {nll['own_minus_shared'][0]:+.4f} ± {nll['own_minus_shared'][1]:.4f}," +
-         f" own - shuffled {nll['own_minus_shuffled'][0]:+.4f} ± {nll['own_minus_shuffled'][1]:.4f} (95%)")
-    ]
+    answer = "held-out NLL per token: "
+    answer += ", ".join(f"{key} {nll[key]:.4f}" for key in ("none", "shared", "shuffled", "own"))
+    shared, shuffled = nll["own_minus_shared"], nll["own_minus_shuffled"]
+    answer += f"; own - shared {shared[0]:+.4f} ± {shared[1]:.4f}"
+    answer += f", own - shuffled {shuffled[0]:+.4f} ± {shuffled[1]:.4f} (95%)"
+    rows = [("Do profiles know their users?", answer)]
     for name, num_codes in zip(quantized["names"], quantized["codes"]):
-        answer = f"perplexity {quantized[f'{name}_perplexity']:.2f} of {num_codes}, smallest share {quantized[f'{name}_smallest_share']:.3f}"
+        answer = (f"perplexity {quantized[f'{name}_perplexity']:.2f} of {num_codes}, "
+                  f"smallest share {quantized[f'{name}_smallest_share']:.3f}")
         if f"{name}_share_of_bayes" in quantized:
             answer += (f"; ARI with the truth {quantized[f'{name}_vs_true_{name}']:.3f}, "
                        f"{quantized[f'{name}_share_of_bayes']:.0%} of the Bayes-optimal")
@@ -197,27 +202,29 @@ def headline(quantized, inferred, results):
     for model, gain in results["gains"].items():
         answer = f"AUC of codes - random {gain['auc_gain']:+.4f} ± {gain['auc_half_interval']:.4f}"
         if "share_of_oracle" in gain:
-            answer += f", {gain['share_of_oracle']:.0%} of what the truth itself gains ({gain['oracle_auc_gain']:+.4f})"
+            answer += (f", {gain['share_of_oracle']:.0%} of what the truth itself gains "
+                       f"({gain['oracle_auc_gain']:+.4f})")
         rows.append((f"Do they help {model}?", answer))
     return table(("question", "answer"), rows)
 
 
 def code_cards(bank, names, sizes, had, items, typical, num_words):
-    """One row per code: had [N, M] sparse counts of train items; typical: for each name and code, user ids"""
-    category, category_names, words, word_names = item_words(items)
-    parts = []
+    """One row per code: had [N, M] (1 = a train row), typical: for each name and code, user ids -> HTML"""
+    features, parts = item_features(items), []
+    price = items["price"].to_numpy(float)
+    show = lambda pairs: ", ".join(f"{word} ({z:.0f})" for word, z in pairs) or "none above chance"
     for name, num_codes in zip(names, sizes):
         member = np.stack([bank[name] == code for code in range(num_codes)]).astype(float)  # [K, N]
         counts = member @ had  # [K, M]
-        categories = overrepresented(counts @ category, category_names,
-                                     num_words) if category_names else [[]] * num_codes
-        tops = overrepresented(np.asarray(counts @ words), word_names,
-                               num_words) if len(word_names) else [[]] * num_codes
-        show = lambda pairs: ", ".join(f"{word} ({z:.0f})" for word, z in pairs) or "none above chance"
-        rows = [(code, f"{int(member[code].sum()):,}", show(categories[code]), show(tops[code]),
-                 ", ".join(typical[name][code])) for code in range(num_codes)]
-        parts.append(f"<h3>{html.escape(name)}</h3>" +
-                     table(("code", "users", "categories (z)", "title words (z)", "typical users"), rows))
+        columns = {"code": range(num_codes), "users": [f"{int(size):,}" for size in member.sum(1)]}
+        for title, of_item, texts in features:
+            more = overrepresented(np.asarray(counts @ of_item), texts, num_words)
+            columns[f"{title} (z)"] = map(show, more)
+        if np.isfinite(price).any():
+            paid = [np.repeat(price, row.astype(int)) for row in counts]
+            columns["median price"] = [f"${np.nanmedian(row):.0f}" if np.isfinite(row).any() else "" for row in paid]
+        columns["typical users"] = map(", ".join, typical[name])
+        parts.append(f"<h3>{html.escape(name)}</h3>" + table(columns, zip(*columns.values())))
     return "".join(parts)
 
 
@@ -230,10 +237,10 @@ def user_pages(args, chosen, other, bank, names, train, items, nearest, nearest_
                  ", ".join(nearest[k][place] or []), ", ".join(nearest_control[k][place] or []))
                 for k, name in enumerate(names)]
         shown = "; ".join(titles[-12:]) + (f" … and {len(titles) - 12} earlier" if len(titles) > 12 else "")
-        parts.append(
-            f"<h3>User {html.escape(str(bank['user_id'].iat[user]))}</h3><p>Had (train rows): {html.escape(shown)}</p>"
-            + table(("profile", "code", "nearest words",
-                     f"control: those of user {bank['user_id'].iat[other[place]]}"), rows))
+        control = f"control: those of user {bank['user_id'].iat[other[place]]}"
+        parts.append(f"<h3>User {html.escape(str(bank['user_id'].iat[user]))}</h3>"
+                     f"<p>Had (train rows): {html.escape(shown)}</p>"
+                     + table(("profile", "code", "nearest words", control), rows))
     return "".join(parts)
 
 
@@ -242,8 +249,8 @@ def main(args):
     started = time.time()
     names_of_inputs = ["interactions.parquet", "items.parquet", "users.parquet", "profiles.pt", "codebook.pt",
                        "feature_bank.parquet", "results.parquet", "results.md"]
-    interactions, items, users, stored, codebook, bank, _, results_text = read_artifacts(
-        args, *names_of_inputs)
+    artifacts = read_artifacts(args, *names_of_inputs)
+    interactions, items, users, stored, codebook, bank, _, results_text = artifacts
     sidecars = {name: read_sidecar(args, name) for name in names_of_inputs}
     names, sizes = stored["names"], sidecars["feature_bank.parquet"]["codes"]
     train = interactions[interactions["split"] == "train"]
@@ -257,16 +264,14 @@ def main(args):
         z = (stored["profiles"][:, k] - part["mean"]) @ part["transform"]  # [N, C]
         codewords, codes, _ = VectorQuantizer(part["codebook"])(z)
         distance = (z - codewords.detach()).norm(dim=1).masked_fill(~told, float("inf"))
-        nearest_first = distance.argsort(stable=True)[: int(told.sum())]
-        typical[name] = [
-            bank["user_id"].iloc[nearest_first[codes[nearest_first] == code][:3].tolist()].tolist()
-            for code in range(num_codes)
-        ]
+        nearest_first = distance.argsort(stable=True)[:int(told.sum())]
+        closest = lambda code: nearest_first[codes[nearest_first] == code][:3].tolist()
+        typical[name] = [bank["user_id"].iloc[closest(code)].tolist() for code in range(num_codes)]
+
         centred = z[told] - z[told].mean(0)
-        plane = (centred @ torch.linalg.svd(centred,
-                                            full_matrices=False).Vh[:2].T).numpy()  # [N', 2], or 1 for C = 1
-        if plane.shape[
-                1] == 1:  # one direction only: spread the users over the height so that they do not hide each other
+        directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+        plane = (centred @ directions.T).numpy()  # [N', 2], or 1 for C = 1
+        if plane.shape[1] == 1:  # one direction: spread over the height, so that users do not hide each other
             plane = np.column_stack([plane, rng.random(len(plane))])
         maps.append(draw_map(plane, bank[name].to_numpy()[told.numpy()], f"{name} by code", range(num_codes)))
         if f"true_{name}" in users:
@@ -280,31 +285,35 @@ def main(args):
     known = np.flatnonzero(stored["has_evidence"])
     chosen = np.sort(rng.choice(known, min(args.num_users, len(known)), replace=False))
     other = rng.choice(np.setdiff1d(known, chosen) if len(known) > len(chosen) else known, len(chosen))
-    nearest, control = ([
-        nearest_words(deviation[of], embeddings, words, args.num_words) for deviation in deviations
-    ] for of in (chosen, other))
+    words_of = lambda group: [nearest_words(deviation[group], embeddings, words, args.num_words)
+                              for deviation in deviations]
+    nearest, control = words_of(chosen), words_of(other)
 
     pictures = [draw_usage(bank, names, sizes), draw_mask(names), *maps]
+    size = f"{len(bank):,} users, {len(items):,} items, {len(train):,} train rows"
+    caveat = ("Nearest words of a soft prompt mean little alone; where the control reads as well, "
+              "believe neither.")
     body = [
         "<h1>User inherent profiles: what was inferred, and is it true?</h1>",
         headline(sidecars["feature_bank.parquet"], sidecars["profiles.pt"], sidecars["results.parquet"]),
-        f"<p>{len(bank):,} users, {len(items):,} items, {len(train):,} train rows; LLM: {html.escape(str(stored['llm']))}.</p>",
+        f"<p>{size}; LLM: {html.escape(str(stored['llm']))}.</p>",
         "<h2>The codes</h2>",
         pictures[0],
         *maps,
-        "<h2>What each code stands for</h2><p>What its users have more often than all others; z above 1.96 only.</p>",
+        "<h2>What each code stands for</h2>",
+        "<p>What its users have more often than all others; z above 1.96 only.</p>",
         code_cards(bank, names, sizes, had, items, typical, args.num_words),
-        "<h2>A few users</h2><p class='dim'>Nearest words of a soft prompt mean little alone; where the control reads as well, believe neither.</p>",
+        f"<h2>A few users</h2><p class='dim'>{caveat}</p>",
         user_pages(args, chosen, other, bank, names, train, items, nearest, control),
         "<h2>Does it help click-through models?</h2>",
         markdown_tables(results_text),
         "<h2>How a profile is kept apart</h2>",
         pictures[1],
     ]
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>User inherent profiles</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
+    page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>User inherent profiles</title><style>{STYLE}</style></head>"
+            f"<body>{''.join(body)}</body></html>\n")
     path = write_artifact(args, "report.html", page, names_of_inputs, seconds=time.time() - started)
     print(f"wrote {path}: {len(chosen)} users, {sum(sizes)} codes, {len(pictures)} pictures")
 

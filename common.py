@@ -1,4 +1,4 @@
-"""What at least two stages share: artifacts with sidecars, the prompt's mask, the LLM, the VQ layer, DCN, metrics.
+"""What at least two stages share: artifacts with sidecars, the prompt's mask, LLM, VQ layer, DCN, metrics.
 
 Shapes use one letter per meaning (README, "Letters"): B rows, N users, M items, P profile names, T tokens,
 D width of the LLM, K codes, C width of a codeword, F fields, E width of a field's embedding.
@@ -26,13 +26,13 @@ from torch.nn import functional as F
 
 
 def fail(message):
-    """Say what, where and what to do in one line, and leave with exit code 2: no traceback for a user's mistake."""
+    """Say what, where and what to do in one line; exit code 2: no traceback for a user's mistake."""
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def stage_parser(doc):
-    """A parser whose --help is the stage's docstring; options cannot be abbreviated, unknown ones are refused."""
+    """A parser whose --help is the stage's docstring; unknown and abbreviated options are refused."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--run-dir", default="runs/demo", help="folder of this run's artifacts")
@@ -41,13 +41,12 @@ def stage_parser(doc):
 
 def options_text(options):
     """A preset as one would type it: {"lr": 0.1, "route": ["none"]} -> "--lr 0.1 --route none"."""
-    return " ".join(
-        f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in options.items())
+    text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else value
+    return " ".join(f"--{key.replace('_', '-')} {text(value)}" for key, value in options.items())
 
 
 def parse_with_presets(parser, argv, **presets):
-    """Parse; a preset that is asked for (--paper) sets its options first, so that what is typed still overrides it."""
+    """Parse; a preset asked for (--paper) sets its options first, so that what is typed overrides it."""
     chosen = parser.parse_args(argv)
     for name, options in presets.items():
         if getattr(chosen, name):
@@ -57,7 +56,7 @@ def parse_with_presets(parser, argv, **presets):
 
 
 def start_stage(args):
-    """Seed every generator and say what runs. torch stays deterministic: the same seed gives the same bits."""
+    """Seed every generator and say what runs. torch stays deterministic: same seed, same bits."""
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -117,7 +116,7 @@ def _replace(path, content):
 
 
 def write_artifact(args, name, value, inputs=(), **facts):
-    """Write `value` as run_dir/name with a sidecar name.json; `inputs` are the artifacts' names it was made from.
+    """Write `value` as run_dir/name with a sidecar name.json; `inputs` name the artifacts it was made from.
 
     `facts` (counts, the numbers the stage printed, seconds) go into the sidecar as they are. The sidecar is
     written first with the digest of what follows, so that a kill in between is found out by `read_artifact`.
@@ -165,8 +164,8 @@ def read_sidecar(args, name):
 def read_artifacts(args, *names):
     """Read artifacts of one run and check that they belong together: a list of data frames, dicts and texts.
 
-    Each must have the digest that its sidecar tells, and each must have been made from the very files that lie
-    beside it: artifacts of two data sets or seeds never mix silently.
+    Each must have the digest that its sidecar tells, and each must have been made from the very files that
+    lie beside it: artifacts of two data sets or seeds never mix silently.
     """
     run_dir = Path(args.run_dir)
     sidecars = {name: read_sidecar(args, name) for name in names}
@@ -180,19 +179,16 @@ def read_artifacts(args, *names):
     for name, sidecar in sidecars.items():
         again = f"run `python {MADE_BY[name]} --run-dir {run_dir}` again"
         if digest(name) != sidecar["sha256"]:
-            fail(
-                f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): {again}"
-            )
+            fail(f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): "
+                 f"{again}")
         for other, told in sidecar["inputs"].items():
             if not (run_dir / other).exists() or digest(other) != told:
                 found = f"{digest(other)[:8]}" if (run_dir / other).exists() else "missing"
-                fail(
-                    f"two runs are mixed: {run_dir / name} was made from a {other} of digest {told[:8]}, but "
-                    f"{run_dir / other} is {found}: {again}")
-    readers = {
-        ".parquet": pd.read_parquet, ".pt": lambda path: torch.load(path, weights_only=True),
-        ".md": Path.read_text
-    }
+                fail(f"two runs are mixed: {run_dir / name} was made from a {other} of digest {told[:8]}, "
+                     f"but {run_dir / other} is {found}: {again}")
+
+    read_tensors = lambda path: torch.load(path, weights_only=True)
+    readers = {".parquet": pd.read_parquet, ".pt": read_tensors, ".md": Path.read_text}
     return [readers[Path(name).suffix](run_dir / name) for name in names]
 
 
@@ -202,32 +198,30 @@ def read_artifacts(args, *names):
 
 
 def load_llm(args, llm, device="cpu"):
-    """Hub name, folder or "tiny" -> (model, tokenizer): frozen, in eval mode, bfloat16 on CUDA and float32 elsewhere.
+    """Hub name, folder or "tiny" -> (model, tokenizer): frozen, in eval mode, bfloat16 on CUDA, else float32.
 
-    "tiny" is the one that stage 2 pretrained into run_dir/tiny_llm. Exits with code 2 when a folder lacks weights or
-    tokenizer, or a hub name cannot be had.
+    "tiny" is the one that stage 2 pretrained into run_dir/tiny_llm. Exits with code 2 when a folder lacks
+    weights or tokenizer, or a hub name cannot be had.
     """
     source = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm
     if llm == "tiny" and not source.is_dir():
         fail(f"{source} is missing: run `python 02_infer_profiles.py --run-dir {args.run_dir}` again")
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import: only where a LLM is needed
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds: only where a LLM is needed
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for what, loader, options in (("tokenizer", AutoTokenizer, {}), ("weights", AutoModelForCausalLM,
-                                                                     {"dtype": dtype})):
+    for what, loader, options in (("tokenizer", AutoTokenizer, {}),
+                                  ("weights", AutoModelForCausalLM, {"dtype": dtype})):
         try:
             loaded = loader.from_pretrained(source, **options)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one and the same cause
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one cause
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            fail(
-                f"--llm {llm}: no {what} could be loaded ({reason}); give a folder that save_pretrained wrote "
-                f"for both model and tokenizer, a hub name, or --llm tiny")
+            fail(f"--llm {llm}: no {what} could be loaded ({reason}); give a folder that save_pretrained "
+                 f"wrote for both model and tokenizer, a hub name, or --llm tiny")
         if what == "tokenizer":
             tokenizer = loaded
     if not tokenizer.is_fast or len(tokenizer) < 3:
-        fail(
-            f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; save a fast tokenizer there"
-        )
+        fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; "
+             f"save a fast tokenizer there")
     model = loaded.to(device).eval().requires_grad_(False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
@@ -236,11 +230,11 @@ def load_llm(args, llm, device="cpu"):
 
 
 def fig4_mask(segment, is_soft, sees):
-    """Who may attend to whom (Fig. 4): segment [T], is_soft [T], sees [B, P] -> bool [B, 1, T, T], True = may.
+    """Who may attend to whom (Fig. 4): segment [T], is_soft [T], sees [B, P] -> bool [B, 1, T, T], True: may.
 
-    segment: k in 0..P-1 for the name and soft tokens of profile k, P for the task text, P + 1 for the evidence.
-    Always causal; name and soft tokens of one profile see only each other; the task text sees only itself, but for
-    its last token, which predicts the first evidence token; the evidence sees everything before it.
+    segment: k in 0..P-1 for the name and soft tokens of profile k, P for the task text, P + 1 for evidence.
+    Always causal; name and soft tokens of one profile see only each other; the task text sees only itself,
+    but for its last token, which predicts the first evidence token; the evidence sees everything before it.
     sees[b, k]: may row b read θ_k at all? (routing; all True = the figure as printed)
     """
     num_profiles, length = sees.shape[1], len(segment)
@@ -249,8 +243,8 @@ def fig4_mask(segment, is_soft, sees):
     reader[(segment == num_profiles).nonzero().max()] = True  # the last task token
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     allowed = causal & ((query == key) | reader[:, None])  # [T, T]
-    owner = F.one_hot(segment.clamp(max=num_profiles),
-                      num_profiles + 1)[:, :num_profiles]  # [T, P] profile of a place
+    # [T, P]: which profile each place belongs to, if any
+    owner = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]
     hidden = is_soft & (sees.float() @ owner.T.float() == 0)  # [B, T] soft tokens this row may not read
     return (allowed & ~(hidden[:, None, :] & reader[:, None]))[:, None]
 
@@ -261,7 +255,7 @@ def fig4_mask(segment, is_soft, sees):
 
 
 class VectorQuantizer(nn.Module):
-    """Codebook with the straight-through estimator (eq. 5, 6): z [B, C] -> quantized [B, C], codes [B], loss [].
+    """Codebook with straight-through estimator (eq. 5, 6): z [B, C] -> quantized [B, C], codes [B], loss [].
 
     loss = ||sg[z] - e||² + beta ||z - sg[e]||², summed over C, mean over B: a mean over C would shrink the
     terms by the width. quantized = z + sg[e - z]: its value is the codeword, its gradient goes to z.
@@ -325,7 +319,7 @@ def logloss(labels, probabilities):
 
 
 def usage_of(codes, num_codes):
-    """codes [N] -> users per code [K], perplexity (1 = one code has everybody, K = all alike). Unknown (K) is left out."""
+    """codes [N] -> users per code [K], perplexity (1: one has all, K: all alike). Unknown (K) is left out."""
     counts = np.bincount(codes[codes < num_codes], minlength=num_codes)
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return counts, float(np.exp(-(shares * np.log(shares)).sum()))

@@ -1,4 +1,4 @@
-"""Small data in the published formats, small LLMs of both architectures, and a way to run a stage as users do."""
+"""Small data in the published formats, small LLMs of both architectures, a way to run a stage as users do."""
 
 import contextlib
 import importlib
@@ -17,18 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-prepare, infer, quantize, ctr, case_study = (
-    importlib.import_module(name) for name in ("01_prepare", "02_infer_profiles", "03_quantize", "04_train_ctr", "05_case_study"))
+NAMES = ("01_prepare", "02_infer_profiles", "03_quantize", "04_train_ctr", "05_case_study")
+MODULES = [importlib.import_module(name) for name in NAMES]
+STAGES = {f"{name}.py": module for name, module in zip(NAMES, MODULES)}
+prepare, infer, quantize, ctr, case_study = MODULES
 
 NAME_TEXTS = ["This user's hobby is", "his background is"]
 TASK_TEXT = "The user has bought"
 
 
-STAGES = {"01_prepare.py": prepare, "02_infer_profiles.py": infer, "03_quantize.py": quantize, "04_train_ctr.py": ctr, "05_case_study.py": case_study}
-
-
 def run_stage(script, *options, ok=True):
-    """Run a stage in this process; what it prints. With ok=False expect exit code 2 and return its line of complaint."""
+    """Run a stage in this process; what it prints. With ok=False expect exit code 2, its complaint."""
     printed, complaint, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
         try:
@@ -41,8 +40,9 @@ def run_stage(script, *options, ok=True):
 
 def run_process(script, *options, ok=True):
     """The same in a process of its own, as users run it."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, options)], capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+    command = [sys.executable, ROOT / script, *map(str, options)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == (0 if ok else 2), (done.returncode, done.stdout, done.stderr)
     return done.stdout if ok else done.stderr.strip().splitlines()[-1]
@@ -68,13 +68,14 @@ def write_table(folder, num_users=60, num_items=40, seed=0, suffix=".csv.gz"):
         weight = np.where(half == (user % 2 == 0), 6.0, 1.0)
         for item in rng.choice(num_items, 14, replace=False, p=weight / weight.sum()):
             liked = half[item] == (user % 2 == 0)
-            rows.append((f"u{user:03d}", f"i{item:03d}", int(rng.integers(4, 6) if liked else rng.integers(1, 5)),
-                         1_500_000_000 + len(rows)))
+            rating = int(rng.integers(4, 6) if liked else rng.integers(1, 5))
+            rows.append((f"u{user:03d}", f"i{item:03d}", rating, 1_500_000_000 + len(rows)))
     interactions = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "timestamp"])
     words = "red blue green gold iron wood glass stone paper cloth".split()
+    nouns = ["racer" if first else "skillet" for first in half]
     items = pd.DataFrame({
         "item_id": [f"i{item:03d}" for item in range(num_items)],
-        "title": [f"{words[item % 10]} {'racer' if half[item] else 'skillet'} {item}" for item in range(num_items)],
+        "title": [f"{words[item % 10]} {nouns[item]} {item}" for item in range(num_items)],
         "category": ["Games" if first else "Kitchen" for first in half],
         "brand": [("Acme", "Bolt", None)[item % 3] for item in range(num_items)],
         "price": [round(5 + 3.1 * item, 2) for item in range(num_items)],
@@ -86,7 +87,8 @@ def write_table(folder, num_users=60, num_items=40, seed=0, suffix=".csv.gz"):
 
 
 SMALL = {  # the same code path as ever, with small numbers
-    "02_infer_profiles.py": ["--llm", "tiny", "--tiny-steps", 6, "--shared-steps", 4, "--map-steps", 4, "--heldout", 60],
+    "02_infer_profiles.py": ["--llm", "tiny", "--tiny-steps", 6, "--shared-steps", 4, "--map-steps", 4,
+                             "--heldout", 60],
     "03_quantize.py": ["--codes", 2, 2, "--epochs", 2],
     "04_train_ctr.py": ["--models", "dcn", "pnn", "--seeds", 2, "--epochs", 3],
     "05_case_study.py": ["--num-users", 2],
@@ -95,25 +97,26 @@ SMALL = {  # the same code path as ever, with small numbers
 
 def run_pipeline(run_dir, raw, stages=5, run=run_stage):
     run("01_prepare.py", "--dataset", "table", "--raw", raw, "--run-dir", run_dir)
-    for script in list(SMALL)[: stages - 1]:
+    for script in list(SMALL)[:stages - 1]:
         run(script, "--run-dir", run_dir, *SMALL[script])
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A run of all five stages on a small table, by processes: (folder of the raw data, run directory). Read only."""
+    """A run of all five stages on a small table, by processes: (raw data, run directory). Read only."""
     folder = tmp_path_factory.mktemp("small")
     write_table(folder / "raw")
     run_pipeline(folder / "run", folder / "raw", run=run_process)
     return folder / "raw", folder / "run"
 
 
-CORPUS = [f"{name} {TASK_TEXT} Games: red racer {i} by Acme or Bolt for ${i}. Kitchen: iron skillet {i}, a job or a sport, café" for i in range(50)
-          for name in (*NAME_TEXTS, "her job is", "This user's sport is")]
+CORPUS = [f"{name} {TASK_TEXT} Games: red racer {i} by Acme or Bolt for ${i}. "
+          f"Kitchen: iron skillet {i}, a job or a sport, café"
+          for i in range(50) for name in (*NAME_TEXTS, "her job is", "This user's sport is")]
 
 
 def bpe_tokenizer(kind):
-    """A byte-level tokenizer of GPT-2's kind, or one of Llama's kind (BOS, and ▁ before each word), trained on CORPUS.
+    """A byte-level tokenizer of GPT-2's kind, or one of Llama's kind (BOS, ▁ for space), trained on CORPUS.
 
     USERIP_TOKENIZERS may name a folder with the real gpt2/ and llama2/ tokenizers; then these are used.
     """
@@ -127,26 +130,34 @@ def bpe_tokenizer(kind):
     if kind == "llama":
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     else:
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
     alphabet = [] if kind == "llama" else sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet,
+                                  show_progress=False)
+    bpe.train_from_iterator(CORPUS, trainer)
     if kind == "llama":
         bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-        return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    else:
+        names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
 
 def save_llm(folder, kind):
-    """A small LLM built from a config, with random weights, saved with its tokenizer as save_pretrained does."""
+    """A small LLM built from a config, with random weights, saved with its tokenizer by save_pretrained."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     tokenizer = bpe_tokenizer(kind)
     torch.manual_seed(0)
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=4))
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=4)
+        model = GPT2LMHeadModel(config)
     else:
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, hidden_size=32,
-                                             intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+        config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, hidden_size=32,
+                             intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                             num_key_value_heads=2)
+        model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -162,12 +173,16 @@ def write_ml_100k(folder, num_users=30, num_items=25, seed=0):
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     genres = ["unknown", "Action", "Comedy", "Film-Noir"]
-    (folder / "u.genre").write_text("".join(f"{genre}|{index}\n" for index, genre in enumerate(genres)) + "\n")
-    items = [f"{item + 1}|Café Nº{item} (1995)|01-Jan-1995||http://x/?{item}|0|{item % 2}|{1 - item % 2}|0" for item in range(num_items)]
+    genre_lines = [f"{genre}|{index}\n" for index, genre in enumerate(genres)]
+    (folder / "u.genre").write_text("".join(genre_lines) + "\n")
+    items = [f"{item + 1}|Café Nº{item} (1995)|01-Jan-1995||http://x/?{item}|0|{item % 2}|{1 - item % 2}|0"
+             for item in range(num_items)]
     (folder / "u.item").write_bytes("\n".join(items).encode("latin-1") + b"\n")
-    (folder / "u.user").write_text("".join(f"{user + 1}|{20 + user}|{'MF'[user % 2]}|writer|{10000 + user}\n" for user in range(num_users)))
+    users = [f"{user + 1}|{20 + user}|{'MF'[user % 2]}|writer|{10000 + user}\n" for user in range(num_users)]
+    (folder / "u.user").write_text("".join(users))
     with open(folder / "u.data", "w") as file:
         for user in range(num_users):
             for item in rng.choice(num_items, 12, replace=False):
-                file.write(f"{user + 1}\t{item + 1}\t{rng.integers(1, 6)}\t{880000000 + rng.integers(1000)}\n")
+                rating, timestamp = rng.integers(1, 6), 880000000 + rng.integers(1000)
+                file.write(f"{user + 1}\t{item + 1}\t{rating}\t{timestamp}\n")
     return folder

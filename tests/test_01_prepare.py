@@ -13,8 +13,9 @@ def frame_of(pairs):
 
 
 def prepare_table(tmp_path, *options):
-    run_stage("01_prepare.py", "--dataset", "table", "--raw", tmp_path / "raw", "--run-dir", tmp_path / "run", *options)
-    return [pd.read_parquet(tmp_path / "run" / f"{name}.parquet") for name in ("interactions", "items", "users")]
+    run = tmp_path / "run"
+    run_stage("01_prepare.py", "--dataset", "table", "--raw", tmp_path / "raw", "--run-dir", run, *options)
+    return [pd.read_parquet(run / f"{name}.parquet") for name in ("interactions", "items", "users")]
 
 
 def test_the_filter_is_iterated_until_nothing_falls():
@@ -32,8 +33,9 @@ def test_the_core_is_a_fixed_point_and_keeps_all_it_can(seed):
     kept = prepare.keep_core(frame, 4)
     assert (kept.groupby("user_id").size() >= 4).all() and (kept.groupby("item_id").size() >= 4).all()
     alive = set(map(tuple, frame.to_numpy()))  # naive: remove one offender at a time
+    count = lambda pair, side: sum(other[side] == pair[side] for other in alive)
     while True:
-        offenders = [pair for pair in alive if min(sum(other[side] == pair[side] for other in alive) for side in (0, 1)) < 4]
+        offenders = [pair for pair in alive if min(count(pair, 0), count(pair, 1)) < 4]
         if not offenders:
             break
         alive.remove(sorted(offenders)[0])
@@ -44,7 +46,8 @@ def test_the_split_is_8_1_1_disjoint_and_stays_with_its_seed():
     split = prepare.split_random(1005, seed=3)
     counts = pd.Series(split).value_counts()
     assert counts.to_dict() == {"train": 805, "valid": 100, "test": 100}
-    assert (split == prepare.split_random(1005, seed=3)).all() and (split != prepare.split_random(1005, seed=4)).any()
+    assert (split == prepare.split_random(1005, seed=3)).all()
+    assert (split != prepare.split_random(1005, seed=4)).any()
 
 
 def test_labels_duplicates_and_table_1(tmp_path):
@@ -54,22 +57,25 @@ def test_labels_duplicates_and_table_1(tmp_path):
     pd.concat([interactions, again, old]).to_csv(tmp_path / "raw/interactions.csv.gz", index=False)
     table, items, users = prepare_table(tmp_path)
     merged = table.merge(items, on="item").merge(users, on="user").set_index(["user_id", "item_id"])
-    key = tuple(interactions.loc[5, ["user_id", "item_id"]])
+    key, other = (tuple(interactions.loc[row, ["user_id", "item_id"]]) for row in (5, 6))
     assert merged.loc[key, "rating"] == 1 and merged.loc[key, "label"] == 0
-    assert merged.loc[tuple(interactions.loc[6, ["user_id", "item_id"]]), "rating"] == interactions.loc[6, "rating"]
+    assert merged.loc[other, "rating"] == interactions.loc[6, "rating"]
     assert (table["label"] == (table["rating"] > 3)).all()
     facts = json.loads((tmp_path / "run/interactions.parquet.json").read_text())
     assert facts["duplicates"] == 2 and facts["interactions"] == len(table)
     assert facts["sparsity_percent"] == round(100 * (1 - len(table) / (len(users) * len(items))), 2)
     share = table["label"].mean()
-    assert facts["base_rate_logloss"] == pytest.approx(-share * np.log(share) - (1 - share) * np.log(1 - share))
+    entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    assert facts["base_rate_logloss"] == pytest.approx(entropy)
     assert table.dtypes.astype(str).to_dict() | {"review": "", "split": ""} == {
-        "user": "int64", "item": "int64", "rating": "float32", "label": "int8", "timestamp": "int64", "split": "", "review": ""}
+        "user": "int64", "item": "int64", "rating": "float32", "label": "int8", "timestamp": "int64",
+        "split": "", "review": ""}
 
 
 def test_threshold_and_min_interactions_move_what_they_should(tmp_path):
     interactions, _ = write_table(tmp_path / "raw")
-    interactions.drop(index=range(12)).to_csv(tmp_path / "raw/interactions.csv.gz", index=False)  # u000 keeps 2 of 14
+    fewer = interactions.drop(index=range(12))  # u000 keeps 2 of 14
+    fewer.to_csv(tmp_path / "raw/interactions.csv.gz", index=False)
     table, _, users = prepare_table(tmp_path)
     stricter, _, _ = prepare_table(tmp_path, "--threshold", 4)
     assert stricter["label"].sum() == (table["rating"] > 4).sum() < table["label"].sum()
@@ -97,12 +103,15 @@ def test_items_without_a_title_keep_their_id(tmp_path):
 
 def test_movielens_100k_as_published(tmp_path):
     write_ml_100k(tmp_path / "raw")
-    run_stage("01_prepare.py", "--dataset", "ml-100k", "--raw", tmp_path / "raw", "--run-dir", tmp_path / "run")
-    table, items, users = (pd.read_parquet(tmp_path / "run" / f"{name}.parquet") for name in ("interactions", "items", "users"))
+    run = tmp_path / "run"
+    run_stage("01_prepare.py", "--dataset", "ml-100k", "--raw", tmp_path / "raw", "--run-dir", run)
+    names = ("interactions", "items", "users")
+    table, items, users = (pd.read_parquet(run / f"{name}.parquet") for name in names)
     assert len(table) == 360 and items["title"].iloc[0].startswith("Café Nº")
     by_id = items.set_index("item_id")["category"]
     assert by_id["1"] == "Comedy" and by_id["2"] == "Action"
-    assert {"age", "gender", "occupation"} <= set(users) and users.set_index("user_id").loc["7", "age"] == 26
+    assert {"age", "gender", "occupation"} <= set(users)
+    assert users.set_index("user_id").loc["7", "age"] == 26
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 11])
@@ -126,7 +135,7 @@ def test_bayes_needs_the_right_truth():
     assert abs(figures["hobby"]) < 0.02 and figures["background"] > 0.5
 
 
-# --- bad input: one line, exit code 2, nothing half-written ----------------------------------------------------------
+# --- bad input: one line, exit code 2, nothing half-written ---------------------------------------------
 
 
 def refuse(tmp_path, *options):
@@ -175,7 +184,8 @@ def test_a_rating_that_is_not_a_number_is_named_with_its_line(tmp_path, capsys):
 
 def test_no_user_left(tmp_path):
     write_table(tmp_path / "raw")
-    assert "--min-interactions" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw", "--min-interactions", 1000)
+    options = "--dataset", "table", "--raw", tmp_path / "raw", "--min-interactions", 1000
+    assert "--min-interactions" in refuse(tmp_path, *options)
 
 
 def test_a_broken_gzip(tmp_path):

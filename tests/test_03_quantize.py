@@ -10,7 +10,7 @@ from conftest import quantize, run_stage
 
 
 def clusters(num_users=1200, dim=24, num_codes=4, spread=3.0, seed=0):
-    """Users of a few kinds in white noise, seen through a matrix that hides it: deviation, noise covariance, kind."""
+    """Users of a few kinds in white noise, seen through a matrix that hides it: deviation, noise, kind."""
     rng = np.random.default_rng(seed)
     kind = rng.integers(num_codes, size=num_users)
     centres = np.zeros((num_codes, dim))
@@ -38,14 +38,16 @@ def test_dims_and_most_bind_the_number_of_directions():
     gain = torch.ones(len(deviation))
     assert quantize.whiten(deviation, gain, noise, 7, 3)[0].shape[1] == 7
     assert quantize.whiten(deviation, gain, noise, 0, 2)[0].shape[1] == 2
-    nothing = deviation[torch.randperm(len(deviation))] * 0 + torch.randn(len(deviation), 24) @ torch.linalg.cholesky(noise).T
+    nothing = deviation[torch.randperm(len(deviation))] * 0
+    nothing = nothing + torch.randn(len(deviation), 24) @ torch.linalg.cholesky(noise).T
     assert quantize.whiten(nothing, gain, noise, 0, 3)[0].shape[1] == 1  # never fewer than one
 
 
 def losses_with(**changes):
     """Train two small profiles for an epoch and return the weights that moved."""
     torch.manual_seed(0)
-    options = argparse.Namespace(**{"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0} | changes)
+    defaults = {"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0}
+    options = argparse.Namespace(**defaults | changes)
     deviation = torch.randn(40, 5)
     quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.randn(3, 2), changes.get("beta", 0.25))
     surrogate = quantize.Surrogate([2], 10)
@@ -56,8 +58,9 @@ def losses_with(**changes):
             "item": surrogate.item.weight.detach()}
 
 
-@pytest.mark.parametrize("change, moves", [({"vq_weight": 0.1}, "codebook"), ({"rec_weight": 0.1}, "transform"),
-                                           ({"beta": 2.0}, "transform"), ({"rec_weight": 0.0}, "item")])
+@pytest.mark.parametrize("change, moves", [
+    ({"vq_weight": 0.1}, "codebook"), ({"rec_weight": 0.1}, "transform"),
+    ({"beta": 2.0}, "transform"), ({"rec_weight": 0.0}, "item")])
 def test_every_weight_reaches_the_loss(change, moves):
     assert not torch.equal(losses_with()[moves], losses_with(**change)[moves])
 
@@ -70,7 +73,8 @@ def test_without_rec_weight_the_surrogate_stands_still():
 
 
 def test_the_recommendation_loss_reaches_encoder_and_items_through_the_codewords():
-    quantizer, surrogate = quantize.Quantizer(torch.randn(5, 2), torch.randn(3, 2), 0.25), quantize.Surrogate([2], 4)
+    quantizer = quantize.Quantizer(torch.randn(5, 2), torch.randn(3, 2), 0.25)
+    surrogate = quantize.Surrogate([2], 4)
     quantized, *_ = quantizer(torch.randn(6, 5))
     surrogate([quantized], torch.randint(4, (6,))).sum().backward()
     assert quantizer.transform.grad.abs().sum() > 0 and surrogate.item.weight.grad.abs().sum() > 0
@@ -91,7 +95,8 @@ def test_the_bank_holds_one_code_per_user_and_unknown_for_those_without_evidence
     common.write_artifact(options, "profiles.pt", stored, ["interactions.parquet", "items.parquet"])
     run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 3, "--epochs", 1)
     bank, codebook = common.read_artifacts(options, "feature_bank.parquet", "codebook.pt")
-    assert bank.loc[3, ["hobby", "background"]].tolist() == [2, 3] and bank.loc[5, "background"] == 3 and bank.loc[5, "hobby"] < 2
+    assert bank.loc[3, ["hobby", "background"]].tolist() == [2, 3]
+    assert bank.loc[5, "background"] == 3 and bank.loc[5, "hobby"] < 2
     for k, name in enumerate(("hobby", "background")):  # eq. 6, with what codebook.pt alone tells
         part = codebook[name]
         z = (stored["profiles"][:, k] - part["mean"]) @ part["transform"]

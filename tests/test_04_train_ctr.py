@@ -28,7 +28,8 @@ def ids_for(sizes=SIZES, rows=9, seed=0):
 
 def naive_mlp(layers, x):
     for layer in (layers[0], layers[3]):
-        x = torch.stack([sum(layer.weight[o, i] * x[i] for i in range(len(x))) + layer.bias[o] for o in range(len(layer.bias))]).clamp(min=0)
+        rows = zip(layer.weight, layer.bias)
+        x = torch.stack([sum(row[i] * x[i] for i in range(len(x))) + bias for row, bias in rows]).clamp(min=0)
     return x
 
 
@@ -46,14 +47,15 @@ def naive_logit(name, model, row):
                 x = torch.stack([x_0[d] * scalar + model.net.biases[depth][d] + x[d] for d in range(len(x))])
             else:
                 layer = model.layers[depth]
-                x = torch.stack([x_0[d] * (dot(layer.weight[d], x) + layer.bias[d]) + x[d] for d in range(len(x))])
+                x = torch.stack([x_0[d] * (dot(layer.weight[d], x) + layer.bias[d]) + x[d]
+                                 for d in range(len(x))])
         last = torch.cat([x, naive_mlp(model.net.mlp if name == "dcn" else model.mlp, x_0)])
         head = model.net.head if name == "dcn" else model.head
     else:
         if name == "pnn":
             raw, products = vectors, [dot(vectors[p], vectors[q]) for p, q in pairs]
         else:
-            part = lambda f, partner: vectors[f][3 * partner: 3 * partner + 3]
+            part = lambda f, partner: vectors[f][3 * partner:3 * partner + 3]
             raw = [part(f, f) for f in range(len(SIZES))]
             products = [dot(part(p, q), part(q, p)) for p, q in pairs]
         last, head = naive_mlp(model.mlp, torch.cat([*raw, torch.stack(products)])), model.head
@@ -108,15 +110,16 @@ def settings(**changes):
 
 
 def pairwise_data(rows=6000, seed=0):
-    """Labels that no single field explains: sign of a product of hidden factors of fields 0 and 1 (and a field of noise)."""
+    """Labels that no single field explains: sign of a product of factors of two fields; a third is noise."""
     rng = np.random.default_rng(seed)
     sizes = [12, 12, 4]
     factor = [rng.choice([-1.0, 1.0], size=12) for _ in range(2)]
     ids = np.stack([rng.integers(size, size=rows) for size in sizes], 1)
     label = (factor[0][ids[:, 0]] * factor[1][ids[:, 1]] > 0).astype(np.int8)
     parts = np.split(np.arange(rows), [rows * 8 // 10, rows * 9 // 10])
-    names = ("train", "valid", "test")
-    return sizes, {n: torch.from_numpy(ids[p]) for n, p in zip(names, parts)}, {n: label[p] for n, p in zip(names, parts)}
+    parts = dict(zip(("train", "valid", "test"), parts))
+    ids = {name: torch.from_numpy(ids[part]) for name, part in parts.items()}
+    return sizes, ids, {name: label[part] for name, part in parts.items()}
 
 
 @pytest.mark.parametrize("name", ctr.MODELS)
@@ -135,7 +138,8 @@ def test_no_model_beats_chance_on_labels_of_chance():
 def test_test_labels_reach_neither_training_nor_the_choice_of_the_epoch():
     sizes, ids, labels = pairwise_data(rows=1500)
     poisoned = labels | {"test": 1 - labels["test"]}
-    first, second = (ctr.train_one(settings(epochs=6), "dcn", sizes, ids, each, seed=0) for each in (labels, poisoned))
+    first, second = (ctr.train_one(settings(epochs=6), "dcn", sizes, ids, each, seed=0)
+                     for each in (labels, poisoned))
     assert first["auc"] == pytest.approx(1 - second["auc"])
     for key in ("valid_auc", "valid_logloss", "best_epoch"):
         assert first[key] == second[key]
@@ -143,13 +147,15 @@ def test_test_labels_reach_neither_training_nor_the_choice_of_the_epoch():
 
 def test_the_best_epoch_is_restored_and_patience_stops():
     sizes, ids, labels = pairwise_data(rows=1500)
-    long = ctr.train_one(settings(epochs=30, patience=30, lr=0.05), "dcn", sizes, ids, labels, seed=0)
-    cut = ctr.train_one(settings(epochs=long["best_epoch"], patience=30, lr=0.05), "dcn", sizes, ids, labels, seed=0)
-    assert long["best_epoch"] < 30 and long == cut  # the figures are those of the best epoch's weights, not of the last
+    options = lambda epochs: settings(epochs=epochs, patience=30, lr=0.05)
+    long = ctr.train_one(options(30), "dcn", sizes, ids, labels, seed=0)
+    cut = ctr.train_one(options(long["best_epoch"]), "dcn", sizes, ids, labels, seed=0)
+    # the figures are those of the best epoch's weights, not of the last
+    assert long["best_epoch"] < 30 and long == cut
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.03}, {"weight_decay": 0.1}, {"dropout": 0.6}, {"hidden": [8, 4]}, {"layers": 1},
-                                    {"field_dim": 4}, {"batch_size": 64}, {"epochs": 1}])
+@pytest.mark.parametrize("change", [{"lr": 0.03}, {"weight_decay": 0.1}, {"dropout": 0.6}, {"hidden": [8, 4]},
+                                    {"layers": 1}, {"field_dim": 4}, {"batch_size": 64}, {"epochs": 1}])
 def test_every_option_moves_the_result(change):
     sizes, ids, labels = pairwise_data(rows=1000)
     base = settings(epochs=3, patience=1)
@@ -159,7 +165,8 @@ def test_every_option_moves_the_result(change):
 
 def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
     rng = np.random.default_rng(0)
-    bank = pd.DataFrame({"user": range(300), "hobby": rng.integers(4, size=300), "background": rng.integers(3, size=300)})
+    bank = pd.DataFrame({"user": range(300), "hobby": rng.integers(4, size=300),
+                         "background": rng.integers(3, size=300)})
     names, sizes = ["hobby", "background"], [4, 3]
     codes, with_unknown = ctr.codes_of("codes", bank, None, names, sizes, 0)
     assert with_unknown == [5, 4] and (codes == bank[names].to_numpy()).all()
@@ -171,9 +178,12 @@ def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
 
 def test_the_papers_relative_improvements_come_out():
     """Eq. 10 and 11 on table 2's printed figures; tolerance: what rounding to four digits can do."""
-    ours = {"clothing": (0.6269, 0.5126), "movies": (0.8184, 0.4566), "games": (0.7393, 0.7285), "yelp": (0.7314, 0.5558)}
-    reference = {"clothing": (0.6214, 0.5322), "movies": (0.8167, 0.4582), "games": (0.7317, 0.7744), "yelp": (0.7287, 0.5574)}
-    printed = {"clothing": (4.5548, 3.8199), "movies": (0.5336, 0.3482), "games": (3.2755, 6.2992), "yelp": (1.1937, 0.2879)}
+    ours = {"clothing": (0.6269, 0.5126), "movies": (0.8184, 0.4566),
+            "games": (0.7393, 0.7285), "yelp": (0.7314, 0.5558)}
+    reference = {"clothing": (0.6214, 0.5322), "movies": (0.8167, 0.4582),
+                 "games": (0.7317, 0.7744), "yelp": (0.7287, 0.5574)}
+    printed = {"clothing": (4.5548, 3.8199), "movies": (0.5336, 0.3482),
+               "games": (3.2755, 6.2992), "yelp": (1.1937, 0.2879)}
     for name, (auc, loss) in printed.items():
         assert ctr.rela_impr_auc(ours[name][0], reference[name][0]) == pytest.approx(auc, abs=0.09)
         assert ctr.rela_impr_logloss(ours[name][1], reference[name][1]) == pytest.approx(loss, abs=0.025)
@@ -187,17 +197,20 @@ def test_the_paired_interval_is_that_of_a_paired_t_test():
 
 
 def test_the_summary_pairs_by_seed():
+    planted = {"none": 0.0, "random": 0.01, "codes": 0.03, "truth": 0.05}
     rows = [{"model": "dcn", "features": name, "seed": seed, "auc": 0.6 + 0.1 * seed + gain, "logloss": 0.6}
-            for name, gain in (("none", 0.0), ("random", 0.01), ("codes", 0.03), ("truth", 0.05)) for seed in (1, 0)]
+            for name, gain in planted.items() for seed in (1, 0)]
     text, gains = ctr.summarize(pd.DataFrame(rows))
-    assert gains["dcn"]["auc_gain"] == pytest.approx(0.02) and gains["dcn"]["auc_half_interval"] == pytest.approx(0, abs=1e-9)
+    assert gains["dcn"]["auc_gain"] == pytest.approx(0.02)
+    assert gains["dcn"]["auc_half_interval"] == pytest.approx(0, abs=1e-9)
     assert gains["dcn"]["share_of_oracle"] == pytest.approx(0.5) and "50%" in text
 
 
 def test_field_embedding_gives_each_field_its_own_rows():
     embed = ctr.FieldEmbedding([3, 2], 4)
     ids = torch.tensor([[2, 0], [2, 1]])
-    assert torch.equal(embed(ids)[:, 0], embed.table.weight[[2, 2]]) and torch.equal(embed(ids)[:, 1], embed.table.weight[[3, 4]])
+    assert torch.equal(embed(ids)[:, 0], embed.table.weight[[2, 2]])
+    assert torch.equal(embed(ids)[:, 1], embed.table.weight[[3, 4]])
 
 
 def test_results_hold_a_row_per_run_and_the_base_rate(small_run):

@@ -57,7 +57,8 @@ def test_titles_are_escaped_and_the_report_needs_no_network(tmp_path):
 
 def test_the_report_has_its_pictures_tables_and_figures(small_run):
     page = (small_run[1] / "report.html").read_text()
-    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 4  # usage, mask, one map per profile
+    # usage, mask, one map per profile
+    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 4
     assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
     for part in ("held-out NLL", "Do they help dcn?", "codes - random", "control: those of user"):
         assert part in page
@@ -65,7 +66,8 @@ def test_the_report_has_its_pictures_tables_and_figures(small_run):
 
 def test_the_report_tells_train_rows_only(small_run):
     raw, run = small_run
-    interactions, items, bank = (pd.read_parquet(run / f"{name}.parquet") for name in ("interactions", "items", "feature_bank"))
+    names = ("interactions", "items", "feature_bank")
+    interactions, items, bank = (pd.read_parquet(run / f"{name}.parquet") for name in names)
     page = (run / "report.html").read_text()
     for user_id, told in re.findall(r"<h3>User (\w+)</h3><p>Had \(train rows\): (.*?)</p>", page):
         rows = interactions[interactions["user"] == bank.set_index("user_id").loc[user_id, "user"]]

@@ -60,7 +60,8 @@ def test_quantizer_equals_a_naive_loop_and_passes_gradients_straight_through():
 def test_each_vq_term_moves_its_own_side_and_beta_reaches_the_loss():
     z = torch.randn(6, 2, requires_grad=True)
     for beta in (0.0, 0.5, 2.0):
-        quantizer = common.VectorQuantizer(torch.randn(3, 2, generator=torch.Generator().manual_seed(1)), beta)
+        codebook = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
+        quantizer = common.VectorQuantizer(codebook, beta)
         _, codes, loss = quantizer(z)
         to_z, to_codebook = torch.autograd.grad(loss, [z, quantizer.codebook])
         chosen = quantizer.codebook.detach()[codes]
@@ -77,7 +78,8 @@ def test_dcn_equals_a_naive_loop():
     for b in range(7):
         state = x[b]
         for weight, bias in zip(net.weights, net.biases):
-            state = torch.stack([x[b, d] * sum(weight[j] * state[j] for j in range(6)) + bias[d] + state[d] for d in range(6)])
+            product = sum(weight[j] * state[j] for j in range(6))
+            state = torch.stack([x[b, d] * product + bias[d] + state[d] for d in range(6)])
         assert torch.allclose(net.cross(x)[b], state, atol=1e-10)
         hidden = x[b]
         for layer in (net.mlp[0], net.mlp[3]):
@@ -107,7 +109,7 @@ def test_perplexity_counts_codes_that_are_used_alike():
     assert common.usage_of(np.zeros(9, dtype=int), 4)[1] == pytest.approx(1.0)
 
 
-# --- artifacts -------------------------------------------------------------------------------------------------------
+# --- artifacts ------------------------------------------------------------------------------------------
 
 
 def options(run_dir, seed=0):
@@ -115,9 +117,10 @@ def options(run_dir, seed=0):
 
 
 def write_pair(run_dir, seed=0):
-    frame = pd.DataFrame({"user": [0, 1], "item": [1, 0]})
-    common.write_artifact(options(run_dir, seed), "interactions.parquet", frame.assign(seed=seed), dataset="x")
-    common.write_artifact(options(run_dir, seed), "profiles.pt", {"profiles": torch.eye(2) + seed}, inputs=["interactions.parquet"])
+    frame, profiles = pd.DataFrame({"user": [0, 1], "item": [1, 0]}), {"profiles": torch.eye(2) + seed}
+    args = options(run_dir, seed)
+    common.write_artifact(args, "interactions.parquet", frame.assign(seed=seed), dataset="x")
+    common.write_artifact(args, "profiles.pt", profiles, inputs=["interactions.parquet"])
 
 
 def test_artifacts_come_back_as_written_and_say_where_they_come_from(tmp_path):
@@ -160,8 +163,8 @@ def test_a_full_disk_leaves_the_old_artifact_whole(tmp_path, capsys, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    frame = pd.DataFrame({"user": [9]})
-    assert "No space left" in dies(capsys, common.write_artifact, options(tmp_path), "interactions.parquet", frame)
+    arguments = options(tmp_path), "interactions.parquet", pd.DataFrame({"user": [9]})
+    assert "No space left" in dies(capsys, common.write_artifact, *arguments)
     monkeypatch.undo()
     assert (tmp_path / "interactions.parquet").read_bytes() == before and not list(tmp_path.glob(".*"))
     assert len(common.read_artifacts(options(tmp_path), "interactions.parquet")[0]) == 2
@@ -175,7 +178,9 @@ def test_the_same_value_is_the_same_bytes(tmp_path):
 
 
 def test_every_name_in_common_serves_two_stages():
-    defined = {node.name for node in ast.parse((ROOT / "common.py").read_text()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    inside = (ROOT / "common.py").read_text()
+    defined = {node.name for node in ast.parse(inside).body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     public = {name for name in defined if not name.startswith("_")}
     users = {name: 0 for name in public}
     for script in sorted(Path(ROOT).glob("0*.py")):
@@ -183,8 +188,8 @@ def test_every_name_in_common_serves_two_stages():
             if isinstance(node, ast.ImportFrom) and node.module == "common":
                 for alias in node.names:
                     users[alias.name] = users.get(alias.name, 0) + 1
-    inside = (ROOT / "common.py").read_text()
-    uses = {name: users[name] + inside.count(f"{name}(") - 1 for name in public}  # a helper of two others is shared, too
+    # a helper of two others is shared, too
+    uses = {name: users[name] + inside.count(f"{name}(") - 1 for name in public}
     alone = [name for name in public if uses[name] < 2]
     assert not alone, f"used by one stage only: {alone}"
 
@@ -194,6 +199,9 @@ def test_no_stage_imports_another_and_none_works_at_import_time():
         tree = ast.parse(script.read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                assert not any(name[:2] in {"01", "02", "03", "04", "05"} or name == "importlib" for name in names), script
+                names = [alias.name for alias in node.names]
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                forbidden = {"01", "02", "03", "04", "05"}
+                assert not any(name[:2] in forbidden or name == "importlib" for name in names), script
         assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    main(parse_args())"

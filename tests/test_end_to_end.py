@@ -16,18 +16,22 @@ def test_the_same_seed_gives_the_same_bits(small_run, tmp_path):
     run_pipeline(tmp_path / "again", raw)
     names = list(common.MADE_BY)
     assert len(names) == 9
-    different = [name for name in names if (run / name).read_bytes() != (tmp_path / "again" / name).read_bytes()]
+    again = tmp_path / "again"
+    different = [name for name in names if (run / name).read_bytes() != (again / name).read_bytes()]
     assert not different
 
 
 def test_no_test_row_reaches_profiles_codes_or_models(small_run, tmp_path):
-    """Poison the rating and review of every test row, and the title of every item that only test rows have."""
+    """Poison the rating and review of every test row, and the title of each item that only test rows have."""
     _, run = small_run
     interactions, items = write_table(tmp_path / "raw")
-    table, stored, users = (pd.read_parquet(run / f"{name}.parquet") for name in ("interactions", "items", "users"))
-    table = table.assign(user_id=users["user_id"].to_numpy()[table["user"]], item_id=stored["item_id"].to_numpy()[table["item"]])
-    is_test = interactions.merge(table[["user_id", "item_id", "split"]], how="left")["split"].to_numpy() == "test"
-    # make sure that such items exist: give some test rows items of their own (dropped by the filter otherwise)
+    names = ("interactions", "items", "users")
+    table, stored, users = (pd.read_parquet(run / f"{name}.parquet") for name in names)
+    table = table.assign(user_id=users["user_id"].to_numpy()[table["user"]],
+                         item_id=stored["item_id"].to_numpy()[table["item"]])
+    split = interactions.merge(table[["user_id", "item_id", "split"]], how="left")["split"]
+    is_test = split.to_numpy() == "test"
+    # make sure that such items exist: give some test rows items of their own (else dropped by the filter)
     poisoned = interactions.copy()
     poisoned.loc[is_test, "rating"] = 6 - poisoned.loc[is_test, "rating"]
     poisoned["review"] = np.where(is_test, "poison", None)
@@ -37,11 +41,13 @@ def test_no_test_row_reaches_profiles_codes_or_models(small_run, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         frame.to_csv(folder / "interactions.csv", index=False)
-        items.assign(title=items["title"] + np.where(items["item_id"].isin(only_test), suffix, "")).to_csv(folder / "items.csv", index=False)
+        titles = items["title"] + np.where(items["item_id"].isin(only_test), suffix, "")
+        items.assign(title=titles).to_csv(folder / "items.csv", index=False)
         run_pipeline(tmp_path / f"run_{name}", folder, stages=4)
     first, second = tmp_path / "run_clean", tmp_path / "run_poisoned"
     assert (first / "interactions.parquet").read_bytes() != (second / "interactions.parquet").read_bytes()
-    for name in ("profiles.pt", "codebook.pt", "feature_bank.parquet", "tiny_llm/model.safetensors", "tiny_llm/tokenizer.json"):
+    for name in ("profiles.pt", "codebook.pt", "feature_bank.parquet", "tiny_llm/model.safetensors",
+                 "tiny_llm/tokenizer.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     results = [pd.read_parquet(path / "results.parquet") for path in (first, second)]
     same = ["model", "features", "seed", "rows", "valid_auc", "valid_logloss", "best_epoch"]
@@ -67,7 +73,8 @@ def test_items_that_only_test_rows_have_leave_no_trace(small_run, tmp_path):
         items.loc[3, "title"] = title
         common.write_artifact(options, "interactions.parquet", interactions)
         common.write_artifact(options, "items.parquet", items)
-        run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4, "--shared-steps", 3, "--map-steps", 3, "--heldout", 60)
+        run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4,
+                  "--shared-steps", 3, "--map-steps", 3, "--heldout", 60)
         profiles.append((run / "profiles.pt").read_bytes())
     assert profiles[0] == profiles[1]
 
@@ -84,7 +91,8 @@ def test_help_tells_stage_inputs_outputs_and_an_example(script, capsys):
     with pytest.raises(SystemExit):
         STAGES[script].parse_args(["--help"])
     told = capsys.readouterr().out
-    for part in (f"Stage {script[1]} of 5", "Reads", "Writes", f"Example: python {script}", "--run-dir", "--seed"):
+    for part in (f"Stage {script[1]} of 5", "Reads", "Writes", f"Example: python {script}", "--run-dir",
+                 "--seed"):
         assert part in told
     assert not re.search(r"\n  --[a-z-]+( [A-Z.\[\] ]+)?\n  --", told), "an option without help"
 
@@ -107,7 +115,8 @@ def test_every_command_in_the_readme_parses():
 
 
 def test_the_tree_holds_what_the_readme_says_and_nothing_else():
-    allowed = {*STAGES, "common.py", "tests", "requirements.txt", "README.md", "LICENSE", "assets", "runs", "__pycache__"}
+    allowed = {*STAGES, "common.py", "tests", "requirements.txt", "README.md", "LICENSE", "assets", "runs",
+               "__pycache__"}
     found = {path.name for path in Path(ROOT).iterdir() if not path.name.startswith(".")}
     assert found - allowed <= {"v", "venv"}
     readme = (Path(ROOT) / "README.md").read_text()
@@ -123,7 +132,8 @@ def test_requirements_pin_exact_versions_of_all_that_is_imported():
     for path in [*Path(ROOT).glob("*.py"), *Path(ROOT).glob("tests/*.py")]:
         imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
     packages = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
-    third_party = {"torch", "transformers", "numpy", "pandas", "sklearn", "matplotlib", "tqdm", "pytest", "scipy", "tokenizers", "huggingface_hub", "pyarrow"}
+    third_party = {"torch", "transformers", "numpy", "pandas", "sklearn", "matplotlib", "tqdm", "pytest",
+                   "scipy", "tokenizers", "huggingface_hub", "pyarrow"}
     for name in imported & third_party:
         assert packages.get(name, name) in pinned, name
     assert torch.__version__.split("+")[0]
