@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import adjusted_rand_score
 
-from common import fail, logloss, stage_parser, start_stage, write_artifact
+from common import at_least, fail, logloss, stage_parser, start_stage, write_artifact
 
 INTERACTION_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 ITEM_COLUMNS = ["item_id", "title"]
@@ -34,10 +34,10 @@ OPTIONAL_ITEM_COLUMNS = ["category", "brand", "price"]
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="seed of the split, and of the planted world")
+    add("--seed", type=at_least(0), default=0, help="seed of the split, and of the planted world")
     add("--dataset", choices=READERS, default="planted", help="what to read")
     add("--raw", type=Path, help="folder with the raw files (not for planted)")
-    add("--min-interactions", type=int, default=4, help="drop users and items with fewer, until none is left")
+    add("--min-interactions", type=at_least(1), default=4, help="drop users and items with fewer, iterated")
     add("--threshold", type=float, default=3, help="a rating above this is a positive label")
     args = parser.parse_args(argv)
     if (args.raw is None) != (args.dataset == "planted"):

@@ -37,8 +37,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from common import (fail, fig4_mask, load_llm, options_text, parse_with_presets, read_artifacts, stage_parser,
-                    start_stage, write_artifact)
+from common import (at_least, fail, fig4_mask, load_llm, options_text, parse_with_presets, read_artifacts,
+                    stage_parser, start_stage, write_artifact)
 
 FIELDS = ("title", "category", "brand", "price")
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
@@ -50,7 +50,7 @@ PAPER = {"method": "gradient", "evidence": "history", "route": ["none"], "start"
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="seed of everything random in this stage")
+    add("--seed", type=at_least(0), default=0, help="seed of everything random in this stage")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2, tiny, as at hand")
     add("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT", help="names N_k, their texts")
@@ -59,20 +59,20 @@ def parse_args(argv=None):
     add("--evidence", choices=["items", "history"], default="items", help="each item alone, or one sequence")
     add("--route", nargs="+", default=None, metavar="FIELDS",
         help="fields per profile (default for two profiles: title+category brand+price); none = all to all")
-    add("--max-history", type=int, default=20, help="latest items of a user in one history")
+    add("--max-history", type=at_least(1), default=20, help="latest items of a user in one history")
     add("--start", choices=["shared", "random"], default="shared", help="gradient: start at θ̄, or at random")
-    add("--steps", type=int, default=40, help="gradient: AdamW steps per user at most")
-    add("--lr", type=float, default=None, help="gradient: learning rate (default: 0.1 of embeddings' scale)")
-    add("--pull", type=float, default=None,
+    add("--steps", type=at_least(1), default=40, help="gradient: AdamW steps per user at most")
+    add("--lr", type=at_least(0, float), help="gradient: learning rate (default: 0.1 of embeddings' scale)")
+    add("--pull", type=at_least(0, float), default=None,
         help="pull back to θ̄: a prior that weighs like so many items (default: score estimates, gradient 10)")
     add("--stop", choices=["heldout", "none"], default="heldout", help="gradient: steps by held-out, or all")
     add("--field-weights", choices=["noise", "none"], default="noise", help="equal noise, or sum as they are")
-    add("--shared-steps", type=int, default=100, help="minibatch steps that fit the shared θ̄")
-    add("--map-steps", type=int, default=150, help="score: minibatch steps that fit the map to soft tokens")
-    add("--tiny-steps", type=int, default=400, help="tiny: steps of its pretraining")
-    add("--batch-size", type=int, default=128, help="gradient: users per block")
-    add("--tokens-per-batch", type=int, default=4096, help="tokens per forward pass, prompt included")
-    add("--heldout", type=int, default=3000, help="validation rows to measure the NLL on, at most")
+    add("--shared-steps", type=at_least(1), default=100, help="minibatch steps that fit the shared θ̄")
+    add("--map-steps", type=at_least(1), default=150, help="score: minibatch steps that fit the map to θ")
+    add("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
+    add("--batch-size", type=at_least(1), default=128, help="gradient: users per block")
+    add("--tokens-per-batch", type=at_least(1), default=4096, help="tokens per forward pass, prompt included")
+    add("--heldout", type=at_least(2), default=3000, help="validation rows to measure the NLL on, at most")
     args = parse_with_presets(parser, argv, paper=PAPER)
     if any("=" not in text or not all(text.split("=", 1)) for text in args.profiles):
         parser.error(f"--profiles takes NAME=TEXT, such as {DEFAULT_PROFILES[0]!r}, not {args.profiles}")
@@ -420,9 +420,9 @@ def field_weights(args, prompt, item_streams, popularity, shared, generator, num
     """Bring every field to the same noise: 1 / (root mean square of its score at θ̄ over a sample of items) ->
     [len(FIELDS)]
 
-    # differs from the paper: fields speak at very different volumes. On the planted data a title's score has
-    # hundreds of times the variance of a category's, and tells less of the hobby; in a plain sum the loudest
-    # drowns the others.
+    # differs from the paper: fields speak at volumes of their own, which depend on the LLM and say nothing
+    # about what they tell: a title's score has more variance than a category's and knows less of the hobby.
+    # In a plain sum the loudest field drowns the others.
     """
     weights = torch.zeros(len(FIELDS))
     for stream in item_streams:

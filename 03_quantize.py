@@ -26,7 +26,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 from torch.nn import functional as F
 
-from common import (DCN, VectorQuantizer, fail, options_text, parse_with_presets, read_artifacts,
+from common import (DCN, VectorQuantizer, at_least, fail, options_text, parse_with_presets, read_artifacts,
                     read_sidecar, stage_parser, start_stage, usage_of, write_artifact)
 
 PAPER = {"whiten": "none", "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
@@ -35,21 +35,18 @@ PAPER = {"whiten": "none", "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="seed of k-means++ and of the training")
+    add("--seed", type=at_least(0), default=0, help="seed of k-means++ and of the training")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
-    add("--codes", type=int, nargs="+", default=[4, 3], metavar="K", help="codebook sizes in profiles' order")
+    add("--codes", type=at_least(2), nargs="+", default=[4, 3], metavar="K", help="codebook size per profile")
     add("--whiten", choices=["noise", "none"], default="noise", help="whiten by the noise, or θ as it is")
-    add("--dims", type=int, default=0, help="directions kept, C (0 = those above the noise, at most K - 1)")
-    add("--epochs", type=int, default=10, help="passes over the train rows (eq. 5)")
-    add("--lr", type=float, default=0.003, help="learning rate of Adam")
-    add("--batch-size", type=int, default=512, help="train rows per step")
-    add("--vq-weight", type=float, default=1.0, help="weight of the quantization loss, λ")
-    add("--beta", type=float, default=0.25, help="weight of the commitment term, β")
-    add("--rec-weight", type=float, default=1.0, help="weight of the surrogate's recommendation loss, γ")
-    args = parse_with_presets(parser, argv, paper=PAPER)
-    if min(args.codes) < 2:
-        parser.error(f"--codes: {min(args.codes)} codes tell nothing; give at least 2")
-    return args
+    add("--dims", type=at_least(0), default=0, help="directions kept, C (0 = above the noise, up to K - 1)")
+    add("--epochs", type=at_least(1), default=10, help="passes over the train rows (eq. 5)")
+    add("--lr", type=at_least(0, float), default=0.003, help="learning rate of Adam")
+    add("--batch-size", type=at_least(1), default=512, help="train rows per step")
+    add("--vq-weight", type=at_least(0, float), default=1.0, help="weight of the quantization loss, λ")
+    add("--beta", type=at_least(0, float), default=0.25, help="weight of the commitment term, β")
+    add("--rec-weight", type=at_least(0, float), default=1.0, help="weight of the recommendation loss, γ")
+    return parse_with_presets(parser, argv, paper=PAPER)
 
 
 # ----------------------------------------------------------------------------------------------------------

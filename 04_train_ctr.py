@@ -29,8 +29,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
-from common import (DCN, fail, logloss, mlp, options_text, parse_with_presets, read_artifacts, read_sidecar,
-                    stage_parser, start_stage, write_artifact)
+from common import (DCN, at_least, fail, logloss, mlp, options_text, parse_with_presets, read_artifacts,
+                    read_sidecar, stage_parser, start_stage, write_artifact)
 
 PAPER = {"lr": 0.001, "weight_decay": 0.0}
 FEATURES = ("none", "codes", "random", "truth")
@@ -39,23 +39,23 @@ FEATURES = ("none", "codes", "random", "truth")
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="first of the seeds")
-    add("--seeds", type=int, default=5, help="how many seeds of initialisation, batches and random codes")
+    add("--seed", type=at_least(0), default=0, help="first of the seeds")
+    add("--seeds", type=at_least(1), default=5, help="how many seeds of start, batches and random codes")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="click-through models")
     add("--features", nargs="+", choices=FEATURES, default=None, help="read beside the ids (default: all)")
-    add("--field-dim", type=int, default=8, help="width of a field's embedding, E")
-    add("--layers", type=int, default=3, help="cross layers of DCN and DCNv2")
-    add("--hidden", type=int, nargs="+", default=[16, 16], help="widths of the MLP")
-    add("--dropout", type=float, default=0.2, help="dropout in the MLP")
-    add("--lr", type=float, default=0.01, help="learning rate of Adam")
-    add("--weight-decay", type=float, default=3e-4, help="L2 penalty of Adam")
-    add("--batch-size", type=int, default=512, help="rows per step")
-    add("--epochs", type=int, default=50, help="passes over the train rows at most")
-    add("--patience", type=int, default=6, help="stop after so many epochs without a better valid logloss")
+    add("--field-dim", type=at_least(1), default=8, help="width of a field's embedding, E")
+    add("--layers", type=at_least(1), default=3, help="cross layers of DCN and DCNv2")
+    add("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of the MLP")
+    add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
+    add("--lr", type=at_least(0, float), default=0.01, help="learning rate of Adam")
+    add("--weight-decay", type=at_least(0, float), default=3e-4, help="L2 penalty of Adam")
+    add("--batch-size", type=at_least(1), default=512, help="rows per step")
+    add("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
+    add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
     args = parse_with_presets(parser, argv, paper=PAPER)
-    if args.seeds < 1 or args.epochs < 1:
-        parser.error("--seeds and --epochs must be at least 1")
+    if args.dropout >= 1:
+        parser.error(f"--dropout must be below 1, not {args.dropout}")
     return args
 
 
@@ -214,6 +214,8 @@ def train_one(args, name, sizes, ids, labels, seed):
             optimizer.step()
         probability = predict(model, ids["valid"])
         valid = logloss(labels["valid"], probability)
+        if not np.isfinite(valid):
+            fail(f"{name} diverged in epoch {epoch} with --lr {args.lr:g}: lower it")
         if valid < best["valid_logloss"]:
             best = {"valid_logloss": valid, "valid_auc": roc_auc_score(labels["valid"], probability),
                     "best_epoch": epoch}

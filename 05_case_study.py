@@ -23,8 +23,8 @@ import pandas as pd
 import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
-from common import (VectorQuantizer, fig4_mask, load_llm, read_artifacts, read_sidecar, stage_parser,
-                    start_stage, usage_of, write_artifact)
+from common import (VectorQuantizer, at_least, fig4_mask, load_llm, read_artifacts, read_sidecar,
+                    stage_parser, start_stage, usage_of, write_artifact)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -33,13 +33,10 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="seed of the choice of users and of the control")
-    add("--num-users", type=int, default=4, help="users shown")
-    add("--num-words", type=int, default=6, help="words shown per profile and per code")
-    args = parser.parse_args(argv)
-    if min(args.num_users, args.num_words) < 1:
-        parser.error("--num-users and --num-words must be at least 1")
-    return args
+    add("--seed", type=at_least(0), default=0, help="seed of the choice of users and of the control")
+    add("--num-users", type=at_least(1), default=4, help="users shown")
+    add("--num-words", type=at_least(1), default=6, help="words shown per profile and per code")
+    return parser.parse_args(argv)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -222,7 +219,8 @@ def code_cards(bank, names, sizes, had, items, typical, num_words):
             columns[f"{title} (z)"] = map(show, more)
         if np.isfinite(price).any():
             paid = [np.repeat(price, row.astype(int)) for row in counts]
-            columns["median price"] = [f"${np.nanmedian(row):.0f}" if np.isfinite(row).any() else "" for row in paid]
+            columns["median price"] = [f"${np.nanmedian(row):.0f}" if np.isfinite(row).any() else ""
+                                       for row in paid]
         columns["typical users"] = map(", ".join, typical[name])
         parts.append(f"<h3>{html.escape(name)}</h3>" + table(columns, zip(*columns.values())))
     return "".join(parts)

@@ -39,6 +39,19 @@ def stage_parser(doc):
     return parser
 
 
+def at_least(minimum, kind=int):
+    """The type of an option whose number must not be smaller: argparse then refuses it with one line."""
+
+    def parse(text):
+        value = kind(text)
+        if not value >= minimum:  # so put, it refuses nan, too
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
 def options_text(options):
     """A preset as one would type it: {"lr": 0.1, "route": ["none"]} -> "--lr 0.1 --route none"."""
     text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else value

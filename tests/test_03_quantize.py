@@ -109,7 +109,7 @@ def test_the_bank_holds_one_code_per_user_and_unknown_for_those_without_evidence
 def test_bad_input(small_run, tmp_path):
     line = run_stage("03_quantize.py", "--run-dir", small_run[1], "--codes", 4, ok=False)
     assert "--codes" in line and "hobby, background" in line
-    assert "1 codes" in run_stage("03_quantize.py", "--run-dir", small_run[1], "--codes", 4, 1, ok=False)
+    assert "at least 2" in run_stage("03_quantize.py", "--run-dir", small_run[1], "--codes", 4, 1, ok=False)
     assert "02_infer_profiles.py" in run_stage("03_quantize.py", "--run-dir", tmp_path, ok=False)
 
 

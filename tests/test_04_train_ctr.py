@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from conftest import ctr, run_stage
+from conftest import ctr, dies, run_stage
 
 SIZES = [7, 5, 4, 3]
 SETTINGS = dict(field_dim=3, num_layers=3, hidden=(6, 4), dropout=0.2)
@@ -227,3 +227,8 @@ def test_truth_is_for_planted_data_only(small_run):
 
 def test_auc_counts_ties_as_half():
     assert roc_auc_score([0, 1, 1], [0.5, 0.5, 0.9]) == pytest.approx(0.75)
+
+
+def test_a_diverging_model_says_so(capsys):
+    sizes, ids, labels = pairwise_data(rows=600)
+    assert "--lr 1e+20" in dies(capsys, ctr.train_one, settings(lr=1e20), "dcn", sizes, ids, labels, 0)

@@ -86,6 +86,17 @@ def test_unknown_options_are_refused(script, capsys):
     assert stop.value.code == 2 and "--no-such-option" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script, option, value", [
+    ("01_prepare.py", "--min-interactions", "0"), ("02_infer_profiles.py", "--heldout", "-5"),
+    ("02_infer_profiles.py", "--pull", "-1"), ("03_quantize.py", "--beta", "nan"),
+    ("04_train_ctr.py", "--batch-size", "0"),
+    ("04_train_ctr.py", "--dropout", "1.5"), ("05_case_study.py", "--num-users", "many")])
+def test_numbers_out_of_range_are_refused(script, option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        STAGES[script].parse_args([option, value])
+    assert stop.value.code == 2 and option in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", STAGES)
 def test_help_tells_stage_inputs_outputs_and_an_example(script, capsys):
     with pytest.raises(SystemExit):
