@@ -293,6 +293,28 @@ def test_the_shared_point_and_personal_steps_lower_the_nll_and_leave_the_llm_unt
     assert digest() == before and not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_map_never_sees_the_item_that_it_foretells(llm):
+    """Users of a single item: with it left out nothing is known of them, and the map has nothing to learn from."""
+    prompt, streams = prompt_of(llm), streams_of(llm)
+    train = pd.DataFrame({"user": range(5), "item": range(5)})
+    of_item = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    args = argparse.Namespace(map_steps=3, tokens_per_batch=500, evidence="items")
+    shared = soft_for(prompt, 1)[0]
+
+    def fitted(total):
+        at = infer.Coordinates(total, of_item, torch.ones(5, 2), torch.ones(2), torch.ones(2))
+        return infer.fit_map(args, prompt, streams, train, shared, at, torch.Generator().manual_seed(0))
+
+    assert fitted(of_item).abs().max() == 0 and fitted(3 * of_item).abs().max() > 0
+
+
+def test_users_who_choose_and_users_who_report_are_not_the_same(llm):
+    rows = pd.DataFrame({"user": [0, 1, 2, 3, 3, 4], "item": [0, 1, 2, 3, 4, 0], "split": 5 * ["valid"] + ["test"]})
+    tune, report = infer.heldout_rows(rows, streams_of(llm), 100, seed=0)
+    assert sorted(tune[0].tolist()) == [0, 2] and sorted(report[0].tolist()) == [1, 3, 3]
+    assert report[1].tolist() == [1, 3, 4]
+
+
 def test_a_user_interval_is_that_of_the_ratio():
     rng = np.random.default_rng(0)
     tokens = torch.tensor(rng.integers(5, 15, size=4000)).float()
