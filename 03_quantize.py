@@ -11,8 +11,8 @@ Writes  codebook.pt: per profile name codebook float32 [K, C], transform float32
         usage int64 [K]
         feature_bank.parquet: user, user_id, one int column per profile name; K = no evidence of this user
 
-Example: python 03_quantize.py        (15 seconds)
-  wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.97 of 4, background 2.95 of 3
+Example: python 03_quantize.py        (10 seconds)
+  wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.99 of 4, background 2.98 of 3
 """
 
 import math

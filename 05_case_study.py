@@ -9,7 +9,7 @@ Reads   all artifacts of the run, and the LLM's embeddings
 Writes  report.html: one file with its pictures inside, opens without a network
 
 Example: python 05_case_study.py        (10 seconds)
-  wrote runs/demo/report.html: 4 users, 7 codes, 4 pictures
+  wrote runs/demo/report.html: 4 users, 7 codes, 6 pictures
 """
 
 import base64
