@@ -243,7 +243,10 @@ def read_table(args):
     for column in ("rating", "timestamp"):
         interactions[column] = to_number(interactions, column, paths["interactions"], first_line=2)
     if "price" in items:
-        items["price"] = pd.to_numeric(items["price"], errors="coerce")
+        price = pd.to_numeric(items["price"], errors="coerce")
+        if junk := int((price.isna() & items["price"].notna()).sum()):
+            print(f"{paths['items']}: {junk:,} prices are no bare numbers and count as missing")
+        items["price"] = price
     users = pd.DataFrame({"user_id": interactions["user_id"].unique()})
     if paths["users"]:
         users = read_frame(paths["users"])
@@ -328,6 +331,10 @@ def main(args):
     interactions.insert(3, "label", (interactions["rating"] > args.threshold).astype("int8"))
     interactions.insert(5, "split", split_random(len(interactions), args.seed))
 
+    if interactions["label"].nunique() < 2:
+        low, high = interactions["rating"].min(), interactions["rating"].max()
+        fail(f"all ratings ({low:g} to {high:g}) are on one side of --threshold {args.threshold:g}: choose another")
+
     num_rows, num_users, num_items = len(interactions), len(users), len(items)
     positive = float(interactions["label"].mean())
     facts = {"dataset": args.dataset, "interactions": num_rows, "users": num_users, "items": num_items,
@@ -337,7 +344,7 @@ def main(args):
     if world:
         facts["bayes_ari"] = bayes_ari(world, interactions, items, users)
     print(f"read {num_read:,} interactions; {facts['duplicates']:,} duplicates of (user, item) dropped; "
-          f"{num_untitled:,} items without a title keep their id as title")
+          f"{num_untitled:,} items without a title, or not in the items file, keep their id as title")
     print("| data | interactions | users | items | sparsity (%) | positive labels | "
           "logloss of predicting it |")
     print("|---|---|---|---|---|---|---|")

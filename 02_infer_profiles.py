@@ -79,6 +79,8 @@ def parse_args(argv=None):
     names = [text.split("=", 1)[0] for text in args.profiles]
     if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
         parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _")
+    if {"user", "user_id"} & set(names):
+        parser.error("--profiles: user and user_id are columns of the feature bank; take another name")
     if args.route is None:
         args.route = DEFAULT_ROUTE if len(names) == len(DEFAULT_ROUTE) else ["none"]
     if args.route != ["none"]:
@@ -286,6 +288,7 @@ def choose_llm():
                     "it is pretrained on the train items")
 
 
+TINY_STAMP = "tiny_llm/made_from.txt"  # the digest of what the tiny LLM was made from
 TINY = {"batch": 24, "length": 96, "lr": 2e-3, "width": 128, "layers": 4, "vocabulary": 2048, "context": 512}
 
 
@@ -762,7 +765,8 @@ def main(args):
     figures = report_heldout(args, prompt, item_streams, profiles, shared, *report, generator)
 
     value = {"profiles": profiles, "shared": shared, "noise": noise, "gain": gain, "num_evidence": count,
-             "has_evidence": has_evidence, "names": list(names), "texts": list(name_texts), "llm": llm}
+             "has_evidence": has_evidence, "names": list(names), "texts": list(name_texts), "llm": llm,
+             "tiny_llm": (Path(args.run_dir) / TINY_STAMP).read_text() if llm == "tiny" else ""}
     path = write_artifact(args, "profiles.pt", value, inputs=["interactions.parquet", "items.parquet"],
                           names=names, llm=llm, users=num_users, users_with_evidence=int(has_evidence.sum()),
                           pull=pull, field_weights=dict(zip(FIELDS, weights.tolist())), heldout_nll=figures,

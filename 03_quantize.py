@@ -165,7 +165,7 @@ def main(args):
     stored, interactions, users = read_artifacts(args, "profiles.pt", "interactions.parquet", "users.parquet")
     names = stored["names"]
     if len(args.codes) != len(names):
-        fail(f"--codes gives {len(args.codes)} sizes ({' '.join(map(str, args.codes))}), but profiles.pt "
+        fail(f"--codes gives {len(args.codes)} size(s) ({' '.join(map(str, args.codes))}), but profiles.pt "
              f"holds {len(names)} profiles ({', '.join(names)}): give one size for each")
     known = int(stored["has_evidence"].sum())
     if known < max(args.codes):

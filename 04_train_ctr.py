@@ -269,6 +269,7 @@ def summarize(results):
                      f"{improvements}")
 
     caption = "Paired differences over the seeds, mean ± half of the 95% interval"
+    lines += ["", "± is the standard deviation over the seeds."]
     lines += ["", f"{caption} (the split is one and the same):", "",
               "| model | difference | AUC | logloss | share of the truth's AUC gain |",
               "|---|---|---|---|---|"]

@@ -16,6 +16,7 @@ import base64
 import html
 import io
 import time
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -23,7 +24,7 @@ import pandas as pd
 import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
-from common import (VectorQuantizer, at_least, fig4_mask, load_llm, read_artifacts, read_sidecar,
+from common import (VectorQuantizer, at_least, fail, fig4_mask, load_llm, read_artifacts, read_sidecar,
                     stage_parser, start_stage, usage_of, write_artifact)
 
 matplotlib.use("Agg")
@@ -277,6 +278,10 @@ def main(args):
             maps.append(draw_map(plane, truth, f"{name} by truth", labels))
         deviations.append(stored["profiles"][:, k] - stored["profiles"][told, k].mean(0))
 
+    stamp = Path(args.run_dir) / "tiny_llm" / "made_from.txt"
+    if stored["llm"] == "tiny" and (not stamp.exists() or stamp.read_text() != stored["tiny_llm"]):
+        fail(f"{stamp.parent} is not the LLM that profiles.pt was inferred with: run `python "
+             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options told in profiles.pt.json")
     model, tokenizer = load_llm(args, stored["llm"])
     ids, words = vocabulary_words(tokenizer)
     embeddings = model.get_input_embeddings().weight[ids].float()

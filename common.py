@@ -5,6 +5,7 @@ D width of the LLM, K codes, C width of a codeword, F fields, E width of a field
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -124,7 +125,8 @@ def _replace(path, content):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         fail(f"cannot write {path}: {error.strerror}; free some space or choose another --run-dir")
 
 
@@ -166,8 +168,10 @@ def _plain(value):
 def read_sidecar(args, name):
     """run_dir/name.json as a dict; exit code 2 with the command that makes it when it is missing."""
     path = Path(args.run_dir) / f"{name}.json"
-    if not path.exists() or not (path.parent / name).exists():
-        fail(f"{path.parent / name} is missing: run `python {MADE_BY[name]} --run-dir {args.run_dir}` first")
+    for needed in (path.parent / name, path):
+        if not needed.exists():
+            fail(f"{needed} is missing: run `python {MADE_BY[name]} --run-dir {args.run_dir}` first, with the "
+                 f"options of your run")
     try:
         return json.loads(path.read_text())
     except ValueError:
@@ -190,15 +194,15 @@ def read_artifacts(args, *names):
         return digests[name]
 
     for name, sidecar in sidecars.items():
-        again = f"run `python {MADE_BY[name]} --run-dir {run_dir}` again"
+        again = f"run `python {MADE_BY[name]} --run-dir {run_dir}` again, with the options in {name}.json"
         if digest(name) != sidecar["sha256"]:
             fail(f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): "
                  f"{again}")
         for other, told in sidecar["inputs"].items():
             if not (run_dir / other).exists() or digest(other) != told:
                 found = f"{digest(other)[:8]}" if (run_dir / other).exists() else "missing"
-                fail(f"two runs are mixed: {run_dir / name} was made from a {other} of digest {told[:8]}, "
-                     f"but {run_dir / other} is {found}: {again}")
+                fail(f"two runs are mixed: {run_dir / name} was made from another {other} (digest "
+                     f"{told[:8]}), but {run_dir / other} is {found}: {again}")
 
     read_tensors = lambda path: torch.load(path, weights_only=True)
     readers = {".parquet": pd.read_parquet, ".pt": read_tensors, ".md": Path.read_text}
@@ -217,8 +221,8 @@ def load_llm(args, llm, device="cpu"):
     weights or tokenizer, or a hub name cannot be had.
     """
     source = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm
-    if llm == "tiny" and not source.is_dir():
-        fail(f"{source} is missing: run `python 02_infer_profiles.py --run-dir {args.run_dir}` again")
+    if (llm == "tiny" or llm.startswith(("/", ".", "~"))) and not Path(source).is_dir():
+        fail(f"--llm {llm}: there is no folder {source}; run stage 2 again, or give a folder or a hub name")
     from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds: only where a LLM is needed
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -294,7 +294,7 @@ def test_the_shared_point_and_personal_steps_lower_the_nll_and_leave_the_llm_unt
 
 
 def test_the_map_never_sees_the_item_that_it_foretells(llm):
-    """Users of a single item: with it left out nothing is known of them, and the map has nothing to learn from."""
+    """Users of a single item: with it left out nothing is known of them, and the map cannot learn."""
     prompt, streams = prompt_of(llm), streams_of(llm)
     train = pd.DataFrame({"user": range(5), "item": range(5)})
     of_item = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -309,7 +309,8 @@ def test_the_map_never_sees_the_item_that_it_foretells(llm):
 
 
 def test_users_who_choose_and_users_who_report_are_not_the_same(llm):
-    rows = pd.DataFrame({"user": [0, 1, 2, 3, 3, 4], "item": [0, 1, 2, 3, 4, 0], "split": 5 * ["valid"] + ["test"]})
+    rows = pd.DataFrame({"user": [0, 1, 2, 3, 3, 4], "item": [0, 1, 2, 3, 4, 0]})
+    rows["split"] = 5 * ["valid"] + ["test"]
     tune, report = infer.heldout_rows(rows, streams_of(llm), 100, seed=0)
     assert sorted(tune[0].tolist()) == [0, 2] and sorted(report[0].tolist()) == [1, 3, 3]
     assert report[1].tolist() == [1, 3, 4]

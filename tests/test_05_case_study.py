@@ -96,3 +96,12 @@ def test_a_missing_predecessor_is_named(small_run, tmp_path):
     shutil.copytree(small_run[1], run)
     (run / "results.parquet").unlink()
     assert "python 04_train_ctr.py" in run_stage("05_case_study.py", "--run-dir", run, ok=False)
+
+
+def test_another_tiny_llm_than_that_of_the_profiles_is_refused(small_run, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    (run / "tiny_llm/made_from.txt").write_text("another")
+    assert "is not the LLM" in run_stage("05_case_study.py", "--run-dir", run, ok=False)
