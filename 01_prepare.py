@@ -333,7 +333,8 @@ def main(args):
 
     if interactions["label"].nunique() < 2:
         low, high = interactions["rating"].min(), interactions["rating"].max()
-        fail(f"all ratings ({low:g} to {high:g}) are on one side of --threshold {args.threshold:g}: choose another")
+        fail(f"all ratings ({low:g} to {high:g}) are on one side of --threshold {args.threshold:g}: choose "
+             f"another")
 
     num_rows, num_users, num_items = len(interactions), len(users), len(items)
     positive = float(interactions["label"].mean())

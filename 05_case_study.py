@@ -281,7 +281,7 @@ def main(args):
     stamp = Path(args.run_dir) / "tiny_llm" / "made_from.txt"
     if stored["llm"] == "tiny" and (not stamp.exists() or stamp.read_text() != stored["tiny_llm"]):
         fail(f"{stamp.parent} is not the LLM that profiles.pt was inferred with: run `python "
-             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options told in profiles.pt.json")
+             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
     model, tokenizer = load_llm(args, stored["llm"])
     ids, words = vocabulary_words(tokenizer)
     embeddings = model.get_input_embeddings().weight[ids].float()

@@ -170,8 +170,8 @@ def read_sidecar(args, name):
     path = Path(args.run_dir) / f"{name}.json"
     for needed in (path.parent / name, path):
         if not needed.exists():
-            fail(f"{needed} is missing: run `python {MADE_BY[name]} --run-dir {args.run_dir}` first, with the "
-                 f"options of your run")
+            fail(f"{needed} is missing: run `python {MADE_BY[name]} --run-dir {args.run_dir}` first, with "
+                 f"the options of your run")
     try:
         return json.loads(path.read_text())
     except ValueError:
