@@ -36,6 +36,7 @@ def stage_parser(doc):
     """A parser whose --help is the stage's docstring; unknown and abbreviated options are refused."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see --help")  # one line, without the usage block
     parser.add_argument("--run-dir", default="runs/demo", help="folder of this run's artifacts")
     return parser
 
