@@ -1,34 +1,72 @@
 """Stage 1 of 5: turn raw interactions into one filtered, labelled, split table that all later stages use.
 
 Users and items with fewer than 4 interactions are dropped until none is left (paper, section 3.2), a rating
-above 3 is a positive label, duplicates of (user, item) are kept once (the latest), and a random 8:1:1 split
-is drawn once, here. `planted` needs no data: it draws users with a true hobby and background, items that
-reflect them, and interactions caused by them, so that the later stages can say how much of the truth they
-found.
+above 3 is a positive label, duplicates of (user, item) are kept once (the latest), and the split is drawn
+once, here. `planted` needs no data: it draws users with a true hobby and background, items that reflect them,
+and interactions caused by them, so that the later stages can say how much of the truth they found.
 
-Reads   --raw DIR: ml-100k (u.data, u.item, u.user) or table (interactions.* and items.* as csv, csv.gz,
-        parquet)
+Reads   --raw DIR, as published, plain or gzip, told apart by their content:
+          clothing, movies, games, amazon   Amazon reviews and metadata of 2014, 2018 or 2023
+          yelp      yelp_academic_dataset_review.json, _business.json and, if there, _user.json
+          nete      reviews.pickle, item.json, folders 1, 2, … with train.index, validation.index, test.index
+          ml-100k, ml-1m   MovieLens
+          table     interactions.*, items.* and, if there, users.* as csv, tsv (both also .gz) or parquet
 Writes  interactions.parquet  user, item int64, rating float32, label int8, timestamp int64 (s), split, review
-        items.parquet         item, item_id, title, category, brand, price (dollars)
+        items.parquet         item, item_id, title, category, brand, price (dollars; Yelp: its range, 1 to 4)
         users.parquet         user, user_id, and what is known of the user, for checking only
+        prepare.json          the row of the paper's table 1, and what was dropped on the way
+
+Splits  random     8:1:1 per interaction (the paper's)
+        temporal   of each user's interactions the last tenth is test, the tenth before it valid
+        cold-user  a tenth of the users is never in train or valid: the first half of their interactions is
+                   support, evidence for their own profile only, the rest is test
+        published  that of the data set (nete, or a table with a column `split`); nothing is dropped
 
 Example: python 01_prepare.py        (2 seconds)
   wrote runs/demo/interactions.parquet: 34,213 rows, 1,975 users, 600 items | base-rate logloss 0.6674
 """
 
+import argparse
+import ast
+import hashlib
+import html
+import json
+import pickle
+import re
 import time
+import urllib.error
+import urllib.request
+import zipfile
 import zlib
+from datetime import date, datetime
+from email.utils import formatdate
+from http.client import HTTPException
+from io import BytesIO
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from sklearn.metrics import adjusted_rand_score
+from tqdm import tqdm
 
 from common import at_least, fail, logloss, stage_parser, start_stage, write_artifact
 
 INTERACTION_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 ITEM_COLUMNS = ["item_id", "title"]
 OPTIONAL_ITEM_COLUMNS = ["category", "brand", "price"]
+CATEGORIES = {"clothing": "Clothing_Shoes_and_Jewelry", "movies": "Movies_and_TV", "games": "Video_Games"}
+SPLITS = ("random", "temporal", "cold-user", "published")
+
+
+def share(text):
+    """The type of --max-bad: "1%" or 0.01 -> 0.01"""
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1; say {text}% for a percentage")
+    return value
 
 
 def parse_args(argv=None):
@@ -37,12 +75,41 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=0, help="seed of the split, and of the planted world")
     add("--dataset", choices=READERS, default="planted", help="what to read")
     add("--raw", type=Path, help="folder with the raw files (not for planted)")
+    add("--category", help="amazon: category as in the files' names, such as Digital_Music")
+    add("--columns", nargs="+", default=[], metavar="OURS=THEIRS",
+        help="table: columns with other names, such as user_id=reviewer rating=stars")
+    add("--fold", type=at_least(1), default=1, help="nete: which of the published splits")
+    add("--download", nargs="?", const="", metavar="URL",
+        help="first fetch what is not in --raw yet (Amazon 2014, MovieLens); URL: folder of a mirror")
+    add("--split", choices=SPLITS, help="see above (default: random; nete: published)")
+    add("--ensure-train", action="store_true",
+        help="random, temporal: move rows until all users and items of valid and test are in train")
     add("--min-interactions", type=at_least(1), default=4, help="drop users and items with fewer, iterated")
     add("--threshold", type=float, default=3, help="a rating above this is a positive label")
+    add("--max-bad", type=share, default=0.01, help="Amazon, Yelp: share of bad lines that is an error")
+    add("--strict", action="store_true", help="Amazon, Yelp: a truncated file is an error, not a warning")
     args = parser.parse_args(argv)
     if (args.raw is None) != (args.dataset == "planted"):
         advice = "draws its own data: leave --raw out" if args.raw else "needs --raw DIR"
         parser.error(f"--dataset {args.dataset} {advice}")
+    args.split = args.split or ("published" if args.dataset == "nete" else "random")
+    amazon = {*CATEGORIES, "amazon"}
+    belongs = {"category": {"amazon"}, "columns": {"table"}, "fold": {"nete"}, "max_bad": {*amazon, "yelp"},
+               "strict": {*amazon, "yelp"}, "download": {*amazon, *ARCHIVES}}
+    belongs |= {"min_interactions": set(READERS)} if args.split != "published" else {"min_interactions": ()}
+    for name, datasets in belongs.items():  # an option that would change nothing is refused
+        if getattr(args, name) != parser.get_default(name) and args.dataset not in datasets:
+            parser.error(f"--{name.replace('_', '-')} means nothing for --dataset {args.dataset} "
+                         f"--split {args.split}: leave it out")
+    if args.split == "published" and args.dataset not in ("nete", "table"):
+        parser.error(f"--split published: {args.dataset} is published without one")
+    if args.ensure_train and args.split not in ("random", "temporal"):
+        parser.error(f"--ensure-train contradicts --split {args.split}")
+    if args.fold != 1 and args.split != "published":
+        parser.error("--fold names a published split: add --split published or leave it out")
+    if args.dataset == "amazon" and args.download is not None and not args.category:
+        parser.error("--download needs --category, such as --category Digital_Music")
+    args.category = CATEGORIES.get(args.dataset, args.category)
     return args
 
 
@@ -168,17 +235,431 @@ def bayes_ari(world, interactions, items, users):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# readers: each gives interactions (user_id, item_id, rating, timestamp, maybe review), items, users, and the
-# planted world or None
+# cleaning: titles, prices, categories as published
 # ----------------------------------------------------------------------------------------------------------
+
+TAG = re.compile(r"<[a-zA-Z/!][^<>]*(>|$)")  # also one that the publisher cut in the middle
+SCRIPT = re.compile(r"getTime\(|function ?\(|[.#][\w-]+ ?\{|\{[^{}]*:[^{}]*\}")  # of the page, not of the item
+AMOUNT = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+PRICE = re.compile(rf"\s*(?:from\s+)?{AMOUNT.pattern}\s*(?:[-–—]\s*{AMOUNT.pattern}\s*)?", re.I)
+NO_NAME = re.compile(r"[<{%]|[.!?:;]$|.{51}")  # features and slogans that 2018's category paths run into
+NOT_INFORMATIVE = re.compile(r"(all|general|other|more|misc\w*)( \w+)?", re.I)
+YELP_TOP_LEVEL = set("""Active Life|Arts & Entertainment|Automotive|Beauty & Spas|Bicycles|Education|
+Event Planning & Services|Financial Services|Food|Health & Medical|Home Services|Hotels & Travel|Local Flavor|
+Local Services|Mass Media|Nightlife|Pets|Professional Services|Public Services & Government|
+Religious Organizations|Restaurants|Shopping""".replace("\n", "").split("|"))
+
+
+def clean(text):
+    """Published text as one plain line: HTML entities and tags, scripts, white space, half surrogates."""
+    if not isinstance(text, str):
+        return ""
+    text, before = text.encode("utf-8", "ignore").decode(), None
+    while text != before:  # entities may be escaped twice, tags may hide in entities
+        before, text = text, TAG.sub(" ", html.unescape(text))
+    return "" if SCRIPT.search(text) else " ".join(text.split())
+
+
+def price_of(value):
+    """Dollars: 12.99, "$1,012.99", "$5 - $9" (its lower end), "from $5"; anything else is missing (nan)."""
+    match = PRICE.fullmatch(str(value))
+    return min(float(part.replace(",", "")) for part in match.groups() if part) if match else float("nan")
+
+
+def deepest(paths):
+    """The most specific category that tells something: a name, a path, or several paths -> a name or ""."""
+    paths = [paths] if isinstance(paths, str) else paths or []
+    paths = [path if isinstance(path, list) else [path] for path in paths] \
+        if any(isinstance(path, list) for path in paths) else [paths]
+    best = []
+    for path in paths:
+        names = []
+        for part in path:
+            if not isinstance(part, str) or not part.strip() or NO_NAME.search(part.strip()):
+                break
+            names.append(clean(part))
+        while len(names) > 1 and NOT_INFORMATIVE.fullmatch(names[-1]):
+            names.pop()
+        best = max(best, names, key=len)
+    return best[-1] if best else ""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# files of JSON lines: read as a stream, damage counted
+# ----------------------------------------------------------------------------------------------------------
+
+Id = Annotated[str, msgspec.Meta(min_length=1)]
+Time = Annotated[float, msgspec.Meta(ge=-1e10, le=1e14)]  # seconds, or milliseconds: see `to_seconds`
+REVIEW_FIELDS = {  # format -> our columns and the fields that hold them
+    "Amazon 2014 or 2018": dict(user_id="reviewerID", item_id="asin", rating="overall",
+                                timestamp="unixReviewTime", review="reviewText"),
+    "Amazon 2023": dict(user_id="user_id", item_id="parent_asin", rating="rating", timestamp="timestamp",
+                        review="text"),
+    "Yelp": dict(user_id="user_id", item_id="business_id", rating="stars", timestamp="date", review="text"),
+}
+
+
+def to_seconds(values):
+    """Times as int64 seconds; beyond 1e11 (the year 5138) they are read as milliseconds."""
+    values = np.asarray(values, dtype="float64")
+    return np.where(np.abs(values) > 1e11, values // 1000, values).astype("int64")
+
+
+def pieces_of(file, size=1 << 19):
+    """The content of an open binary file, gzip (also of several members) or not, in pieces of up to `size`.
+
+    Raises EOFError where a gzip file was cut off and zlib.error where it is damaged, after all that is whole.
+    """
+    zipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    if not zipped:
+        yield from iter(lambda: file.read(size), b"")
+        return
+    decompressor = zlib.decompressobj(31)
+    while data := decompressor.unconsumed_tail or decompressor.unused_data or file.read(1 << 17):
+        if decompressor.eof:  # another member, or zeros that fill a block of a tape
+            data, decompressor = data.lstrip(b"\0"), zlib.decompressobj(31)
+            if not data and not (data := file.read(1 << 17).lstrip(b"\0")):
+                return
+        if piece := decompressor.decompress(data, size):
+            yield piece
+    if not decompressor.eof:
+        raise EOFError
+
+
+def blocks_of(path, args):
+    """Whole lines of a file, in blocks: yields (number of the first line, bytes). Memory: a few blocks."""
+    number, rest, damage = 1, b"", ""
+    with open(path, "rb") as file, tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True,
+                                        mininterval=1) as bar:
+        pieces = pieces_of(file)
+        while True:
+            try:
+                piece = next(pieces, b"")
+            except EOFError:
+                damage = "is truncated"
+            except zlib.error as error:
+                damage = f"is damaged ({error})"
+            bar.update(file.tell() - bar.n)
+            if damage or not piece:
+                break
+            if number == 1 and not rest:
+                piece = piece.removeprefix(b"\xef\xbb\xbf")
+            lines, newline, tail = piece.rpartition(b"\n")
+            if newline:
+                yield number, rest + lines
+                number, rest = number + lines.count(b"\n") + 1, b""
+            rest += tail
+    if damage:
+        if args.strict:
+            fail(f"{path} {damage} after {number - 1:,} whole lines: download it again, or leave --strict out")
+        print(f"warning: {path} {damage}: the {number - 1:,} whole lines before are used")
+    elif rest:
+        yield number, rest
+
+
+def read_lines(path, args, decode, decode_block=None):
+    """Records of a file of lines: yields a list per block; bad lines are counted by kind and left out.
+
+    decode(line) gives a record, or None for one that nobody needs; decode_block(lines) does all at once. Exit
+    code 2 when more than --max-bad of the lines are bad.
+    """
+    errors = (msgspec.MsgspecError, ValueError, SyntaxError, RecursionError, MemoryError)
+    bad, num_lines = {}, 0
+    for number, block in blocks_of(path, args):
+        try:
+            records = decode_block(block) if decode_block else None
+        except errors:
+            records = None  # one line is bad: take them one by one
+        if records is None:
+            records = []
+            for number, line in enumerate(block.split(b"\n"), number):
+                if not line.strip():
+                    continue
+                num_lines += 1
+                try:
+                    record = decode(line)
+                except errors as error:
+                    kind = "not UTF-8" if isinstance(error, UnicodeError) else \
+                        re.sub(r" \(byte \d+\)", "", str(error))
+                    bad.setdefault(kind, []).append(number)
+                    continue
+                if record is not None:
+                    records.append(record)
+        else:
+            num_lines += len(records)
+        yield records
+    if bad:
+        num_bad = sum(map(len, bad.values()))
+        kinds = "; ".join(f"{len(lines):,} × {kind} (first: line {lines[0]:,})" for kind, lines in bad.items())
+        told = f"{path}: {num_bad:,} of {num_lines:,} lines are bad: {kinds}"
+        if num_bad > args.max_bad * num_lines:
+            fail(f"{told}; that is more than --max-bad {args.max_bad:.3%}: download the file again or allow more")
+        print(f"warning: {told}; they are left out")
+
+
+def parse_line(line):
+    """A line as a dict: JSON or, as in Amazon's metadata of 2014, a Python literal."""
+    try:
+        record = msgspec.json.decode(line)
+    except msgspec.MsgspecError:
+        try:
+            record = ast.literal_eval(line.decode().strip())
+        except (SyntaxError, ValueError) as error:
+            raise error if isinstance(error, UnicodeError) else ValueError("neither JSON nor a Python literal")
+    if not isinstance(record, dict):
+        raise ValueError("not a record of named fields")
+    return record
+
+
+def find_files(args, formats):
+    """Which file of --raw holds what, by its first records: {"reviews": path, "items": …, "users": …}, format
+
+    The names decide only between several files of one kind: then those of --category are meant.
+    """
+    found, of_format = {"reviews": [], "items": [], "users": []}, {}
+    for path in sorted(path for path in args.raw.iterdir() if path.is_file()):
+        try:
+            with open(path, "rb") as file:
+                lines = next(pieces_of(file, 1 << 20), b"").splitlines()[:100]
+        except (OSError, EOFError, zlib.error):
+            continue
+        for line in lines:
+            try:
+                record = parse_line(line)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            needed = lambda name: {field for key, field in REVIEW_FIELDS[name].items() if key != "review"}
+            if match := [name for name in formats if needed(name) <= set(record)]:
+                found["reviews"].append(path)
+                of_format[path] = match[0]
+            elif "Yelp" in formats and {"user_id", "yelping_since"} <= set(record):
+                found["users"].append(path)
+            elif set(record) & ({"name"} if "Yelp" in formats else {"title", "categories", "category"}) \
+                    and set(record) & ({"business_id"} if "Yelp" in formats else {"asin", "parent_asin"}):
+                found["items"].append(path)
+            else:
+                continue
+            break
+    for role, paths in found.items():
+        if args.category:
+            name = re.compile(rf"(reviews_|meta_)?{re.escape(args.category)}(_5)?\.jsonl?(\.gz)?")
+            found[role] = paths = [path for path in paths if name.fullmatch(path.name)] or paths
+            if paths and not any(name.fullmatch(path.name) for path in paths):
+                print(f"warning: {paths[0]} is not named as {args.category} is: is it that category?")
+        if not paths and role != "users":
+            fail(f"{args.raw} holds no {role} in the format {' or '.join(formats)}; it holds "
+                 f"{', '.join(sorted(path.name for path in args.raw.iterdir())[:8]) or 'nothing'}")
+        if len(paths) > 1:
+            fail(f"{args.raw} holds several files of {role} ({', '.join(path.name for path in paths)}): "
+                 f"leave one there" + ("" if args.category else ", or name one by --category"))
+    path = found["reviews"][0]
+    return {role: paths[0] if paths else None for role, paths in found.items()}, of_format[path]
+
+
+def grouped(lists, size=1 << 13):
+    """Join lists until they have `size` entries: blocks fit into the processor's cache, columns should be longer."""
+    group = []
+    for part in lists:
+        group += part
+        if len(group) >= size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def texts_of(texts):
+    """A list of texts and None as an arrow array of just their size: its own builder would keep twice as much."""
+    encoded = [b"" if text is None else text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)], dtype="int64")
+    is_text = pa.array([text is not None for text in texts]).buffers()[1]
+    return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)), is_text)
+
+
+def read_reviews(args, path, fields):
+    """A file of reviews as a frame: user_id, item_id categorical, rating, timestamp, review (arrow text)."""
+    time_type = Time
+    if fields["timestamp"] == "date":  # Yelp's are "2018-07-07 22:09:11", in older editions "2018-07-07"
+        with open(path, "rb") as file:
+            time_type = datetime if re.search(rb'"date": ?"[\d-]+[ T]', next(pieces_of(file, 1 << 20))) else date
+    record_type = msgspec.defstruct("Review", [
+        ("user_id", Id), ("item_id", Id), ("rating", float), ("timestamp", time_type),
+        ("review", str | None, None)], rename=fields, gc=False)
+    decoder = msgspec.json.Decoder(record_type)
+    tables = []
+    for records in grouped(read_lines(path, args, decoder.decode, decoder.decode_lines)):
+        times = [record.timestamp for record in records]
+        tables.append(pa.table({
+            "user_id": pa.array([record.user_id for record in records]),
+            "item_id": pa.array([record.item_id for record in records]),
+            "rating": np.array([record.rating for record in records], dtype="float32"),
+            "timestamp": to_seconds(times) if time_type is Time
+            else np.array(times, dtype="datetime64[s]").astype("int64"),
+            "review": texts_of([record.review for record in records]),
+        }))
+    table = pa.concat_tables(tables) if tables else pa.table({})
+    if not len(table):
+        fail(f"{path} holds no review: download it again")
+    del tables
+    frame = pd.DataFrame({name: table[name].dictionary_encode().combine_chunks().to_pandas()
+                          for name in ("user_id", "item_id")})
+    for name in ("rating", "timestamp"):
+        frame[name] = table[name].to_numpy()
+    frame["review"] = pd.arrays.ArrowExtensionArray(table["review"])
+    return frame
+
+
+# ----------------------------------------------------------------------------------------------------------
+# readers: each gives interactions (user_id, item_id, rating, timestamp, maybe review and split), items, users
+# and the planted world or None
+# ----------------------------------------------------------------------------------------------------------
+
+ITEM_ID = re.compile(rb"""["'](?:parent_)?asin["']: ?["']([^"']+)["']""")
+
+
+def read_amazon(args):
+    """Amazon's reviews of one category, in the format of 2014, 2018 or 2023, with their items' metadata."""
+    paths, form = find_files(args, [name for name in REVIEW_FIELDS if name.startswith("Amazon")])
+    print(f"reading {paths['reviews']} ({form}) and {paths['items']}")
+    interactions = read_reviews(args, paths["reviews"], REVIEW_FIELDS[form])
+    wanted = set(interactions["item_id"].cat.categories)
+
+    def item_of(line):
+        match = ITEM_ID.search(line)  # literals are slow to read: most items of the shop have no review here
+        if match and match[1].decode("utf-8", "replace") not in wanted:
+            return None
+        record = parse_line(line)
+        item_id = record.get("parent_asin") or record.get("asin")
+        if not isinstance(item_id, str) or not item_id:
+            raise ValueError("no asin")
+        details = record.get("details")
+        brand = record.get("brand") or record.get("store") or \
+            (details.get("Brand") if isinstance(details, dict) else None)
+        return {"item_id": item_id, "title": record.get("title"), "brand": brand, "price": record.get("price"),
+                "category": deepest(record.get("category") or record.get("categories")
+                                    or record.get("main_category"))}
+
+    items = pd.DataFrame([item for block in read_lines(paths["items"], args, item_of) for item in block],
+                         columns=[*ITEM_COLUMNS, *OPTIONAL_ITEM_COLUMNS])
+    return interactions, items, pd.DataFrame({"user_id": interactions["user_id"].cat.categories}), None
+
+
+def yelp_item(record):
+    """A business as an item; of its categories, which Yelp sorts by nothing, the first below the top level."""
+    names = record.get("categories") or []
+    names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    attributes = record.get("attributes")
+    price = attributes.get("RestaurantsPriceRange2") if isinstance(attributes, dict) else None
+    return {"item_id": record["business_id"], "title": record.get("name"), "brand": None, "price": price,
+            "category": next((name for name in names if name not in YELP_TOP_LEVEL), names[0] if names else "")}
+
+
+def read_yelp(args):
+    """Yelp's open data set: reviews, businesses, and users, of whose fields those are kept that no rating made."""
+    paths, form = find_files(args, ["Yelp"])
+    print(f"reading {paths['reviews']}, {paths['items']}" + (f", {paths['users']}" if paths["users"] else ""))
+    interactions = read_reviews(args, paths["reviews"], REVIEW_FIELDS[form])
+
+    def needed(line, key, wanted):
+        record = parse_line(line)
+        if not isinstance(record.get(key), str) or not record[key]:
+            raise ValueError(f"no {key}")
+        return record if record[key] in wanted else None
+
+    businesses, people = (set(interactions[name].cat.categories) for name in ("item_id", "user_id"))
+    blocks = read_lines(paths["items"], args, lambda line: needed(line, "business_id", businesses))
+    items = pd.DataFrame([yelp_item(record) for block in blocks for record in block],
+                         columns=[*ITEM_COLUMNS, *OPTIONAL_ITEM_COLUMNS])
+    users = pd.DataFrame({"user_id": interactions["user_id"].cat.categories})
+    if paths["users"]:
+        told = ["user_id", "review_count", "yelping_since", "fans"]
+        blocks = read_lines(paths["users"], args, lambda line: needed(line, "user_id", people))
+        users = pd.DataFrame([{name: record.get(name) for name in told} for block in blocks for record in block],
+                             columns=told)
+    return interactions, items, users, None
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Unpickles plain containers and numbers; asked for anything else it stops before that could run."""
+
+    ADMITTED = {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set",
+                "slice", "str", "tuple"}
+
+    def find_class(self, module, name):
+        if module in ("builtins", "__builtin__") and name in self.ADMITTED:  # the second name is Python 2's
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run a stranger's code")
+
+
+def read_nete(args):
+    """The dumps that the paper's Movies and Yelp are (from NETE, Li et al., 2020), maybe with their split.
+
+    reviews.pickle: list of {user, item, rating, template: (feature, adjective, sentence, sentiment)};
+    item.json: list (or lines) of {item, title or name, categories, …}; N/train.index, …: row numbers in the list.
+    """
+    path = args.raw / "reviews.pickle"
+    try:
+        with open(path, "rb") as file:
+            reviews = SafeUnpickler(file).load()
+        rows = [(str(review["user"]), str(review["item"]), float(review["rating"]),
+                 (review.get("template") or (None,) * 3)[2] or review.get("text")) for review in reviews]
+    except FileNotFoundError:
+        fail(f"{path} is missing: --raw must be the folder that holds it")
+    except pickle.UnpicklingError as error:
+        fail(f"{path} is refused: {error}")
+    except Exception as error:  # a broken pickle raises nearly anything
+        fail(f"{path} is not a list of reviews with user, item and rating "
+             f"({type(error).__name__}: {error}): download it again")
+    interactions = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "review"])
+    interactions["timestamp"] = 0  # the dumps tell none
+    path = args.raw / "item.json"
+    try:
+        text = path.read_bytes()
+        records = json.loads(text) if text.lstrip().startswith(b"[") else map(parse_line, text.splitlines())
+        items = pd.DataFrame([nete_item(record) for record in records])
+    except (OSError, ValueError, SyntaxError, KeyError, AttributeError, TypeError) as error:
+        fail(f"{path} cannot be read as items ({type(error).__name__}: {error}): download it again")
+    if args.split == "published":
+        interactions["split"] = published_split(args.raw / str(args.fold), len(interactions))
+    return interactions, items, pd.DataFrame({"user_id": interactions["user_id"].unique()}), None
+
+
+def nete_item(record):
+    """An item of item.json, whose fields differ from dump to dump."""
+    if "attributes" in record or "business_id" in record:
+        return yelp_item({**record, "business_id": str(record["item"])})
+    return {"item_id": str(record["item"]), "title": record.get("title") or record.get("name"),
+            "brand": record.get("brand"), "price": record.get("price"),
+            "category": deepest(record.get("categories") or record.get("category"))}
+
+
+def published_split(folder, num_rows):
+    """Row numbers in train.index, validation.index, test.index -> split by row; None: in none of them."""
+    split = np.full(num_rows, None, dtype=object)
+    for name in ("train", "validation", "test"):
+        path = folder / f"{name}.index"
+        try:
+            index = np.array(path.read_text().split(), dtype="int64")
+        except FileNotFoundError:
+            fail(f"{path} is missing: choose another --fold, or --split random")
+        except (OSError, ValueError, OverflowError) as error:
+            fail(f"{path} is no list of row numbers ({error}): download it again")
+        if len(index) == 0 or index.min() < 0 or index.max() >= num_rows or (split[index] != None).any():  # noqa: E711
+            fail(f"{path} does not fit reviews.pickle with its {num_rows:,} reviews: its row numbers must be within "
+                 f"0 and {num_rows - 1:,} and in no other index file")
+        split[index] = "valid" if name == "validation" else name
+    return split
 
 
 def read_frame(path, **options):
-    """A csv, csv.gz or parquet file as a data frame of at least one row; every column of a csv as text."""
+    """A csv, tsv (also .gz) or parquet file as a frame of at least one row; all columns of a csv as text."""
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
         else:
+            if ".tsv" in path.suffixes:
+                options["sep"] = "\t"
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], **options)
     except FileNotFoundError:
         fail(f"{path} is missing: --raw must be the folder that holds it")
@@ -209,9 +690,16 @@ def need_columns(frame, columns, path):
         fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
 
 
+def folder_of(args, name):
+    """The folder that holds the file: --raw, or the one within it that the archive makes."""
+    inner = args.raw / args.dataset
+    return inner if not (args.raw / name).exists() and (inner / name).exists() else args.raw
+
+
 def read_ml_100k(args):
     """MovieLens-100k as published: u.data (tab), u.item (pipe, Latin-1, 19 genre flags), u.user."""
-    data, item, user, genre = (args.raw / name for name in ("u.data", "u.item", "u.user", "u.genre"))
+    folder = folder_of(args, "u.data")
+    data, item, user, genre = (folder / name for name in ("u.data", "u.item", "u.user", "u.genre"))
     interactions = read_frame(data, sep="\t", header=None, names=INTERACTION_COLUMNS)
     for column in ("rating", "timestamp"):
         interactions[column] = to_number(interactions, column, data, first_line=1)
@@ -229,73 +717,220 @@ def read_ml_100k(args):
     return interactions, items, users, None
 
 
+def read_ml_1m(args):
+    """MovieLens-1M as published: ratings.dat, movies.dat, users.dat, all with "::" between columns, Latin-1."""
+    folder, frames = folder_of(args, "ratings.dat"), []
+    for name, columns in (("ratings", INTERACTION_COLUMNS), ("movies", ["item_id", "title", "category"]),
+                          ("users", ["user_id", "gender", "age", "occupation", "zip_code"])):
+        path = folder / f"{name}.dat"
+        try:
+            text = path.read_bytes().replace(b"::", b"\t")
+        except OSError as error:
+            fail(f"{path} cannot be read ({error.strerror}): --raw must be the folder that holds it")
+        lines = [line for line in text.splitlines() if line.strip()]
+        if not lines or any(line.count(b"\t") != len(columns) - 1 for line in lines):
+            fail(f"{path} is empty or has a line without {len(columns)} columns: is it MovieLens-1M's?")
+        frame = pd.read_csv(BytesIO(text), sep="\t", names=columns, dtype=str, encoding="latin-1", quoting=3,
+                            keep_default_na=False, na_values=[""])
+        for column in frame.columns.intersection(["rating", "timestamp", "age"]):
+            frame[column] = to_number(frame, column, path, first_line=1)
+        frames.append(frame)
+    interactions, items, users = frames
+    items["category"] = items["category"].str.replace("|", ", ")
+    return interactions, items, users, None
+
+
 def read_table(args):
-    """A folder with interactions.* and items.* (and users.*, if any) as csv, csv.gz or parquet."""
-    paths = {}
+    """A folder with interactions.* and items.* (and users.*, if any) as csv, tsv (both also .gz) or parquet."""
+    if any("=" not in pair or not all(pair.split("=", 1)) for pair in args.columns):
+        fail(f"--columns {' '.join(args.columns)}: each must be ours=theirs, such as rating=stars")
+    ours = {theirs: name for name, theirs in (pair.split("=", 1) for pair in args.columns)}
+    unknown = set(ours.values()) - {*INTERACTION_COLUMNS, *ITEM_COLUMNS, *OPTIONAL_ITEM_COLUMNS, "review", "split"}
+    if unknown:
+        fail(f"--columns {' '.join(args.columns)}: {', '.join(sorted(unknown))} is none of our columns")
+    endings = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+    paths, frames = {}, {}
     for name in ("interactions", "items", "users"):
-        found = [args.raw / f"{name}{ending}" for ending in (".parquet", ".csv", ".csv.gz")]
-        paths[name] = next((path for path in found if path.exists()), None)
+        paths[name] = next((path for ending in endings if (path := args.raw / f"{name}{ending}").exists()), None)
         if paths[name] is None and name != "users":
-            fail(f"{args.raw} holds no {name}.csv, {name}.csv.gz or {name}.parquet")
-    interactions, items = read_frame(paths["interactions"]), read_frame(paths["items"])
+            fail(f"{args.raw} holds no {' or '.join(name + ending for ending in endings)}")
+        frames[name] = read_frame(paths[name]) if paths[name] else None
+    found = [set(frame.columns) for frame in frames.values() if frame is not None]
+    if unused := [theirs for theirs in ours if not any(theirs in names for names in found)]:
+        fail(f"--columns: no file has a column {', '.join(unused)}")
+    interactions, items, users = (frame if frame is None else frame.rename(columns=ours)
+                                  for frame in frames.values())
     need_columns(interactions, INTERACTION_COLUMNS, paths["interactions"])
     need_columns(items, ITEM_COLUMNS, paths["items"])
     for column in ("rating", "timestamp"):
         interactions[column] = to_number(interactions, column, paths["interactions"], first_line=2)
-    if "price" in items:
-        price = pd.to_numeric(items["price"], errors="coerce")
-        if junk := int((price.isna() & items["price"].notna()).sum()):
-            print(f"{paths['items']}: {junk:,} prices are no bare numbers and count as missing")
-        items["price"] = price
-    users = pd.DataFrame({"user_id": interactions["user_id"].unique()})
-    if paths["users"]:
-        users = read_frame(paths["users"])
-        need_columns(users, ["user_id"], paths["users"])
+    interactions["timestamp"] = to_seconds(interactions["timestamp"])
+    if users is None:
+        users = pd.DataFrame({"user_id": interactions["user_id"].unique()})
+    need_columns(users, ["user_id"], paths["users"])
+    if args.split == "published":
+        need_columns(interactions, ["split"], paths["interactions"])
+        interactions["split"] = interactions["split"].replace("validation", "valid")
+        if strange := set(interactions["split"].dropna()) - {"train", "valid", "test", "support"}:
+            fail(f"{paths['interactions']}: {', '.join(map(str, strange))} is no split; it must be train, valid, "
+                 f"test or support")
     return interactions, items, users, None
 
 
-READERS = {"planted": read_planted, "ml-100k": read_ml_100k, "table": read_table}
+READERS = {"planted": read_planted, **dict.fromkeys((*CATEGORIES, "amazon"), read_amazon), "yelp": read_yelp,
+           "nete": read_nete, "ml-100k": read_ml_100k, "ml-1m": read_ml_1m, "table": read_table}
 
 # ----------------------------------------------------------------------------------------------------------
-# filter, index, label, split
+# download: what is published without terms to accept
 # ----------------------------------------------------------------------------------------------------------
+
+AMAZON_2014 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon/categoryFiles"
+MOVIELENS = "https://files.grouplens.org/datasets/movielens"
+ARCHIVES = {"ml-100k": "0e33842e24a9c977be4e0107933c0723", "ml-1m": "c4d9eecfca2ab87c1945afe126590906"}  # md5
+
+
+def download(args, attempts=5):
+    """Fetch the published files of --dataset into --raw, but for those that are there: Amazon 2014, MovieLens."""
+    args.raw.mkdir(parents=True, exist_ok=True)
+    if args.dataset not in ARCHIVES:
+        for name in (f"reviews_{args.category}_5.json.gz", f"meta_{args.category}.json.gz"):
+            fetch(f"{args.download or AMAZON_2014}/{name}", args.raw / name, attempts)
+        return
+    path = args.raw / f"{args.dataset}.zip"
+    fetch(f"{args.download or MOVIELENS}/{path.name}", path, attempts, md5=ARCHIVES[args.dataset])
+    try:
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(args.raw)
+    except (OSError, zipfile.BadZipFile) as error:
+        fail(f"{path} cannot be unpacked ({error}): delete it and download it again")
+
+
+def fetch(url, path, attempts, md5=None):
+    """Download `url` as `path`, going on from path.part where an earlier try broke off; checks size and digest."""
+    if path.exists():
+        print(f"{path} is there already")
+        return
+    part, total, reason = path.with_name(f"{path.name}.part"), None, ""
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(min(2 ** attempt, 30) * PATIENCE)
+        try:
+            total = fetch_rest(url, part)
+            if part.stat().st_size == total or total is None:
+                break
+            reason = "the connection was closed early"
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                fail(f"{url}: {error.code} {error.reason}; is it another --category, or a mirror that lacks it?")
+            reason = str(error)
+        except (OSError, HTTPException) as error:
+            reason = str(error)
+    else:
+        size = part.stat().st_size if part.exists() else 0
+        fail(f"{url}: {reason}; {size:,} of {total or 'unknown':,} bytes are kept in {part}: the same command goes on "
+             f"from there" if total else f"{url} cannot be fetched ({reason}): try later or from another mirror")
+    if md5 and (found := hashlib.md5(part.read_bytes()).hexdigest()) != md5:
+        part.unlink()
+        fail(f"{url} has the digest {found}, not {md5} as published, and was deleted: try again")
+    part.replace(path)
+
+
+PATIENCE = 1.0  # seconds that the waits between attempts are multiples of
+
+
+def fetch_rest(url, part):
+    """What `part` lacks of `url`, appended to it; returns the size of the whole, None where it is not told."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url)
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Unmodified-Since", formatdate(part.stat().st_mtime, usegmt=True))
+    try:
+        answer = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if have and error.code in (412, 416):  # changed since then, or nothing is left that it could send
+            part.unlink()
+            return fetch_rest(url, part)
+        raise
+    with answer, open(part, "ab" if answer.status == 206 else "wb") as file:
+        have = have if answer.status == 206 else 0  # 200: the server sends all of it
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, mininterval=1) as bar:
+            while piece := answer.read(1 << 18):
+                file.write(piece)
+                bar.update(len(piece))
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------
+# filter, index, split
+# ----------------------------------------------------------------------------------------------------------
+
+
+def codes_of(column):
+    """A column of ids as a categorical's codes, int64 [R]"""
+    return column.astype("category").cat.codes.to_numpy().astype("int64")
+
+
+def keep_latest(interactions):
+    """Of rows with the same user and item the latest; of equal times the last in the file. Rows stay in order."""
+    user, item = codes_of(interactions["user_id"]), codes_of(interactions["item_id"])
+    pair = user * (item.max(initial=0) + 1) + item
+    order = np.argsort(interactions["timestamp"].to_numpy(), kind="stable")
+    keep = np.empty(len(pair), dtype=bool)
+    keep[order] = ~pd.Series(pair[order]).duplicated(keep="last").to_numpy()
+    return interactions[keep]
 
 
 def keep_core(interactions, min_interactions):
     """Drop users and items with fewer rows until none is left (a k-core); the order of rows stays."""
+    user, item = codes_of(interactions["user_id"]), codes_of(interactions["item_id"])
+    keep = np.ones(len(user), dtype=bool)
     while True:
-        per_user = interactions.groupby("user_id")["item_id"].transform("size")
-        per_item = interactions.groupby("item_id")["user_id"].transform("size")
-        keep = (per_user >= min_interactions) & (per_item >= min_interactions)
-        if keep.all():
-            return interactions
-        interactions = interactions[keep]
+        enough = [np.bincount(codes[keep], minlength=codes.max(initial=0) + 1)[codes] >= min_interactions
+                  for codes in (user, item)]
+        still = keep & enough[0] & enough[1]
+        if (still == keep).all():
+            return interactions[keep]
+        keep = still
 
 
 def tabulate(interactions, items, users):
-    """Published ids become indices in [0, N) and [0, M): interactions, items, users as the artifacts hold."""
-    user_ids, item_ids = sorted(interactions["user_id"].unique()), sorted(interactions["item_id"].unique())
-    table = pd.DataFrame({
-        "user": pd.Index(user_ids).get_indexer(interactions["user_id"]).astype("int64"),
-        "item": pd.Index(item_ids).get_indexer(interactions["item_id"]).astype("int64"),
-        "rating": interactions["rating"].astype("float32").to_numpy(),
-        "timestamp": interactions["timestamp"].astype("int64").to_numpy(),
-        "review": interactions["review"].to_numpy() if "review" in interactions else None,
-    })
-    table["review"] = table["review"].astype("string")
-    table = table.sort_values(["user", "timestamp"], kind="stable", ignore_index=True)
-    items = items.drop_duplicates("item_id").set_index("item_id").reindex(item_ids)
-    untitled = items["title"].isna() | (items["title"].astype(str).str.strip() == "")
-    titles = items["title"].where(~untitled, pd.Series(item_ids, index=item_ids))
-    columns = {"title": titles.astype(str).str.split().str.join(" ")}
-    for name in OPTIONAL_ITEM_COLUMNS:
-        columns[name] = items[name] if name in items else pd.Series(index=items.index, dtype="object")
-        columns[name] = columns[name].astype("float64" if name == "price" else "string")
-    items = pd.DataFrame({"item": np.arange(len(item_ids)), "item_id": item_ids,
-                          **{name: column.to_numpy() for name, column in columns.items()}})
-    users = users.drop_duplicates("user_id").set_index("user_id").reindex(user_ids).reset_index()
-    users.insert(0, "user", np.arange(len(user_ids)))
-    return table, items, users, int(untitled.sum())
+    """Published ids become indices in [0, N) and [0, M): interactions, items, users as the artifacts hold.
+
+    The index of the interactions tells each row's place in what was read; sorted by user and time, ties in
+    the order of the file.
+    """
+    ids = [sorted(interactions[name].unique()) for name in ("user_id", "item_id")]
+    user, item = (interactions[name].astype("category").cat.set_categories(known).cat.codes.to_numpy()
+                  for name, known in zip(("user_id", "item_id"), ids))
+    order = np.lexsort((interactions["timestamp"], user))
+    table = pd.DataFrame({"user": user[order].astype("int64"), "item": item[order].astype("int64"),
+                          "rating": interactions["rating"].to_numpy()[order].astype("float32"),
+                          "timestamp": interactions["timestamp"].to_numpy()[order].astype("int64")},
+                         index=interactions.index[order])
+    if "split" in interactions:
+        table["split"] = interactions["split"].to_numpy()[order]
+
+    told = items.drop_duplicates("item_id").set_index("item_id").reindex(ids[1])
+    titles = [clean(title) for title in told["title"]]
+    prices = [None if pd.isna(price) or price == "" else price
+              for price in told.get("price", [None] * len(told))]
+    texts = {name: [clean(value) or None for value in told[name]] if name in told else [None] * len(told)
+             for name in ("category", "brand")}
+    stored = pd.DataFrame({
+        "item": np.arange(len(told)), "item_id": ids[1],
+        "title": [title or item_id for title, item_id in zip(titles, ids[1])],
+        **{name: pd.array(values, dtype="str") for name, values in texts.items()},
+        "price": np.array([price_of(price) for price in prices], dtype="float64")})
+    counts = {"untitled_items": titles.count(""), "items_not_listed": len(set(ids[1]) - set(items["item_id"])),
+              "items_listed_twice": len(items) - items["item_id"].nunique(),
+              "junk_prices": int(stored["price"].isna().sum()) - prices.count(None),
+              "users_not_listed": len(set(ids[0]) - set(users["user_id"]))}
+    users = users.drop_duplicates("user_id").set_index("user_id").reindex(ids[0]).reset_index()
+    users.insert(0, "user", np.arange(len(ids[0])))
+    return table, stored, users, counts
 
 
 def split_random(num_rows, seed):
@@ -307,58 +942,207 @@ def split_random(num_rows, seed):
     return split
 
 
-def main(args):
-    start_stage(args)
-    started = time.time()
+def split_temporal(table):
+    """Each user's last tenth (at least one row) is test, the tenth before it valid: table sorted by time -> [R]"""
+    size = table.groupby("user")["item"].transform("size").to_numpy()
+    left = size - 1 - table.groupby("user").cumcount().to_numpy()  # rows of the user that come later
+    tenth = np.maximum(1, np.round(size / 10))
+    split = np.full(len(table), "train", dtype=object)
+    split[(left < 2 * tenth) & (size > 2)] = "valid"  # who has one row has it in train, who has two none in valid
+    split[(left < tenth) & (size > 1)] = "test"
+    return split
+
+
+def split_cold_user(table, seed):
+    """A tenth of the users is cold: support and then test; of the others' rows a ninth is valid: -> [R]"""
+    rng = np.random.default_rng([seed, 2])
+    user, num_users = table["user"].to_numpy(), int(table["user"].max()) + 1
+    is_cold = np.zeros(num_users, dtype=bool)
+    is_cold[rng.permutation(num_users)[:max(1, round(num_users / 10))]] = True
+    size = table.groupby("user")["item"].transform("size").to_numpy()
+    first_half = table.groupby("user").cumcount().to_numpy() < size // 2
+    split = np.where(is_cold[user], np.where(first_half, "support", "test"), "train").astype(object)
+    warm = rng.permutation(np.flatnonzero(~is_cold[user]))
+    split[warm[:round(len(warm) / 9)]] = "valid"
+    return split
+
+
+def untrained(table):
+    """Users and items of valid and test rows that no train row has: two arrays of bool [R], by row."""
+    held = table["split"].isin(["valid", "test"])
+    return [held & ~table[name].isin(table.loc[table["split"] == "train", name]) for name in ("user", "item")]
+
+
+def ensure_train(table):
+    """Move the first row of each such user and item into train; where time counts, all before it, too."""
+    for side, name in enumerate(("user", "item")):
+        first = table[untrained(table)[side]].drop_duplicates(name).index
+        table.loc[first, "split"] = "train"
+    return table
+
+
+def keep_past(table):
+    """No row of train may be later than one of valid or test of its user: what lies before a train row joins it."""
+    later_train = table["split"].eq("train")[::-1].groupby(table["user"][::-1]).cummax()[::-1]
+    table.loc[later_train, "split"] = "train"
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------
+
+
+def gather(chunks, rows):
+    """chunks: arrow arrays, one behind the other; rows: places in them -> the values there, in that order.
+
+    A take from all chunks at once would copy all of them into one first.
+    """
+    order = np.argsort(rows, kind="stable")
+    starts = np.cumsum([0, *map(len, chunks)])
+    bounds = np.searchsorted(rows[order], starts)
+    pieces = [chunk.take(pa.array(rows[order[low:high]] - start))
+              for chunk, start, low, high in zip(chunks, starts, bounds, bounds[1:]) if low < high]
+    back = np.empty(len(rows), dtype="int64")
+    back[order] = np.arange(len(rows))
+    return pa.concat_arrays(pieces).take(pa.array(back))
+
+
+def row_groups(table, reviews, size=1 << 17):
+    """The interactions as the artifact holds them, in pieces: arrow tables; `reviews`: chunked, by row as read"""
+    chunks = [chunk.cast(pa.large_string()) for chunk in reviews.chunks] if reviews is not None else None
+    for start in range(0, len(table), size):
+        part = table.iloc[start:start + size]
+        review = gather(chunks, part.index.to_numpy()) if chunks else pa.nulls(len(part), pa.large_string())
+        names = ("user", "item", "rating", "label", "timestamp", "split")
+        yield pa.table({**{name: pa.array(part[name].to_numpy()) for name in names}, "review": review})
+
+
+def load(args):
+    """The raw data as read, ids as categoricals: interactions, items, users, world, reviews (arrow or None)"""
+    if args.download is not None:
+        download(args)
     if args.raw and not args.raw.is_dir():
-        fail(f"--raw {args.raw}: no such folder")
+        fail(f"--raw {args.raw}: no such folder" + (
+            f"; --download fetches it" if args.dataset in {*CATEGORIES, *ARCHIVES} else ""))
     interactions, items, users, world = READERS[args.dataset](args)
-    num_read = len(interactions)
     for frame in (interactions, items, users):
         for column in frame.columns.intersection(["user_id", "item_id"]):
-            num_missing = int(frame[column].isna().sum())
-            if num_missing:
+            if num_missing := int(frame[column].isna().sum()):
                 fail(f"{num_missing} rows have no {column} in {args.raw}: fill or drop them")
-            frame[column] = frame[column].astype(str)
+            if frame[column].dtype != "category":
+                frame[column] = frame[column].astype(str)
+    interactions = interactions.reset_index(drop=True)
+    reviews = None
+    if "review" in interactions:
+        reviews = interactions.pop("review")
+        reviews = pa.array(reviews if isinstance(reviews.dtype, pd.ArrowDtype) else reviews.astype("string"))
+        reviews = reviews if isinstance(reviews, pa.ChunkedArray) else pa.chunked_array([reviews])
+    for column in ("user_id", "item_id"):
+        interactions[column] = interactions[column].astype("category")
+    return interactions, items, users, world, reviews
 
-    latest = interactions.sort_values("timestamp", kind="stable")
-    latest = latest.drop_duplicates(["user_id", "item_id"], keep="last")
-    interactions = keep_core(interactions.loc[latest.index.sort_values()], args.min_interactions)
-    if interactions.empty:
-        fail(f"no user is left of {num_read:,} interactions after dropping users and items with fewer than "
-             f"{args.min_interactions}: lower --min-interactions")
-    interactions, items, users, num_untitled = tabulate(interactions, items, users)
-    interactions.insert(3, "label", (interactions["rating"] > args.threshold).astype("int8"))
-    interactions.insert(5, "split", split_random(len(interactions), args.seed))
 
-    if interactions["label"].nunique() < 2:
-        low, high = interactions["rating"].min(), interactions["rating"].max()
-        fail(f"all ratings ({low:g} to {high:g}) are on one side of --threshold {args.threshold:g}: choose "
-             f"another")
+def choose_split(args, table):
+    """The column `split` of the table, in place, and what is to be told about it: dict of facts"""
+    if args.split == "temporal" and table["timestamp"].nunique() < 2:
+        fail(f"--split temporal: all rows of {args.raw or args.dataset} have the same time; choose another split")
+    if args.split != "published":
+        table["split"] = {"random": lambda: split_random(len(table), args.seed),
+                          "temporal": lambda: split_temporal(table),
+                          "cold-user": lambda: split_cold_user(table, args.seed)}[args.split]()
+    told = {}
+    for when in ("untrained", "untrained_after_ensure_train")[:1 + args.ensure_train]:
+        if when != "untrained":
+            ensure_train(table)
+            if args.split == "temporal":
+                keep_past(table)
+        rows = untrained(table)
+        told[when] = {f"{name}s": int(table.loc[row, name].nunique()) for name, row in zip(("user", "item"), rows)}
+        told[when]["rows"] = int((rows[0] | rows[1]).sum())
+    told["rows_of_split"] = {name: int(count) for name, count in table["split"].value_counts().items()}
+    for name in ("train", "valid", "test"):
+        if not told["rows_of_split"].get(name):
+            fail(f"--split {args.split} leaves no {name} row among {len(table):,}: take more data or another split")
+    return told
 
-    num_rows, num_users, num_items = len(interactions), len(users), len(items)
-    positive = float(interactions["label"].mean())
-    facts = {"dataset": args.dataset, "interactions": num_rows, "users": num_users, "items": num_items,
-             "sparsity_percent": round(100 * (1 - num_rows / (num_users * num_items)), 2),
-             "positive_share": positive, "base_rate_logloss": logloss(interactions["label"], positive),
-             "rows_read": num_read, "duplicates": num_read - len(latest), "untitled_items": num_untitled}
-    if world:
-        facts["bayes_ari"] = bayes_ari(world, interactions, items, users)
-    print(f"read {num_read:,} interactions; {facts['duplicates']:,} duplicates of (user, item) dropped; "
-          f"{num_untitled:,} items without a title, or not in the items file, keep their id as title")
+
+def report(args, facts):
+    """What stage 1 found, as its prints: table 1's row, what was dropped, the split."""
+    reasons = {
+        "duplicates": "duplicates of (user, item) dropped, the latest kept",
+        "not_in_split": "interactions in no index of the published split dropped",
+        "filtered": f"interactions of users or items with fewer than {args.min_interactions} dropped",
+        "untitled_items": "items without a title keep their id as title",
+        "items_not_listed": "items are not in the items file",
+        "items_listed_twice": "lines of the items file list an item again, the first counts",
+        "junk_prices": "prices are no numbers and count as missing",
+        "users_not_listed": "users are not in the users file",
+    }
+    print(f"read {facts['rows_read']:,} interactions")
+    for name, reason in reasons.items():
+        if facts[name]:
+            print(f"  {facts[name]:,} {reason}")
     print("| data | interactions | users | items | sparsity (%) | positive labels | "
           "logloss of predicting it |")
     print("|---|---|---|---|---|---|---|")
-    print(f"| {args.dataset} | {num_rows:,} | {num_users:,} | {num_items:,} | "
-          f"{facts['sparsity_percent']:.2f} | {positive:.3f} | {facts['base_rate_logloss']:.4f} |")
-    if world:
+    print(f"| {facts['dataset']} | {facts['interactions']:,} | {facts['users']:,} | {facts['items']:,} | "
+          f"{facts['sparsity_percent']:.2f} | {facts['positive_share']:.3f} | {facts['base_rate_logloss']:.4f} |")
+    print(f"split {args.split}: " + ", ".join(f"{count:,} {name}" for name, count in facts["rows_of_split"].items()))
+    for when, found in facts.items():
+        if when.startswith("untrained"):
+            print(f"{'after --ensure-train, ' if 'after' in when else ''}{found['rows']:,} rows of valid and test "
+                  f"have a user or an item without a train row: {found['users']:,} users, {found['items']:,} items")
+    if "bayes_ari" in facts:
         ceilings = "  ".join(f"{name} {value:.3f}" for name, value in facts["bayes_ari"].items())
         print(f"Bayes-optimal ARI from the train items: {ceilings}")
 
-    facts["seconds"] = time.time() - started
-    for name, frame in (("users", users), ("items", items), ("interactions", interactions)):
-        path = write_artifact(args, f"{name}.parquet", frame, **facts)
-    print(f"wrote {path}: {num_rows:,} rows, {num_users:,} users, {num_items:,} items | "
+
+def main(args):
+    start_stage(args)
+    clock = {"start": time.time()}
+    interactions, items, users, world, reviews = load(args)
+    clock["read"] = time.time()
+    facts = {"dataset": args.dataset, "rows_read": len(interactions), "duplicates": 0, "not_in_split": 0,
+             "filtered": 0}
+    if args.split == "published":
+        interactions = interactions[interactions["split"].notna()]
+        facts["not_in_split"] = facts["rows_read"] - len(interactions)
+    else:
+        interactions = keep_latest(interactions.drop(columns="split", errors="ignore"))
+        facts["duplicates"] = facts["rows_read"] - len(interactions)
+        interactions = keep_core(interactions, args.min_interactions)
+        facts["filtered"] = facts["rows_read"] - facts["duplicates"] - len(interactions)
+    if interactions.empty:
+        fail(f"no user is left of {facts['rows_read']:,} interactions after dropping users and items with fewer than "
+             f"{args.min_interactions}: lower --min-interactions")
+    table, items, users, counts = tabulate(interactions, items, users)
+    del interactions  # may be large
+    table["label"] = (table["rating"] > args.threshold).astype("int8")
+    if table["label"].nunique() < 2:
+        low, high = table["rating"].min(), table["rating"].max()
+        fail(f"all ratings ({low:g} to {high:g}) are on one side of --threshold {args.threshold:g}: choose "
+             f"another")
+    num_rows, num_users, num_items = len(table), len(users), len(items)
+    positive = float(table["label"].mean())
+    facts |= {"interactions": num_rows, "users": num_users, "items": num_items,
+              "sparsity_percent": round(100 * (1 - num_rows / (num_users * num_items)), 2),
+              "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive), **counts}
+    facts |= {"split": args.split, "split_seed": args.fold if args.split == "published" else args.seed}
+    facts |= choose_split(args, table)
+    if world:
+        facts["bayes_ari"] = bayes_ari(world, table, items, users)
+    report(args, facts)
+
+    row = json.dumps(facts, indent=2) + "\n"  # without seconds: the same run gives the same bits
+    clock["filter and split"] = time.time()
+    times = list(clock.items())
+    facts["seconds_of"] = {name: at - before for (name, at), (_, before) in zip(times[1:], times)}
+    artifacts = {"users.parquet": users, "items.parquet": items, "interactions.parquet": row_groups(table, reviews)}
+    for name, value in artifacts.items():
+        write_artifact(args, name, value, **facts)
+    write_artifact(args, "prepare.json", row, inputs=list(artifacts))
+    print(f"wrote {args.run_dir}/interactions.parquet: {num_rows:,} rows, {num_users:,} users, {num_items:,} items | "
           f"base-rate logloss {facts['base_rate_logloss']:.4f}")
 
 

@@ -176,25 +176,26 @@ def batches(prompt, texts, rows, max_tokens):
         start += size
 
 
-def evidence_of(args, tokenizer, items, item_streams, train):
-    """What is evidence of whom: a list of (stream, pairs), one per route; `train`: train rows, by time.
+def evidence_of(args, tokenizer, items, item_streams, told):
+    """What is evidence of whom: a list of (stream, pairs), one per route; `told`: the rows told, by time.
 
     items: each item alone, one text per item, so that p(H | θ) = Π p(item | θ) as in Fig. 2; history: the
     latest items of a user as one text, one text per user.
     """
     if args.evidence == "items":
-        user, item = (torch.tensor(train[column].to_numpy()) for column in ("user", "item"))
-        told = [lengths_of(stream.texts)[item] > 0 for stream in item_streams]
-        return [(stream, Pairs(user[mask], item[mask])) for stream, mask in zip(item_streams, told)]
-    latest = train.groupby("user")["item"].agg(lambda rows: list(rows)[-args.max_history:])
+        user, item = (torch.tensor(told[column].to_numpy()) for column in ("user", "item"))
+        has_text = [lengths_of(stream.texts)[item] > 0 for stream in item_streams]
+        return [(stream, Pairs(user[mask], item[mask])) for stream, mask in zip(item_streams, has_text)]
+    latest = told.groupby("user")["item"].agg(lambda rows: list(rows)[-args.max_history:])
     evidence, records = [], list(items.itertuples())
     for stream in item_streams:
         pieces = [sum((pieces_of(records[item], stream.fields) for item in history), [])
                   for history in latest]
         texts, user = tokenize(tokenizer, pieces), torch.tensor(latest.index.to_numpy())
-        told = lengths_of(texts) > 0
-        evidence.append((stream._replace(texts=texts), Pairs(user[told], torch.arange(len(user))[told])))
-    cut_short = int((train.groupby("user").size() > args.max_history).sum())
+        has_text = lengths_of(texts) > 0
+        pairs = Pairs(user[has_text], torch.arange(len(user))[has_text])
+        evidence.append((stream._replace(texts=texts), pairs))
+    cut_short = int((told.groupby("user").size() > args.max_history).sum())
     print(f"history: the latest {args.max_history} items of each user; "
           f"{cut_short:,} of {len(latest):,} users had more")
     return evidence
@@ -442,8 +443,8 @@ def field_weights(args, prompt, item_streams, popularity, shared, generator, num
     return weights
 
 
-def information_of(prompt, item_streams, popularity, shared, weights, max_tokens, shrinkage=1e-3):
-    """Scores of all train items, centred by popularity [M, P, D], and their covariance [P, D, D]: the noise.
+def information_of(prompt, item_streams, popularity, told, shared, weights, max_tokens, shrinkage=1e-3):
+    """Scores of the items told [M], centred by popularity [M, P, D], and their covariance [P, D, D]: the noise.
 
     If users did not differ, a user's n items would be n draws by popularity, and the sum of their scores
     would have n times this covariance. It is also the Fisher information of θ that one item brings.
@@ -451,7 +452,7 @@ def information_of(prompt, item_streams, popularity, shared, weights, max_tokens
     scores = torch.zeros(len(popularity), *shared.shape)
     noise = torch.zeros(len(shared), shared.shape[1], shared.shape[1])
     for stream in item_streams:
-        rows = (popularity * lengths_of(stream.texts)).nonzero()[:, 0]
+        rows = (told * lengths_of(stream.texts)).nonzero()[:, 0]
         own = scores_of(prompt, stream, rows, shared, weights, max_tokens,
                         f"score of {'+'.join(stream.fields)}")
         share = (popularity[rows] / popularity[rows].sum()).double()[:, None]
@@ -471,8 +472,8 @@ def sum_by_user(stream, pairs, of_row, num_users):
     return torch.sparse.mm(incidence.coalesce(), of_row.double())
 
 
-def project_scores(stream, pairs, of_row, noise, num_users, rank=16):
-    """Whiten scores by the noise and keep the directions in which users differ most.
+def project_scores(stream, pairs, of_row, noise, is_warm, rank=16):
+    """Whiten scores by the noise and keep the directions in which the warm users (is_warm [N]) differ most.
 
     of_row [R, D], noise [D, D] -> of_row [R, C], its sums by user [N, C], eigenvalues [C]. A whitened sum
     over n texts has variance n in every direction if users do not differ; an eigenvalue λ above 1 tells how
@@ -480,21 +481,24 @@ def project_scores(stream, pairs, of_row, noise, num_users, rank=16):
     """
     values, vectors = torch.linalg.eigh(noise.double())
     whiten = vectors * values.rsqrt() @ vectors.T  # Σ^-½
-    count = torch.bincount(pairs.user, minlength=num_users).double()
-    z = sum_by_user(stream, pairs, of_row, num_users) @ whiten / count.clamp(min=1).sqrt()[:, None]
-    eigenvalues, directions = torch.linalg.eigh(torch.cov(z[count > 0].T))
+    count = torch.bincount(pairs.user, minlength=len(is_warm)).double()
+    z = sum_by_user(stream, pairs, of_row, len(is_warm)) @ whiten / count.clamp(min=1).sqrt()[:, None]
+    eigenvalues, directions = torch.linalg.eigh(torch.cov(z[is_warm & (count > 0)].T))
     projection = whiten @ directions.flip(1)[:, :rank]  # [D, C]
     of_row = of_row.double() @ projection
-    return of_row, sum_by_user(stream, pairs, of_row, num_users), eigenvalues.flip(0)[:rank]
+    return of_row, sum_by_user(stream, pairs, of_row, len(is_warm)), eigenvalues.flip(0)[:rank]
 
 
 # total [N, P, C], of_item [M, P, C], count [N, P], pull [P], unit [P]
 Coordinates = namedtuple("Coordinates", "total of_item count pull unit")
 
 
-def coordinates_of(args, prompt, evidence, scores, noise, shared, weights, num_users):
-    """Users in the few directions of their scores in which they differ (see project_scores)."""
-    count, pulls, totals, of_items = torch.zeros(num_users, len(shared)), [], [], []
+def coordinates_of(args, prompt, evidence, scores, noise, shared, weights, is_warm):
+    """Users in the few directions of their scores in which they differ (see project_scores).
+
+    What is estimated over users, is so over warm ones (is_warm [N]: with train rows): cold ones are only placed.
+    """
+    count, pulls, totals, of_items = torch.zeros(len(is_warm), len(shared)), [], [], []
     for k in range(len(shared)):
         stream, pairs = next((stream, pairs) for stream, pairs in evidence if stream.sees[k])
         of_row = scores[:, k]
@@ -502,12 +506,12 @@ def coordinates_of(args, prompt, evidence, scores, noise, shared, weights, num_u
             of_row = scores_of(prompt, stream, pairs.row, shared, weights, args.tokens_per_batch,
                                "score of histories")[:, k]
             pairs = Pairs(pairs.user, torch.arange(len(pairs.row)))
-        projected, total, eigenvalues = project_scores(stream, pairs, of_row, noise[k], num_users)
-        count[:, k] = torch.bincount(pairs.user, minlength=num_users)
+        projected, total, eigenvalues = project_scores(stream, pairs, of_row, noise[k], is_warm)
+        count[:, k] = torch.bincount(pairs.user, minlength=len(is_warm))
         # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
-        edge = (1 + math.sqrt(len(noise[k]) / num_users)) ** 2  # of pure noise (Marchenko and Pastur)
+        edge = (1 + math.sqrt(len(noise[k]) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
         excess = float(eigenvalues[eigenvalues > edge].mean()) - 1 if (eigenvalues > edge).any() else 0.1
-        pulls.append(float(count[:, k].mean()) / excess if args.pull is None else args.pull)
+        pulls.append(float(count[is_warm, k].mean()) / excess if args.pull is None else args.pull)
         totals.append(total.float())
         if args.evidence == "items":  # an item's own part, to be left out of its user's sum
             of_items.append(projected.float())
@@ -517,7 +521,7 @@ def coordinates_of(args, prompt, evidence, scores, noise, shared, weights, num_u
         print(f"{prompt.names[k]}: pull {pulls[-1]:.1f} items; "
               f"eigenvalues of the whitened scores (noise 1, its edge {edge:.2f}): {leading}")
     total, pull = torch.stack(totals, 1), torch.tensor(pulls)
-    unit = (total / (count + pull)[:, :, None]).square().mean((0, 2)).sqrt().clamp(min=1e-6)
+    unit = (total / (count + pull)[:, :, None])[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)
     return Coordinates(total, torch.stack(of_items, 1), count, pull, unit)
 
 
@@ -551,7 +555,7 @@ def fit_map(args, prompt, item_streams, train, shared, at, generator, batch_size
 
 
 def infer_by_score(args, prompt, evidence, item_streams, train, scores, noise, shared, weights, tune,
-                   num_users, generator):
+                   is_warm, generator):
     """One step from θ̄ for all users at once: profiles [N, P, D], their noise [P, D, D], gain [N, P], pull [P]
 
     θ_u = θ̄ + length · B y_u with y_u = Σ_i g_i / (n_u + pull), whitened: a natural-gradient step, shrunk by a
@@ -560,7 +564,7 @@ def infer_by_score(args, prompt, evidence, item_streams, train, scores, noise, s
     # LLM is far from linear: the plain natural-gradient step made held-out items less likely than θ̄ at every
     # length tried.
     """
-    at = coordinates_of(args, prompt, evidence, scores, noise, shared, weights, num_users)
+    at = coordinates_of(args, prompt, evidence, scores, noise, shared, weights, is_warm)
     lift = fit_map(args, prompt, item_streams, train, shared, at, generator) / at.unit[:, None, None]
     step = torch.einsum("npc,pcd->npd", at.total / (at.count + at.pull)[:, :, None], lift)
     length = choose_length(args, prompt, item_streams, step, shared, *tune)
@@ -708,8 +712,12 @@ def main(args):
     if llm == "auto":
         llm, reason = choose_llm()
         print(f"--llm auto: {llm}, because {reason}")
-    is_told = interactions["split"].isin(["train", "valid"])
+    is_told = interactions["split"].isin(["train", "valid", "support"])
     told = set(interactions.loc[is_told, "item"])  # test-only items stay untold
+    # what a cold user's support rows tell is evidence of his own profile and of nothing else
+    own = interactions[interactions["split"].isin(["train", "support"])]
+    is_warm = torch.zeros(num_users, dtype=torch.bool)
+    is_warm[train["user"].unique()] = True
     routes = routes_of(args, items.iloc[train["item"].unique()], names)
     streams_pieces = [[pieces_of(item, fields) if item.item in told else [] for item in items.itertuples()]
                       for fields, _ in routes]
@@ -723,25 +731,29 @@ def main(args):
 
     item_streams = [Stream(fields, sees, tokenize(tokenizer, pieces))
                     for (fields, sees), pieces in zip(routes, streams_pieces)]
-    evidence = evidence_of(args, tokenizer, items, item_streams, train)
+    evidence = evidence_of(args, tokenizer, items, item_streams, own)
+    warm_evidence = [(stream, Pairs(*(column[is_warm[pairs.user]] for column in pairs)))
+                     for stream, pairs in evidence]
     evidence_streams = [stream for stream, _ in evidence]
     for streams, what, cure in ((item_streams, "item", "shorten its text"),
                                 (evidence_streams, "the history of user", "lower --max-history")):
         for stream in streams:
             prompt.check_context(stream.texts, what, f"{cure} or take a LLM with a longer context")
     generator = torch.Generator().manual_seed(args.seed)
-    popularity = torch.bincount(torch.tensor(train["item"].to_numpy()), minlength=len(items)).float()
+    popularity, mentions = (torch.bincount(torch.tensor(rows["item"].to_numpy()), minlength=len(items)).float()
+                            for rows in (train, own))
     tune, report = heldout_rows(interactions, item_streams, args.heldout, args.seed)
 
     inference_started = time.time()
     weights = torch.ones(len(FIELDS))
-    shared = fit_shared(args, prompt, evidence, weights, generator)
+    shared = fit_shared(args, prompt, warm_evidence, weights, generator)
     if args.field_weights == "noise":
         weights = field_weights(args, prompt, item_streams, popularity, shared, generator)
-    scores, noise = information_of(prompt, item_streams, popularity, shared, weights, args.tokens_per_batch)
+    scores, noise = information_of(prompt, item_streams, popularity, mentions, shared, weights,
+                                   args.tokens_per_batch)
     if args.method == "score":
         profiles, noise, gain, pull = infer_by_score(args, prompt, evidence, item_streams, train, scores,
-                                                     noise, shared, weights, tune, num_users, generator)
+                                                     noise, shared, weights, tune, is_warm, generator)
     else:
         pull = 10.0 if args.pull is None else args.pull
         start = shared.expand(num_users, -1, -1)

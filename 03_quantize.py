@@ -167,20 +167,22 @@ def main(args):
     if len(args.codes) != len(names):
         fail(f"--codes gives {len(args.codes)} size(s) ({' '.join(map(str, args.codes))}), but profiles.pt "
              f"holds {len(names)} profiles ({', '.join(names)}): give one size for each")
-    known = int(stored["has_evidence"].sum())
-    if known < max(args.codes):
-        fail(f"only {known} users have evidence, fewer than the {max(args.codes)} codes asked for: "
-             f"lower --codes")
     rows = interactions[interactions["split"] == "train"]
+    is_warm = torch.zeros(len(users), dtype=torch.bool)
+    is_warm[rows["user"].unique()] = True  # nobody else moves a codeword: cold users only get a code
+    known = int((stored["has_evidence"] & is_warm).sum())
+    if known < max(args.codes):
+        fail(f"only {known} users have evidence and train rows, fewer than the {max(args.codes)} codes asked for: "
+             f"lower --codes")
     user, item = (torch.tensor(rows[column].to_numpy()) for column in ("user", "item"))
     label = torch.tensor(rows["label"].to_numpy(), dtype=torch.float32)
 
     quantizers, deviations, facts = nn.ModuleList(), [], {}
     for k, (name, num_codes) in enumerate(zip(names, args.codes)):
-        told = stored["num_evidence"][:, k] > 0
+        told = is_warm & (stored["num_evidence"][:, k] > 0)
         mean = stored["profiles"][told, k].mean(0)
         deviation = stored["profiles"][:, k] - mean  # [N, D]
-        print(f"{name}: {int(told.sum()):,} users with evidence, {num_codes} codes")
+        print(f"{name}: {int(told.sum()):,} users with evidence in train rows, {num_codes} codes")
         if args.whiten == "noise":
             transform, eigenvalues = whiten(deviation[told], stored["gain"][told, k], stored["noise"][k],
                                             args.dims, num_codes - 1)

@@ -310,7 +310,9 @@ def main(args):
         if len(np.unique(values)) < 2:
             fail(f"the {name} rows of interactions.parquet have one label only, so AUC is undefined: "
                  f"choose another --threshold in stage 1")
-    split_seed = read_sidecar(args, "interactions.parquet")["seed"]
+    is_warm = np.isin(np.arange(len(users)), split["train"]["user"])
+    made_from = read_sidecar(args, "interactions.parquet")
+    split_seed = made_from.get("split_seed", made_from["seed"])
     told = {key: value for key, value in vars(args).items() if key != "run_dir"}
     options = json.dumps(told, sort_keys=True)
 
@@ -321,8 +323,10 @@ def main(args):
     seeds = range(args.seed, args.seed + args.seeds)
     for model, feature, seed in itertools.product(args.models, features, seeds):
         codes, sizes = codes_of(feature, bank, users, names, code_sizes, seed)
-        sizes = [len(users), int(interactions["item"].max()) + 1, *sizes]
-        fields = lambda frame: np.column_stack([frame["user"], frame["item"], codes[frame["user"]]])
+        # a user without train rows is unknown to the model: one id for all of them, behind the others
+        sizes = [len(users) + int(not is_warm.all()), int(interactions["item"].max()) + 1, *sizes]
+        user_id = np.where(is_warm, np.arange(len(users)), len(users))
+        fields = lambda frame: np.column_stack([user_id[frame["user"]], frame["item"], codes[frame["user"]]])
         ids = {name: torch.from_numpy(fields(frame)).to(device) for name, frame in split.items()}
         run_started = time.time()
         figures = train_one(args, model, sizes, ids, labels, seed)

@@ -7,7 +7,6 @@ D width of the LLM, K codes, C width of a codeword, F fields, E width of a field
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -88,6 +89,7 @@ MADE_BY = {
     "interactions.parquet": "01_prepare.py",
     "items.parquet": "01_prepare.py",
     "users.parquet": "01_prepare.py",
+    "prepare.json": "01_prepare.py",
     "profiles.pt": "02_infer_profiles.py",
     "codebook.pt": "03_quantize.py",
     "feature_bank.parquet": "03_quantize.py",
@@ -103,55 +105,65 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _bytes_of(value, suffix):
-    """An artifact as bytes: a data frame as parquet, text as UTF-8, a dict of tensors as a torch file."""
-    buffer = io.BytesIO()
+def _write_value(value, file, suffix):
+    """Write an artifact into an open file: frames as parquet, text as UTF-8, a dict of tensors as a torch file."""
     if suffix == ".parquet":
-        value.to_parquet(buffer, index=False)
+        writer = None
+        is_frame = isinstance(value, pd.DataFrame)
+        for table in [pa.Table.from_pandas(value, preserve_index=False)] if is_frame else value:
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+        writer.close()
     elif suffix == ".pt":
-        torch.save(value, buffer)  # into memory: torch.save writes the file's *name* into the file
+        torch.save(value, file)  # into an open file: given a path, torch writes its *name* into the file
     else:
-        buffer.write(value.encode())
-    return buffer.getvalue()
+        file.write(value.encode())
 
 
-def _replace(path, content):
-    """Write bytes under a temporary name, flush to disk, rename: a reader never sees half a file."""
+@contextlib.contextmanager
+def _whole_file(path):
+    """An open binary file under a temporary name, renamed to `path` at the end: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        fail(f"cannot write {path}: {error.strerror}; free some space or choose another --run-dir")
+        if isinstance(error, OSError):
+            fail(f"cannot write {path}: {error.strerror}; free some space or choose another --run-dir")
+        raise
 
 
 def write_artifact(args, name, value, inputs=(), **facts):
     """Write `value` as run_dir/name with a sidecar name.json; `inputs` name the artifacts it was made from.
 
-    `facts` (counts, the numbers the stage printed, seconds) go into the sidecar as they are. The sidecar is
-    written first with the digest of what follows, so that a kill in between is found out by `read_artifact`.
+    value: a data frame, or an iterator of arrow tables (row groups that need not fit into memory together); a
+    text; or a dict of tensors and plain values. `facts` (counts, the numbers the stage printed, seconds) go
+    into the sidecar as they are. The sidecar comes to its place first with the digest of what follows, so that
+    a kill in between is found out by `read_artifacts`.
     """
     run_dir = Path(args.run_dir)
-    content = _bytes_of(value, Path(name).suffix)
-    sidecar = {
-        "artifact": name,
-        "stage": MADE_BY[name],
-        "options": vars(args),
-        "seed": args.seed,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "inputs": {other: sha256_of(run_dir / other) for other in inputs},
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        **facts,
-    }
-    _replace(run_dir / f"{name}.json", json.dumps(sidecar, indent=2, default=_plain).encode() + b"\n")
-    _replace(run_dir / name, content)
+    with _whole_file(run_dir / name) as file:
+        _write_value(value, file, Path(name).suffix)
+        file.flush()
+        sidecar = {
+            "artifact": name,
+            "stage": MADE_BY[name],
+            "options": vars(args),
+            "seed": args.seed,
+            "sha256": sha256_of(file.name),
+            "inputs": {other: sha256_of(run_dir / other) for other in inputs},
+            "torch": torch.__version__,
+            "transformers": _version("transformers"),
+            **facts,
+        }
+        with _whole_file(run_dir / f"{name}.json") as sidecar_file:
+            sidecar_file.write(json.dumps(sidecar, indent=2, default=_plain).encode() + b"\n")
     return run_dir / name
 
 
@@ -177,6 +189,11 @@ def read_sidecar(args, name):
         return json.loads(path.read_text())
     except ValueError:
         fail(f"{path} is not JSON: run `python {MADE_BY[name]} --run-dir {args.run_dir}` again")
+
+
+def _read_frame(path):
+    """A parquet artifact without the texts of the reviews, which may be gigabytes and which no stage needs."""
+    return pd.read_parquet(path, columns=[name for name in pq.read_schema(path).names if name != "review"])
 
 
 def read_artifacts(args, *names):
@@ -206,7 +223,7 @@ def read_artifacts(args, *names):
                      f"{told[:8]}), but {run_dir / other} is {found}: {again}")
 
     read_tensors = lambda path: torch.load(path, weights_only=True)
-    readers = {".parquet": pd.read_parquet, ".pt": read_tensors, ".md": Path.read_text}
+    readers = {".parquet": _read_frame, ".pt": read_tensors, ".md": Path.read_text}
     return [readers[Path(name).suffix](run_dir / name) for name in names]
 
 

@@ -1,9 +1,12 @@
 """Small data in the published formats, small LLMs of both architectures, a way to run a stage as users do."""
 
 import contextlib
+import gzip
 import importlib
 import io
+import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -95,8 +98,8 @@ SMALL = {  # the same code path as ever, with small numbers
 }
 
 
-def run_pipeline(run_dir, raw, stages=5, run=run_stage):
-    run("01_prepare.py", "--dataset", "table", "--raw", raw, "--run-dir", run_dir)
+def run_pipeline(run_dir, raw, stages=5, run=run_stage, split=("random",)):
+    run("01_prepare.py", "--dataset", "table", "--raw", raw, "--run-dir", run_dir, "--split", *split)
     for script in list(SMALL)[:stages - 1]:
         run(script, "--run-dir", run_dir, *SMALL[script])
 
@@ -185,4 +188,122 @@ def write_ml_100k(folder, num_users=30, num_items=25, seed=0):
             for item in rng.choice(num_items, 12, replace=False):
                 rating, timestamp = rng.integers(1, 6), 880000000 + rng.integers(1000)
                 file.write(f"{user + 1}\t{item + 1}\t{rating}\t{timestamp}\n")
+    return folder
+
+
+# --- data sets in the formats in which they are published ------------------------------------------------
+
+
+def write_lines(path, records, literal=False):
+    """One record a line, as JSON or (Amazon's metadata of 2014) as Python literals; gzip by the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [record if isinstance(record, (str, bytes)) else str(record) if literal
+             else json.dumps(record, ensure_ascii=False) for record in records]
+    content = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def review_pairs(num_users=12, num_items=9, seed=0):
+    """(user, item, rating, seconds): most pairs, each once."""
+    rng = np.random.default_rng(seed)
+    pairs = [(user, item) for user in range(num_users) for item in range(num_items) if rng.random() < 0.9]
+    return [(user, item, int(rng.integers(1, 6)), 1_400_000_000 + 1000 * int(place))
+            for place, (user, item) in zip(rng.permutation(len(pairs)), pairs)]
+
+
+def write_amazon(folder, year, suffix=".gz", category="Video_Games", oddities=True):
+    """Amazon's reviews and metadata in the format of a year, with the oddities of the real ones."""
+    reviews = []
+    for user, item, rating, seconds in review_pairs():
+        text = f'She said "it\'s naïve" {user}'
+        if year == 2023:
+            reviews.append({"rating": float(rating), "title": "t", "text": text, "images": [], "asin": f"V{item}",
+                            "parent_asin": f"B{item:03d}", "user_id": f"A{user:03d}", "timestamp": 1000 * seconds + 7,
+                            "helpful_vote": 0, "verified_purchase": True})
+        else:
+            reviews.append({"reviewerID": f"A{user:03d}", "asin": f"B{item:03d}", "helpful": [0, 0],
+                            "reviewText": text, "overall": float(rating), "summary": "s",
+                            "unixReviewTime": seconds, "reviewTime": "09 12, 2014"})
+    if oddities and year != 2023:
+        reviews.append({**reviews[0], "overall": 1.0, "unixReviewTime": 1_500_000_000})  # a duplicate, later
+        del reviews[1]["reviewText"]
+    titles = ["Tom &amp; Jerry&#39;s  <b>Game</b>", "Pokémon \"Gold\"", "  ", '<span class="a-size-medium',
+              "I <3 Tetris", "var aPageStart = (new Date()).getTime();"] + [f"Quest {i}" for i in range(6, 9)]
+    prices = ["$12.99", "$5.99 - $12.49", "", "Too low to display", "$1,012.50", ".a-box-inner{color:#fff}"]
+    paths = [["Games", "PC", "Strategy"], [], ["Games"], ["Games", "PC &amp; Mac", "More"],
+             ["Games", "Toys", "100% fun, no regrets.", "Imported"], ["Games", "All Titles"]]
+    items = []
+    for item in range(9):
+        record = {"asin": f"B{item:03d}", "title": titles[item], "brand": "Åcme" if item % 2 else "",
+                  "price": prices[item] if item < 6 else 9.5, "category": paths[item] if item < 6 else ["Games"]}
+        if year == 2014:
+            record["categories"] = [record.pop("category"), ["Home"]]
+            record["related"] = {"also_bought": ["B999"]}
+        if year == 2023:
+            record = {"main_category": "Games", "parent_asin": record["asin"], "title": record["title"],
+                      "store": record["brand"] or None, "price": record["price"] or None,
+                      "categories": record["category"], "details": {}, "average_rating": 4.5}
+        items.append(record)
+    items.append({**items[1], "title": "listed again"})
+    ending = f".json{suffix}" if year != 2023 else f".jsonl{suffix}"
+    names = {2014: (f"reviews_{category}_5", f"meta_{category}"), 2018: (f"{category}_5", f"meta_{category}"),
+             2023: (category, f"meta_{category}")}[year]
+    write_lines(folder / f"{names[0]}{ending}", reviews)
+    write_lines(folder / f"{names[1]}{ending}", items, literal=year == 2014)
+    return reviews
+
+
+def write_yelp(folder, with_time=True, users=True):
+    """Yelp's open data set: reviews, businesses, users."""
+    day = "2018-07-%02d"
+    write_lines(folder / "yelp_academic_dataset_review.json", [
+        {"review_id": f"r{seconds}", "user_id": f"u{user}", "business_id": f"b{item}", "stars": float(rating),
+         "useful": 0, "text": "Délicieux!\nagain", "date": day % (1 + user) + (" 22:09:11" if with_time else "")}
+        for user, item, rating, seconds in review_pairs()])
+    categories = ["Restaurants, Food, Bubble Tea, Coffee & Tea", None, "Restaurants", "Shopping"] + ["Pubs, Food"] * 5
+    write_lines(folder / "yelp_academic_dataset_business.json", [
+        {"business_id": f"b{item}", "name": f"Café &amp; Co {item}", "stars": 4.5, "categories": categories[item],
+         "attributes": {"RestaurantsPriceRange2": str(1 + item % 4)} if item % 3 else None} for item in range(9)])
+    if users:
+        write_lines(folder / "yelp_academic_dataset_user.json", [
+            {"user_id": f"u{user}", "name": "N", "review_count": 10 * user, "yelping_since": "2010-01-01 00:00:00",
+             "fans": user, "average_stars": 3.3} for user in range(14)])
+
+
+def write_nete(folder, num_users=15, num_items=10, seed=0):
+    """A dump of the structure of NETE's: reviews.pickle, item.json, two published splits. Returns the reviews."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    reviews = [{"user": f"u{user}", "item": f"i{item}", "rating": int(rng.integers(1, 6)),
+                "template": ("plot", "great", f"the plot is great {user} {item}", 1), "predicted": "plot"}
+               for user in range(num_users) for item in range(num_items) if rng.random() < 0.5]
+    reviews.append({"user": "rare", "item": "i0", "rating": 5, "template": ("a", "b", "c", 1)})
+    reviews.append(dict(reviews[0]))  # a pair that stands there twice
+    (folder / "reviews.pickle").write_bytes(pickle.dumps(reviews))
+    (folder / "item.json").write_text(json.dumps([
+        {"item": f"i{item}", "title": f"Film &amp; {item}", "categories": [["Movies & TV", "Drama"]]}
+        for item in range(num_items)]))
+    for fold in (1, 2):
+        order = rng.permutation(len(reviews))
+        tenth = len(order) // 10
+        parts = {"test": order[:tenth], "validation": order[tenth:2 * tenth], "train": order[2 * tenth:]}
+        (folder / str(fold)).mkdir(exist_ok=True)
+        for name, part in parts.items():
+            (folder / str(fold) / f"{name}.index").write_text(" ".join(map(str, sorted(part))))
+    return reviews
+
+
+def write_ml_1m(folder, num_users=20, num_items=12, seed=0):
+    """MovieLens-1M's published format: "::" between columns, Latin-1, codes for age and occupation."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    movies = [f"{item + 1}::Amélie: Part {item} (2001)::Comedy|Film-Noir\n" for item in range(num_items)]
+    (folder / "movies.dat").write_bytes("".join(movies).encode("latin-1"))
+    users = [f"{user + 1}::{'MF'[user % 2]}::{(1, 18, 25)[user % 3]}::{user % 21}::{48067 + user}\n"
+             for user in range(num_users)]
+    (folder / "users.dat").write_text("".join(users))
+    ratings = [f"{user + 1}::{item + 1}::{rng.integers(1, 6)}::{978300760 + user}\n"
+               for user in range(num_users) for item in rng.choice(num_items, 8, replace=False)]
+    (folder / "ratings.dat").write_text("".join(ratings))
     return folder

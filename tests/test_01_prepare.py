@@ -3,7 +3,10 @@ import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import dies, prepare, run_stage, write_ml_100k, write_table
 
@@ -24,6 +27,17 @@ def test_the_filter_is_iterated_until_nothing_falls():
     kept = prepare.keep_core(frame_of(pairs), 2)
     assert sorted(set(kept["user_id"])) == ["u1", "u4"] and len(kept) == 4
     assert len(prepare.keep_core(kept, 2)) == 4
+
+
+@settings(deadline=None)
+@given(pairs=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), unique=True), least=st.integers(1, 5))
+def test_the_core_is_a_fixed_point_and_its_rows_stay_in_order(pairs, least):
+    kept = prepare.keep_core(frame_of(pairs), least)
+    assert kept.index.is_monotonic_increasing
+    for side in ("user_id", "item_id"):
+        assert (kept[side].value_counts() >= least).all()
+    again = prepare.keep_core(kept, least)
+    assert again.index.equals(kept.index)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -48,6 +62,132 @@ def test_the_split_is_8_1_1_disjoint_and_stays_with_its_seed():
     assert counts.to_dict() == {"train": 805, "valid": 100, "test": 100}
     assert (split == prepare.split_random(1005, seed=3)).all()
     assert (split != prepare.split_random(1005, seed=4)).any()
+
+
+@st.composite
+def tables(draw):
+    """Interactions as `tabulate` leaves them: sorted by user and time, with ties."""
+    rows = draw(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 9), st.integers(0, 6)), min_size=1, max_size=80,
+                         unique_by=lambda row: row[:2]))
+    table = pd.DataFrame(rows, columns=["user", "item", "timestamp"])
+    table["user"] = pd.factorize(table["user"], sort=True)[0]
+    return table.iloc[np.lexsort((table["timestamp"], table["user"]))]
+
+
+def with_split(table, name, seed=0):
+    table = table.copy()
+    table["split"] = {"random": lambda: prepare.split_random(len(table), seed),
+                      "temporal": lambda: prepare.split_temporal(table),
+                      "cold-user": lambda: prepare.split_cold_user(table, seed)}[name]()
+    return table
+
+
+@settings(deadline=None)
+@given(table=tables(), name=st.sampled_from(["random", "temporal", "cold-user"]), seed=st.integers(0, 3))
+def test_every_row_has_one_split_and_the_seed_decides_it(table, name, seed):
+    split = with_split(table, name, seed)["split"]
+    assert split.isin(["train", "valid", "test", "support"]).all() and len(split) == len(table)
+    assert split.equals(with_split(table, name, seed)["split"])
+    if name != "cold-user":
+        assert not split.eq("support").any()
+
+
+@settings(deadline=None)
+@given(table=tables(), ensured=st.booleans())
+def test_no_future_leaks_in_temporal(table, ensured):
+    table = with_split(table, "temporal")
+    if ensured:
+        prepare.ensure_train(table)
+        prepare.keep_past(table)
+        assert not np.any(prepare.untrained(table))
+    for _, rows in table.groupby("user"):
+        place = rows["split"].map({"train": 0, "valid": 1, "test": 2})
+        assert place.is_monotonic_increasing  # rows stand in the order of time
+        if not ensured:
+            tenth = max(1, round(len(rows) / 10))
+            assert (place == 2).sum() == (tenth if len(rows) > 1 else 0)
+            assert (place == 1).sum() == (tenth if len(rows) > 2 else 0)
+
+
+@settings(deadline=None)
+@given(table=tables(), seed=st.integers(0, 3))
+def test_no_cold_user_is_in_train_or_valid(table, seed):
+    table = with_split(table, "cold-user", seed)
+    cold = set(table.loc[table["split"].isin(["test", "support"]), "user"])
+    assert len(cold) == max(1, round(table["user"].nunique() / 10))
+    assert not table.loc[table["split"].isin(["train", "valid"]), "user"].isin(cold).any()
+    for user in cold:
+        rows = table.loc[table["user"] == user, "split"].tolist()
+        assert rows == ["support"] * (len(rows) // 2) + ["test"] * (len(rows) - len(rows) // 2)
+    warm = table[~table["user"].isin(cold)]
+    assert (warm["split"] == "valid").sum() == round(len(warm) / 9)
+
+
+@settings(deadline=None)
+@given(table=tables(), seed=st.integers(0, 3))
+def test_ensure_train_moves_what_it_must_and_no_more(table, seed):
+    before = with_split(table, "random", seed)
+    after = prepare.ensure_train(before.copy())
+    assert not np.any(prepare.untrained(after))
+    moved = after[before["split"] != after["split"]]
+    assert (moved["split"] == "train").all()
+    had = before[before["split"] == "train"]
+    for row in moved.itertuples():
+        assert row.user not in set(had["user"]) or row.item not in set(had["item"])
+    assert len(moved) <= len(set(table["user"]) - set(had["user"])) + len(set(table["item"]) - set(had["item"]))
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 5))))
+def test_of_duplicates_the_latest_stays_and_of_equal_times_the_last(rows):
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"], dtype="int64")
+    naive = {}
+    for place, (user, item, when) in enumerate(rows):
+        if (user, item) not in naive or when >= rows[naive[user, item]][2]:
+            naive[user, item] = place
+    assert prepare.keep_latest(frame).index.tolist() == sorted(naive.values())
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6), data=st.data())
+def test_gather_equals_a_take_from_the_whole(sizes, data):
+    values = [f"text {place}" if place % 4 else None for place in range(sum(sizes))]
+    ends = np.cumsum(sizes)
+    chunks = [pa.array(values[end - size:end], pa.large_string()) for size, end in zip(sizes, ends)]
+    rows = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1) if values else st.just([]))
+    if rows:
+        assert prepare.gather(chunks, np.array(rows)).to_pylist() == [values[row] for row in rows]
+
+
+@pytest.mark.parametrize("split", ["random", "temporal", "cold-user"])
+def test_what_has_no_train_row_is_counted_and_can_be_moved(tmp_path, split):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    last = interactions.groupby("user_id").tail(1).index  # items of their own, in the users' last rows only
+    interactions.loc[last, "item_id"] = [f"x{place // 2}" for place in range(len(last))]
+    interactions.to_csv(tmp_path / "raw/interactions.csv", index=False)
+    options = "--min-interactions", 1, "--split", split
+    table, *_ = prepare_table(tmp_path, *options)
+    told = json.loads((tmp_path / "run/prepare.json").read_text())
+    held = table[table["split"].isin(["valid", "test"])]
+    trained = table[table["split"] == "train"]
+    assert told["untrained"]["items"] == held.loc[~held["item"].isin(trained["item"]), "item"].nunique() > 0
+    assert told["untrained"]["users"] == held.loc[~held["user"].isin(trained["user"]), "user"].nunique()
+    assert told["rows_of_split"] == table["split"].value_counts().to_dict()
+    if split == "cold-user":
+        assert told["untrained"]["users"] == 6
+        return
+    table, *_ = prepare_table(tmp_path, *options, "--ensure-train")
+    after = json.loads((tmp_path / "run/prepare.json").read_text())
+    assert after["untrained"] == told["untrained"]
+    assert after["untrained_after_ensure_train"] == {"users": 0, "items": 0, "rows": 0}
+    assert after["rows_of_split"]["train"] > told["rows_of_split"]["train"]
+
+
+def test_a_split_without_rows_is_refused(tmp_path):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    interactions.head(4).assign(rating=[1, 5, 1, 5]).to_csv(tmp_path / "raw/interactions.csv", index=False)
+    options = "--dataset", "table", "--raw", tmp_path / "raw", "--min-interactions", 1
+    assert "leaves no valid row" in refuse(tmp_path, *options)
 
 
 def test_labels_duplicates_and_table_1(tmp_path):

@@ -1,5 +1,6 @@
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,43 +9,56 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, STAGES, run_pipeline, run_process, run_stage, write_table
+from conftest import ROOT, SMALL, STAGES, run_pipeline, run_process, run_stage, write_table
 
 
 def test_the_same_seed_gives_the_same_bits(small_run, tmp_path):
     raw, run = small_run
     run_pipeline(tmp_path / "again", raw)
     names = list(common.MADE_BY)
-    assert len(names) == 9
+    assert len(names) == 10
     again = tmp_path / "again"
     different = [name for name in names if (run / name).read_bytes() != (again / name).read_bytes()]
     assert not different
 
 
-def test_no_test_row_reaches_profiles_codes_or_models(small_run, tmp_path):
+@pytest.mark.parametrize("split", [["random"], ["temporal"], ["temporal", "--ensure-train"], ["cold-user"],
+                                   ["published"]], ids=" ".join)
+def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split):
     """Poison the rating and review of every test row, and the title of each item that only test rows have."""
-    _, run = small_run
     interactions, items = write_table(tmp_path / "raw")
-    names = ("interactions", "items", "users")
-    table, stored, users = (pd.read_parquet(run / f"{name}.parquet") for name in names)
-    table = table.assign(user_id=users["user_id"].to_numpy()[table["user"]],
-                         item_id=stored["item_id"].to_numpy()[table["item"]])
-    split = interactions.merge(table[["user_id", "item_id", "split"]], how="left")["split"]
-    is_test = split.to_numpy() == "test"
-    # make sure that such items exist: give some test rows items of their own (else dropped by the filter)
-    poisoned = interactions.copy()
-    poisoned.loc[is_test, "rating"] = 6 - poisoned.loc[is_test, "rating"]
-    poisoned["review"] = np.where(is_test, "poison", None)
-    clean = interactions.assign(review=np.where(is_test, "clean", None))
-    only_test = set(interactions.loc[is_test, "item_id"]) - set(interactions.loc[~is_test, "item_id"])
-    for name, frame, suffix in (("clean", clean, ""), ("poisoned", poisoned, " poison")):
-        folder = tmp_path / name
-        folder.mkdir()
-        frame.to_csv(folder / "interactions.csv", index=False)
+    rows = np.random.default_rng(1).permutation(len(interactions))
+    interactions["split"] = np.array(["train"] * 8 + ["valid", "test"])[rows % 10]
+    lonely = interactions.groupby("user_id").tail(1).index[:6]  # late rows: some are test under any split
+    interactions.loc[lonely, ["item_id", "split"]] = [["only", "test"]] * len(lonely)
+    items = pd.concat([items, items.tail(1).assign(item_id="only")])
+
+    def write(name, frame, suffix=""):
+        (tmp_path / name).mkdir()
+        frame.to_csv(tmp_path / name / "interactions.csv", index=False)
         titles = items["title"] + np.where(items["item_id"].isin(only_test), suffix, "")
-        items.assign(title=titles).to_csv(folder / "items.csv", index=False)
-        run_pipeline(tmp_path / f"run_{name}", folder, stages=4)
+        items.assign(title=titles).to_csv(tmp_path / name / "items.csv", index=False)
+
+    only_test = set()
+    write("plain", interactions)
+    run_pipeline(tmp_path / "run", tmp_path / "plain", stages=1, split=split)
+    table, stored, users = (pd.read_parquet(tmp_path / f"run/{name}.parquet")
+                            for name in ("interactions", "items", "users"))
+    keys = ["user_id", "item_id"]
+    table["user_id"] = users["user_id"].to_numpy()[table["user"]]
+    table["item_id"] = stored["item_id"].to_numpy()[table["item"]]
+    found = interactions[keys].merge(table[[*keys, "split"]], how="left")["split"].to_numpy()
+    is_test = found == "test"
+    assert is_test.any() and set(found) >= {"train", "valid", "test"}
+    only_test = set(interactions.loc[is_test, "item_id"]) - set(interactions.loc[~is_test, "item_id"])
+    assert only_test == {"only"} or "--ensure-train" in split or "random" in split or "cold-user" in split
+    poisoned = interactions.assign(review=np.where(is_test, "poison", "plain"))
+    poisoned.loc[is_test, "rating"] = 6 - poisoned.loc[is_test, "rating"]
+    write("clean", interactions.assign(review="plain"))
+    write("poisoned", poisoned, " poison")
     first, second = tmp_path / "run_clean", tmp_path / "run_poisoned"
+    for run, name in ((first, "clean"), (second, "poisoned")):
+        run_pipeline(run, tmp_path / name, stages=4, split=split)
     assert (first / "interactions.parquet").read_bytes() != (second / "interactions.parquet").read_bytes()
     for name in ("profiles.pt", "codebook.pt", "feature_bank.parquet", "tiny_llm/model.safetensors",
                  "tiny_llm/tokenizer.json"):
@@ -55,10 +69,36 @@ def test_no_test_row_reaches_profiles_codes_or_models(small_run, tmp_path):
     assert (results[0]["auc"] != results[1]["auc"]).any()  # only the final score sees the test labels
 
 
+def test_support_rows_move_their_own_users_profile_and_nothing_else(tmp_path):
+    """Other items in a cold user's support rows: his profile moves, no other's, and no codeword."""
+    import argparse
+
+    raw = tmp_path / "raw"
+    write_table(raw)
+    run_pipeline(tmp_path / "one", raw, stages=1, split=["cold-user"])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    options = argparse.Namespace(run_dir=str(tmp_path / "two"), seed=0)
+    (table,) = common.read_artifacts(options, "interactions.parquet")
+    support = table["split"] == "support"
+    user = table.loc[support, "user"].iloc[0]
+    mine = support & (table["user"] == user)
+    table.loc[mine, "item"] = (table.loc[mine, "item"] + 7) % (table["item"].max() + 1)
+    common.write_artifact(options, "interactions.parquet", table)
+    stored = []
+    for name in ("one", "two"):
+        for script in ("02_infer_profiles.py", "03_quantize.py"):
+            run_stage(script, "--run-dir", tmp_path / name, *SMALL[script])
+        stored.append(torch.load(tmp_path / name / "profiles.pt", weights_only=True))
+    moved = (stored[0]["profiles"] != stored[1]["profiles"]).any(2).any(1)
+    assert moved.nonzero()[:, 0].tolist() == [user]
+    assert stored[0]["has_evidence"].all()
+    for name in ("codebook.pt", "tiny_llm/model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
 def test_items_that_only_test_rows_have_leave_no_trace(small_run, tmp_path):
     """At the artifacts themselves: a title that no train or valid row has may say anything."""
     import argparse
-    import shutil
 
     profiles = []
     for title in ("iron skillet", "poison"):
@@ -144,7 +184,7 @@ def test_requirements_pin_exact_versions_of_all_that_is_imported():
         imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
     packages = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
     third_party = {"torch", "transformers", "numpy", "pandas", "sklearn", "matplotlib", "tqdm", "pytest",
-                   "scipy", "tokenizers", "huggingface_hub", "pyarrow"}
+                   "scipy", "tokenizers", "huggingface_hub", "pyarrow", "msgspec", "hypothesis"}
     for name in imported & third_party:
         assert packages.get(name, name) in pinned, name
     assert torch.__version__.split("+")[0]
