@@ -444,7 +444,8 @@ def field_weights(args, prompt, item_streams, popularity, shared, generator, num
 
 
 def information_of(prompt, item_streams, popularity, told, shared, weights, max_tokens, shrinkage=1e-3):
-    """Scores of the items told [M], centred by popularity [M, P, D], and their covariance [P, D, D]: the noise.
+    """Scores of the items told [M], centred by popularity [M, P, D], and their covariance [P, D, D]: the
+    noise.
 
     If users did not differ, a user's n items would be n draws by popularity, and the sum of their scores
     would have n times this covariance. It is also the Fisher information of θ that one item brings.
@@ -496,7 +497,8 @@ Coordinates = namedtuple("Coordinates", "total of_item count pull unit")
 def coordinates_of(args, prompt, evidence, scores, noise, shared, weights, is_warm):
     """Users in the few directions of their scores in which they differ (see project_scores).
 
-    What is estimated over users, is so over warm ones (is_warm [N]: with train rows): cold ones are only placed.
+    What is estimated over users, is so over warm ones (is_warm [N]: with train rows): cold ones are only
+    placed.
     """
     count, pulls, totals, of_items = torch.zeros(len(is_warm), len(shared)), [], [], []
     for k in range(len(shared)):
@@ -509,7 +511,8 @@ def coordinates_of(args, prompt, evidence, scores, noise, shared, weights, is_wa
         projected, total, eigenvalues = project_scores(stream, pairs, of_row, noise[k], is_warm)
         count[:, k] = torch.bincount(pairs.user, minlength=len(is_warm))
         # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
-        edge = (1 + math.sqrt(len(noise[k]) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
+        edge = (1 + math.sqrt(len(noise[k])
+                              / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
         excess = float(eigenvalues[eigenvalues > edge].mean()) - 1 if (eigenvalues > edge).any() else 0.1
         pulls.append(float(count[is_warm, k].mean()) / excess if args.pull is None else args.pull)
         totals.append(total.float())
@@ -700,24 +703,31 @@ def heldout_rows(interactions, item_streams, limit, seed):
     return [(user[told & (user % 2 == half)], item[told & (user % 2 == half)]) for half in (0, 1)]
 
 
+def parts_of(interactions, num_users):
+    """Train rows; those and cold users' support rows; who has train rows, bool [N]; items that may be told.
+
+    What a support row tells is evidence of its user's profile and of nothing else. Items that only test rows
+    have stay untold.
+    """
+    split = interactions["split"]
+    train, own = interactions[split == "train"], interactions[split.isin(["train", "support"])]
+    is_warm = torch.zeros(num_users, dtype=torch.bool)
+    is_warm[train["user"].unique()] = True
+    return train, own, is_warm, set(interactions.loc[split.isin(["train", "valid", "support"]), "item"])
+
+
 def main(args):
     start_stage(args)
     started = time.time()
     interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
-    train = interactions[interactions["split"] == "train"]
     num_users = int(interactions["user"].max()) + 1
+    train, own, is_warm, told = parts_of(interactions, num_users)
     names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm = args.llm
     if llm == "auto":
         llm, reason = choose_llm()
         print(f"--llm auto: {llm}, because {reason}")
-    is_told = interactions["split"].isin(["train", "valid", "support"])
-    told = set(interactions.loc[is_told, "item"])  # test-only items stay untold
-    # what a cold user's support rows tell is evidence of his own profile and of nothing else
-    own = interactions[interactions["split"].isin(["train", "support"])]
-    is_warm = torch.zeros(num_users, dtype=torch.bool)
-    is_warm[train["user"].unique()] = True
     routes = routes_of(args, items.iloc[train["item"].unique()], names)
     streams_pieces = [[pieces_of(item, fields) if item.item in told else [] for item in items.itertuples()]
                       for fields, _ in routes]
@@ -740,8 +750,9 @@ def main(args):
         for stream in streams:
             prompt.check_context(stream.texts, what, f"{cure} or take a LLM with a longer context")
     generator = torch.Generator().manual_seed(args.seed)
-    popularity, mentions = (torch.bincount(torch.tensor(rows["item"].to_numpy()), minlength=len(items)).float()
-                            for rows in (train, own))
+    popularity, mentions = (
+        torch.bincount(torch.tensor(rows["item"].to_numpy()), minlength=len(items)).float()
+        for rows in (train, own))
     tune, report = heldout_rows(interactions, item_streams, args.heldout, args.seed)
 
     inference_started = time.time()

@@ -172,8 +172,8 @@ def main(args):
     is_warm[rows["user"].unique()] = True  # nobody else moves a codeword: cold users only get a code
     known = int((stored["has_evidence"] & is_warm).sum())
     if known < max(args.codes):
-        fail(f"only {known} users have evidence and train rows, fewer than the {max(args.codes)} codes asked for: "
-             f"lower --codes")
+        fail(f"only {known} users have evidence and train rows, fewer than the {max(args.codes)} codes asked "
+             f"for: lower --codes")
     user, item = (torch.tensor(rows[column].to_numpy()) for column in ("user", "item"))
     label = torch.tensor(rows["label"].to_numpy(), dtype=torch.float32)
 

@@ -106,7 +106,9 @@ def sha256_of(path):
 
 
 def _write_value(value, file, suffix):
-    """Write an artifact into an open file: frames as parquet, text as UTF-8, a dict of tensors as a torch file."""
+    """Write an artifact into an open file: frames as parquet, text as UTF-8, a dict of tensors as a torch
+    file.
+    """
     if suffix == ".parquet":
         writer = None
         is_frame = isinstance(value, pd.DataFrame)
@@ -122,7 +124,9 @@ def _write_value(value, file, suffix):
 
 @contextlib.contextmanager
 def _whole_file(path):
-    """An open binary file under a temporary name, renamed to `path` at the end: a reader never sees half a file."""
+    """An open binary file under a temporary name, renamed to `path` at the end: a reader never sees half a
+    file.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,8 +148,8 @@ def write_artifact(args, name, value, inputs=(), **facts):
 
     value: a data frame, or an iterator of arrow tables (row groups that need not fit into memory together); a
     text; or a dict of tensors and plain values. `facts` (counts, the numbers the stage printed, seconds) go
-    into the sidecar as they are. The sidecar comes to its place first with the digest of what follows, so that
-    a kill in between is found out by `read_artifacts`.
+    into the sidecar as they are. The sidecar comes to its place first with the digest of what follows, so
+    that a kill in between is found out by `read_artifacts`.
     """
     run_dir = Path(args.run_dir)
     with _whole_file(run_dir / name) as file:
@@ -192,7 +196,9 @@ def read_sidecar(args, name):
 
 
 def _read_frame(path):
-    """A parquet artifact without the texts of the reviews, which may be gigabytes and which no stage needs."""
+    """A parquet artifact without the texts of the reviews, which may be gigabytes and which no stage
+    needs.
+    """
     return pd.read_parquet(path, columns=[name for name in pq.read_schema(path).names if name != "review"])
 
 

@@ -218,9 +218,9 @@ def write_amazon(folder, year, suffix=".gz", category="Video_Games", oddities=Tr
     for user, item, rating, seconds in review_pairs():
         text = f'She said "it\'s naïve" {user}'
         if year == 2023:
-            reviews.append({"rating": float(rating), "title": "t", "text": text, "images": [], "asin": f"V{item}",
-                            "parent_asin": f"B{item:03d}", "user_id": f"A{user:03d}", "timestamp": 1000 * seconds + 7,
-                            "helpful_vote": 0, "verified_purchase": True})
+            reviews.append({"rating": float(rating), "title": "t", "text": text, "images": [],
+                            "asin": f"V{item}", "parent_asin": f"B{item:03d}", "user_id": f"A{user:03d}",
+                            "timestamp": 1000 * seconds + 7, "helpful_vote": 0, "verified_purchase": True})
         else:
             reviews.append({"reviewerID": f"A{user:03d}", "asin": f"B{item:03d}", "helpful": [0, 0],
                             "reviewText": text, "overall": float(rating), "summary": "s",
@@ -236,7 +236,8 @@ def write_amazon(folder, year, suffix=".gz", category="Video_Games", oddities=Tr
     items = []
     for item in range(9):
         record = {"asin": f"B{item:03d}", "title": titles[item], "brand": "Åcme" if item % 2 else "",
-                  "price": prices[item] if item < 6 else 9.5, "category": paths[item] if item < 6 else ["Games"]}
+                  "price": prices[item] if item < 6 else 9.5,
+                  "category": paths[item] if item < 6 else ["Games"]}
         if year == 2014:
             record["categories"] = [record.pop("category"), ["Home"]]
             record["related"] = {"also_bought": ["B999"]}
@@ -259,20 +260,27 @@ def write_yelp(folder, with_time=True, users=True):
     day = "2018-07-%02d"
     write_lines(folder / "yelp_academic_dataset_review.json", [
         {"review_id": f"r{seconds}", "user_id": f"u{user}", "business_id": f"b{item}", "stars": float(rating),
-         "useful": 0, "text": "Délicieux!\nagain", "date": day % (1 + user) + (" 22:09:11" if with_time else "")}
+         "useful": 0, "text": "Délicieux!\nagain",
+         "date": day % (1 + user) + (" 22:09:11" if with_time else "")}
         for user, item, rating, seconds in review_pairs()])
-    categories = ["Restaurants, Food, Bubble Tea, Coffee & Tea", None, "Restaurants", "Shopping"] + ["Pubs, Food"] * 5
+    categories = (["Restaurants, Food, Bubble Tea, Coffee & Tea", None, "Restaurants", "Shopping"]
+                  + ["Pubs, Food"] * 5)
     write_lines(folder / "yelp_academic_dataset_business.json", [
-        {"business_id": f"b{item}", "name": f"Café &amp; Co {item}", "stars": 4.5, "categories": categories[item],
-         "attributes": {"RestaurantsPriceRange2": str(1 + item % 4)} if item % 3 else None} for item in range(9)])
+        {"business_id": f"b{item}", "name": f"Café &amp; Co {item}", "stars": 4.5,
+         "categories": categories[item],
+         "attributes": {"RestaurantsPriceRange2": str(1 + item % 4)} if item % 3 else None}
+        for item in range(9)])
     if users:
         write_lines(folder / "yelp_academic_dataset_user.json", [
-            {"user_id": f"u{user}", "name": "N", "review_count": 10 * user, "yelping_since": "2010-01-01 00:00:00",
-             "fans": user, "average_stars": 3.3} for user in range(14)])
+            {"user_id": f"u{user}", "name": "N", "review_count": 10 * user,
+             "yelping_since": "2010-01-01 00:00:00", "fans": user, "average_stars": 3.3}
+            for user in range(14)])
 
 
 def write_nete(folder, num_users=15, num_items=10, seed=0):
-    """A dump of the structure of NETE's: reviews.pickle, item.json, two published splits. Returns the reviews."""
+    """A dump of the structure of NETE's: reviews.pickle, item.json, two published splits. Returns the
+    reviews.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     reviews = [{"user": f"u{user}", "item": f"i{item}", "rating": int(rng.integers(1, 6)),

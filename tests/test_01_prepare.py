@@ -67,8 +67,8 @@ def test_the_split_is_8_1_1_disjoint_and_stays_with_its_seed():
 @st.composite
 def tables(draw):
     """Interactions as `tabulate` leaves them: sorted by user and time, with ties."""
-    rows = draw(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 9), st.integers(0, 6)), min_size=1, max_size=80,
-                         unique_by=lambda row: row[:2]))
+    rows = draw(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 9), st.integers(0, 6)), min_size=1,
+                         max_size=80, unique_by=lambda row: row[:2]))
     table = pd.DataFrame(rows, columns=["user", "item", "timestamp"])
     table["user"] = pd.factorize(table["user"], sort=True)[0]
     return table.iloc[np.lexsort((table["timestamp"], table["user"]))]
@@ -134,7 +134,8 @@ def test_ensure_train_moves_what_it_must_and_no_more(table, seed):
     had = before[before["split"] == "train"]
     for row in moved.itertuples():
         assert row.user not in set(had["user"]) or row.item not in set(had["item"])
-    assert len(moved) <= len(set(table["user"]) - set(had["user"])) + len(set(table["item"]) - set(had["item"]))
+    assert len(moved) <= (len(set(table["user"]) - set(had["user"]))
+                          + len(set(table["item"]) - set(had["item"])))
 
 
 @settings(deadline=None)

@@ -1,4 +1,6 @@
-"""Stage 1's readers, on small files in the published formats, and what becomes of damage, strangers, downloads."""
+"""Stage 1's readers, on small files in the published formats, and what becomes of damage, strangers,
+downloads.
+"""
 
 import gzip
 import hashlib
@@ -14,19 +16,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import (prepare, run_stage, write_amazon, write_lines, write_ml_1m, write_ml_100k, write_nete,
+from conftest import (prepare, run_stage, write_amazon, write_ml_1m, write_ml_100k, write_nete,
                       write_table, write_yelp)
 
 
 def read(folder, dataset, *options, ok=True):
-    """Run stage 1 on folder/raw; interactions (with user_id, item_id), items by item_id, users, what it printed."""
+    """Run stage 1 on folder/raw; interactions (with user_id, item_id), items by item_id, users, what it
+    printed.
+    """
     run = folder / ("run" if ok else "refused")
-    printed = run_stage("01_prepare.py", "--dataset", dataset, "--raw", folder / "raw", "--run-dir", run, *options,
-                        ok=ok)
+    printed = run_stage("01_prepare.py", "--dataset", dataset, "--raw", folder / "raw", "--run-dir", run,
+                        *options, ok=ok)
     if not ok:
         assert not list(run.glob("*")) if run.exists() else True
         return printed
-    table, items, users = (pd.read_parquet(run / f"{name}.parquet") for name in ("interactions", "items", "users"))
+    table, items, users = (pd.read_parquet(run / f"{name}.parquet")
+                           for name in ("interactions", "items", "users"))
     table = table.assign(user_id=users["user_id"].to_numpy()[table["user"]],
                          item_id=items["item_id"].to_numpy()[table["item"]])
     return table, items.set_index("item_id"), users.set_index("user_id"), printed
@@ -38,11 +43,12 @@ def test_amazon_of_every_year(tmp_path, year, suffix):
     reviews = write_amazon(tmp_path / "raw", year, suffix)
     table, items, _, printed = read(tmp_path, "games")
     assert ("Amazon 2023" if year == 2023 else "Amazon 2014 or 2018") in printed
-    assert items["title"].tolist() == ["Tom & Jerry's Game", 'Pokémon "Gold"', "B002", "B003", "I <3 Tetris", "B005",
-                                       "Quest 6", "Quest 7", "Quest 8"]
-    assert items["price"].tolist() == pytest.approx([12.99, 5.99, np.nan, np.nan, 1012.5, np.nan, 9.5, 9.5, 9.5],
-                                                    nan_ok=True)
-    first = {2014: "Home", 2018: None, 2023: "Games"}[year]  # what is left of an item without a path of its own
+    assert items["title"].tolist() == ["Tom & Jerry's Game", 'Pokémon "Gold"', "B002", "B003", "I <3 Tetris",
+                                       "B005", "Quest 6", "Quest 7", "Quest 8"]
+    assert items["price"].tolist() == pytest.approx([12.99, 5.99, np.nan, np.nan, 1012.5, np.nan, 9.5, 9.5,
+                                                     9.5], nan_ok=True)
+    # what is left of an item without a path of its own
+    first = {2014: "Home", 2018: None, 2023: "Games"}[year]
     category = items["category"].astype(object).where(items["category"].notna(), None).tolist()
     assert category == ["Strategy", first, "Games", "PC & Mac", "Toys", *["Games"] * 4]
     assert items["brand"].isna().tolist() == [item % 2 == 0 for item in range(9)]
@@ -97,7 +103,8 @@ def test_yelp_of_both_editions(tmp_path, with_time):
     write_yelp(tmp_path / "raw", with_time)
     table, items, users, _ = read(tmp_path, "yelp")
     assert items.loc["b0", "title"] == "Café & Co 0"
-    assert items["category"].fillna("-").tolist()[:5] == ["Bubble Tea", "-", "Restaurants", "Shopping", "Pubs"]
+    assert items["category"].fillna("-").tolist()[:5] == ["Bubble Tea", "-", "Restaurants", "Shopping",
+                                                          "Pubs"]
     assert items["price"].tolist()[:5] == pytest.approx([np.nan, 2, 3, np.nan, 1], nan_ok=True)
     assert users["fans"].tolist() == [int(user[1:]) for user in users.index]
     assert "average_stars" not in users  # it is made of the ratings that the models shall foretell
@@ -123,7 +130,8 @@ def test_the_published_split_of_nete_is_kept_as_it_is(tmp_path):
         key = ["user_id", "item_id", "review"]
         for ours, theirs in (("train", "train"), ("valid", "validation"), ("test", "test")):
             index = map(int, (tmp_path / f"raw/{fold}/{theirs}.index").read_text().split())
-            expected = sorted((reviews[i]["user"], reviews[i]["item"], reviews[i]["template"][2]) for i in index)
+            expected = sorted((reviews[i]["user"], reviews[i]["item"], reviews[i]["template"][2])
+                              for i in index)
             assert sorted(map(tuple, table.loc[table["split"] == ours, key].to_numpy())) == expected
     assert items["title"].iloc[0] == "Film & 0" and items["category"].iloc[0] == "Drama"
     filtered, *_ = read(tmp_path, "nete", "--split", "random")
@@ -141,8 +149,8 @@ def test_rows_in_no_index_are_dropped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("0 1 999999", "does not fit"), ("-1 2", "does not fit"), ("", "does not fit"), ("a b", "no list of row numbers"),
-    ("99999999999999999999999", "no list of row numbers")])
+    ("0 1 999999", "does not fit"), ("-1 2", "does not fit"), ("", "does not fit"),
+    ("a b", "no list of row numbers"), ("99999999999999999999999", "no list of row numbers")])
 def test_an_index_that_does_not_fit_is_refused(tmp_path, content, complaint):
     write_nete(tmp_path / "raw")
     (tmp_path / "raw/1/test.index").write_text(content)
@@ -168,7 +176,8 @@ class Harmful:
 
 
 @pytest.mark.parametrize("function, name", [(os.mkdir, r"posix\.mkdir"), (np.float64, "numpy"),
-                                            (eval, r"builtin(s|__)\.eval"), (getattr, r"builtin(s|__)\.getattr")])
+                                            (eval, r"builtin(s|__)\.eval"),
+                                            (getattr, r"builtin(s|__)\.getattr")])
 def test_a_pickle_that_asks_for_more_than_containers_is_refused_by_name(tmp_path, function, name):
     reviews = write_nete(tmp_path / "raw")
     made = tmp_path / "made"
@@ -192,8 +201,8 @@ def test_plain_containers_of_either_python_are_read(tmp_path):
     assert len(read(tmp_path, "nete")[0]) == len(reviews)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"a": 1}), pickle.dumps([{"user": "u"}]),
-                                     pickle.dumps(["x" * 1000])[:500]])
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"a": 1}),
+                                     pickle.dumps([{"user": "u"}]), pickle.dumps(["x" * 1000])[:500]])
 def test_a_broken_dump_is_refused_in_one_line(tmp_path, content):
     write_nete(tmp_path / "raw")
     (tmp_path / "raw/reviews.pickle").write_bytes(content)
@@ -223,7 +232,8 @@ def test_tables_with_tabs_and_other_names(tmp_path):
     table, stored, *_ = read(tmp_path, "table", "--columns", *columns)
     assert len(table) == 60 * 14 and stored.loc["i000", "title"] == "red racer 0"
     assert table["timestamp"].between(1_500_000_000, 1_500_001_000).all()
-    assert "no file has a column nowhere" in read(tmp_path, "table", "--columns", *columns, "brand=nowhere", ok=False)
+    assert "no file has a column nowhere" in read(tmp_path, "table", "--columns", *columns, "brand=nowhere",
+                                                  ok=False)
     assert "none of our columns" in read(tmp_path, "table", "--columns", "stars=rating", ok=False)
 
 
@@ -241,29 +251,30 @@ def test_a_table_with_a_split_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("published, price", [
-    ("$12.99", 12.99), (12.99, 12.99), ("12", 12), ("$1,299.00", 1299), ("$5.99 - $12.49", 5.99), ("$.99", 0.99),
-    ("$20–$10", 10), ("from 12.99", 12.99), ("From $3 - $4", 3), (" $7 ", 7), ("", None), (None, None), ("—", None),
-    ("12,99", None), ("-5", None), ("$5 off", None), (float("nan"), None), ("1e400", None), ({"a": 1}, None),
-    (True, None), ("£4", None), ("Too low to display", None)])
+    ("$12.99", 12.99), (12.99, 12.99), ("12", 12), ("$1,299.00", 1299), ("$5.99 - $12.49", 5.99),
+    ("$.99", 0.99), ("$20–$10", 10), ("from 12.99", 12.99), ("From $3 - $4", 3), (" $7 ", 7), ("", None),
+    (None, None), ("—", None), ("12,99", None), ("-5", None), ("$5 off", None), (float("nan"), None),
+    ("1e400", None), ({"a": 1}, None), (True, None), ("£4", None), ("Too low to display", None)])
 def test_prices_become_numbers_and_junk_is_missing(published, price):
     found = prepare.price_of(published)
     assert np.isnan(found) if price is None else found == pytest.approx(price)
 
 
 @pytest.mark.parametrize("published, title", [
-    ("Rock &amp; Roll", "Rock & Roll"), ("AT&amp;amp;T", "AT&T"), ("a<br>b", "a b"), ("<b>Bold</b> move", "Bold move"),
-    ("&lt;i&gt;x&lt;/i&gt;", "x"), ("5 < 6 > 4", "5 < 6 > 4"), (" a\n\t b ", "a b"), ("caf\u00e9\u00a0noir", "café noir"),
-    ("half \ud83d pair", "half pair"), ("<span class=", ""), ("x function(){ y }", ""), (None, ""), (3, "")])
+    ("Rock &amp; Roll", "Rock & Roll"), ("AT&amp;amp;T", "AT&T"), ("a<br>b", "a b"),
+    ("<b>Bold</b> move", "Bold move"), ("&lt;i&gt;x&lt;/i&gt;", "x"), ("5 < 6 > 4", "5 < 6 > 4"),
+    (" a\n\t b ", "a b"), ("caf\u00e9\u00a0noir", "café noir"), ("half \ud83d pair", "half pair"),
+    ("<span class=", ""), ("x function(){ y }", ""), (None, ""), (3, "")])
 def test_titles_are_plain_text(published, title):
     assert prepare.clean(published) == title == prepare.clean(title)
 
 
 @pytest.mark.parametrize("published, category", [
-    (["Games", "PC", "Strategy"], "Strategy"), ([["A", "B"], ["A", "C", "D"], ["E", "F", "G"]], "D"), ([], ""), (None, ""),
-    ("Books", "Books"), (["Movies & TV", "Studio", "All Titles"], "Studio"), (["All Beauty"], "All Beauty"),
-    (["Gift Cards", "Gift Cards", "No expiration, no fees."], "Gift Cards"), (["Women", "</span></span>"], "Women"),
-    (["Clothing", "Tops", "100% Cotton", "Imported"], "Tops"), (["Travel, City &amp; Regional"], "Travel, City & Regional"),
-    ([None, "x"], ""), ([["A"], "B"], "A")])
+    (["Games", "PC", "Strategy"], "Strategy"), ([["A", "B"], ["A", "C", "D"], ["E", "F", "G"]], "D"),
+    ([], ""), (None, ""), ("Books", "Books"), (["Movies & TV", "Studio", "All Titles"], "Studio"),
+    (["All Beauty"], "All Beauty"), (["Gift Cards", "Gift Cards", "No expiration, no fees."], "Gift Cards"),
+    (["Women", "</span></span>"], "Women"), (["Clothing", "Tops", "100% Cotton", "Imported"], "Tops"),
+    (["Travel, City &amp; Regional"], "Travel, City & Regional"), ([None, "x"], ""), ([["A"], "B"], "A")])
 def test_the_deepest_informative_category(published, category):
     assert prepare.deepest(published) == category
 
@@ -283,7 +294,8 @@ def damaged(folder, change):
 def test_bad_lines_are_counted_by_kind_with_the_first_line_of_each(tmp_path):
     record = {"reviewerID": "A000", "asin": "B000", "overall": 5.0, "unixReviewTime": 1, "reviewText": "x"}
     without = lambda key: json.dumps({name: value for name, value in record.items() if name != key}).encode()
-    bad = [b"{not json", without("overall"), without("reviewerID"), without("asin"), without("unixReviewTime"),
+    bad = [b"{not json", without("overall"), without("reviewerID"), without("asin"),
+           without("unixReviewTime"),
            b'{"reviewerID": "A\xff", "asin": "B000", "overall": 5.0, "unixReviewTime": 1}',
            without("overall")[:-1] + b', "overall": "five"}', b"", without("overall"),
            without("asin")[:-1] + b', "asin": ""}', b'"' + b"[" * 10, b"[" * 100_000]
@@ -291,9 +303,11 @@ def test_bad_lines_are_counted_by_kind_with_the_first_line_of_each(tmp_path):
     table, _, _, printed = read(tmp_path, "games", "--max-bad", "20%")
     assert len(table) == num_good
     assert f"{len(bad) - 1} of {num_good + len(bad) - 1} lines are bad" in printed  # the empty line is none
-    for kind in ("2 × Object missing required field `overall` (first: line 5)", "field `reviewerID` (first: line 6)",
-                 "field `asin` (first: line 7)", "field `unixReviewTime` (first: line 8)", "1 × not UTF-8 (first: line 9)",
-                 "got `str` - at `$.overall` (first: line 10)", "JSON is malformed", "length >= 1 - at `$.asin`"):
+    for kind in ("2 × Object missing required field `overall` (first: line 5)",
+                 "field `reviewerID` (first: line 6)", "field `asin` (first: line 7)",
+                 "field `unixReviewTime` (first: line 8)", "1 × not UTF-8 (first: line 9)",
+                 "got `str` - at `$.overall` (first: line 10)", "JSON is malformed",
+                 "length >= 1 - at `$.asin`"):
         assert kind in printed, kind
     line = read(tmp_path, "games", ok=False)
     assert "--max-bad 1.000%" in line and f"{len(bad) - 1} of" in line
@@ -308,6 +322,19 @@ def test_one_bad_line_in_a_hundred_is_the_limit(tmp_path):
     assert "1 of" in read(tmp_path, "games", "--max-bad", share)[-1]
     assert "--max-bad" in read(tmp_path, "games", "--max-bad", 0.99 * share, ok=False)
     assert "--max-bad" in read(tmp_path, "games", "--max-bad", 0, ok=False)
+
+
+def test_half_a_surrogate_pair_costs_no_review_and_no_item(tmp_path):
+    """As Amazon's files hold them: escapes that stand for no character, which arrow and UTF-8 refuse."""
+    write_amazon(tmp_path / "raw", 2018, suffix="", oddities=False)
+    changed = {"Video_Games_5.json": (b"She said", b"She \\ud83d said \\ud83d\\ude00"),
+               "meta_Video_Games.json": (b"Quest 6", b"Quest \\udc00 6")}
+    for name, (old, new) in changed.items():
+        path = tmp_path / "raw" / name
+        path.write_bytes(path.read_bytes().replace(old, new))
+    table, items, _, printed = read(tmp_path, "games", "--max-bad", 0)
+    assert "are bad" not in printed and items.loc["B006", "title"] == "Quest ? 6"
+    assert table["review"].str.startswith("She ? said 😀").all()
 
 
 def test_a_file_of_another_encoding_is_refused(tmp_path):
@@ -442,14 +469,16 @@ def test_a_later_run_goes_on_with_what_an_earlier_one_got(tmp_path, server):
     assert "500 of" in line and str(part) in line and part.stat().st_size == 500
     read(tmp_path, "games", "--download", server.url)
     assert server.requests[5] == "bytes=500-"
-    assert (tmp_path / "raw/reviews_Video_Games_5.json.gz").read_bytes() == server.files["/reviews_Video_Games_5.json.gz"]
+    assert ((tmp_path / "raw/reviews_Video_Games_5.json.gz").read_bytes()
+            == server.files["/reviews_Video_Games_5.json.gz"])
 
 
 def test_a_server_that_cannot_resume_sends_all_again(tmp_path, server):
     offer_amazon(server, tmp_path)
     server.drops, server.ranges = 1, False
     read(tmp_path, "games", "--download", server.url)
-    assert (tmp_path / "raw/reviews_Video_Games_5.json.gz").read_bytes() == server.files["/reviews_Video_Games_5.json.gz"]
+    assert ((tmp_path / "raw/reviews_Video_Games_5.json.gz").read_bytes()
+            == server.files["/reviews_Video_Games_5.json.gz"])
 
 
 def test_a_part_that_is_larger_than_the_file_is_thrown_away(tmp_path, server):
@@ -483,8 +512,9 @@ def test_an_archive_is_checked_by_its_digest_and_unpacked(tmp_path, server, monk
 
 
 @pytest.mark.parametrize("options", [
-    ["--dataset", "table", "--strict"], ["--dataset", "games", "--category", "Books"], ["--dataset", "nete", "--columns", "a=b"],
-    ["--dataset", "yelp", "--download"], ["--dataset", "amazon", "--download"], ["--dataset", "ml-1m", "--split", "published"],
+    ["--dataset", "table", "--strict"], ["--dataset", "games", "--category", "Books"],
+    ["--dataset", "nete", "--columns", "a=b"], ["--dataset", "yelp", "--download"],
+    ["--dataset", "amazon", "--download"], ["--dataset", "ml-1m", "--split", "published"],
     ["--dataset", "nete", "--min-interactions", "5"], ["--dataset", "nete", "--ensure-train"],
     ["--dataset", "games", "--split", "cold-user", "--ensure-train"], ["--dataset", "games", "--fold", "2"],
     ["--dataset", "nete", "--split", "random", "--fold", "2"], ["--dataset", "games", "--max-bad", "5"],
