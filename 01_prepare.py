@@ -921,7 +921,7 @@ def keep_core(interactions, min_interactions):
 
 
 def order_of(user, timestamp):
-    """The order by user and time, ties as they stand: int64 [R]. One key of both sorts twice as fast as two."""
+    """The order by user and time, ties as they stand: int64 [R]. One key for both is twice as fast."""
     first = timestamp.min()
     span = int(timestamp.max()) - int(first) + 1
     if span * (int(user.max()) + 1) < 2**63:

@@ -89,8 +89,8 @@ def main():
         batches = pq.ParquetFile(run / "interactions.parquet").iter_batches(100_000)
         kept = sum(batch.nbytes for batch in batches)  # as they lie in memory
     write = seconds - sum(steps.values())
-    print(f"gzip alone {unzip:.1f} s | " + " | ".join(f"{name} {value:.1f} s" for name, value in steps.items())
-          + f" | start and write {write:.1f} s")
+    told = " | ".join(f"{name} {value:.1f} s" for name, value in steps.items())
+    print(f"gzip alone {unzip:.1f} s | {told} | start and write {write:.1f} s")
     rate = lambda taken: round(facts["rows_read"] / taken)
     print(json.dumps({"reviews": facts["rows_read"], "kept": facts["interactions"],
                       "read_per_second": rate(steps["read"]),

@@ -149,6 +149,13 @@ def test_of_duplicates_the_latest_stays_and_of_equal_times_the_last(rows):
     assert prepare.keep_latest(frame).index.tolist() == sorted(naive.values())
 
 
+@pytest.mark.parametrize("first, last", [(0, 3), (-5, 10**9), (-2**62, 2**62)])
+def test_the_order_is_by_user_and_time_with_ties_as_they_stand(first, last):
+    rng = np.random.default_rng(0)
+    user, times = rng.integers(0, 20, 3000), rng.choice(rng.integers(first, last, 5), 3000)
+    assert (prepare.order_of(user, times) == np.lexsort((times, user))).all()
+
+
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6), data=st.data())
 def test_gather_equals_a_take_from_the_whole(sizes, data):

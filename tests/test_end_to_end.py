@@ -69,31 +69,33 @@ def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split):
     assert (results[0]["auc"] != results[1]["auc"]).any()  # only the final score sees the test labels
 
 
-def test_support_rows_move_their_own_users_profile_and_nothing_else(tmp_path):
-    """Other items in a cold user's support rows: his profile moves, no other's, and no codeword."""
+@pytest.mark.parametrize("poisoned", ["support", "test"])
+def test_support_rows_move_their_own_users_profile_and_test_rows_nothing(tmp_path, poisoned):
+    """Other items in cold users' rows: no codeword moves, nor any profile but, by support rows, their own."""
     import argparse
 
-    raw = tmp_path / "raw"
-    write_table(raw)
-    run_pipeline(tmp_path / "one", raw, stages=1, split=["cold-user"])
+    write_table(tmp_path / "raw")
+    run_pipeline(tmp_path / "one", tmp_path / "raw", stages=1, split=["cold-user"])
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     options = argparse.Namespace(run_dir=str(tmp_path / "two"), seed=0)
     (table,) = common.read_artifacts(options, "interactions.parquet")
-    support = table["split"] == "support"
-    user = table.loc[support, "user"].iloc[0]
-    mine = support & (table["user"] == user)
-    table.loc[mine, "item"] = (table.loc[mine, "item"] + 7) % (table["item"].max() + 1)
+    cold = sorted(set(table.loc[table["split"] == "support", "user"]))
+    rows = (table["split"] == poisoned) & table["user"].isin(cold[1:])  # one of them stays as he is
+    table.loc[rows, "item"] = (table.loc[rows, "item"] + 7) % (table["item"].max() + 1)
     common.write_artifact(options, "interactions.parquet", table)
-    stored = []
+    stored, results = [], []
     for name in ("one", "two"):
-        for script in ("02_infer_profiles.py", "03_quantize.py"):
+        for script in list(SMALL)[:3]:
             run_stage(script, "--run-dir", tmp_path / name, *SMALL[script])
         stored.append(torch.load(tmp_path / name / "profiles.pt", weights_only=True))
+        results.append(pd.read_parquet(tmp_path / name / "results.parquet"))
     moved = (stored[0]["profiles"] != stored[1]["profiles"]).any(2).any(1)
-    assert moved.nonzero()[:, 0].tolist() == [user]
+    assert moved.nonzero()[:, 0].tolist() == (cold[1:] if poisoned == "support" else [])
     assert stored[0]["has_evidence"].all()
     for name in ("codebook.pt", "tiny_llm/model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    same = ["model", "features", "seed", "rows", "valid_auc", "valid_logloss", "best_epoch"]
+    pd.testing.assert_frame_equal(results[0][same], results[1][same], check_exact=True)
 
 
 def test_items_that_only_test_rows_have_leave_no_trace(small_run, tmp_path):
