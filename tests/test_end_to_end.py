@@ -88,7 +88,7 @@ def test_support_rows_move_their_own_users_profile_and_test_rows_nothing(tmp_pat
         for script in list(SMALL)[:3]:
             run_stage(script, "--run-dir", tmp_path / name, *SMALL[script])
         stored.append(torch.load(tmp_path / name / "profiles.pt", weights_only=True))
-        results.append(pd.read_parquet(tmp_path / name / "results.parquet"))
+        results.append(pd.read_parquet(tmp_path / name / "results.parquet").query("features != 'random'"))
     moved = (stored[0]["profiles"] != stored[1]["profiles"]).any(2).any(1)
     assert moved.nonzero()[:, 0].tolist() == (cold[1:] if poisoned == "support" else [])
     assert stored[0]["has_evidence"].all()
