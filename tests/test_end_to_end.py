@@ -82,6 +82,8 @@ def test_support_rows_move_their_own_users_profile_and_test_rows_nothing(tmp_pat
     cold = sorted(set(table.loc[table["split"] == "support", "user"]))
     rows = (table["split"] == poisoned) & table["user"].isin(cold[1:])  # one of them stays as he is
     table.loc[rows, "item"] = (table.loc[rows, "item"] + 7) % (table["item"].max() + 1)
+    if poisoned == "support":  # and fewer of them
+        table.loc[table.index[rows & (table["user"] == cold[-1])][:2], "split"] = "test"
     common.write_artifact(options, "interactions.parquet", table)
     stored, results = [], []
     for name in ("one", "two"):
