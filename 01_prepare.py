@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--seed", type=at_least(0), default=0, help="seed of the split, and of the planted world")
     add("--dataset", choices=READERS, default="planted", help="what to read")
-    add("--raw", type=Path, help="folder with the raw files (not for planted)")
+    add("--raw", help="folder with the raw files (not for planted)")
     add("--category", help="amazon: category as in the files' names, such as Digital_Music")
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS",
         help="table: columns with other names, such as user_id=reviewer rating=stars")
@@ -88,8 +88,9 @@ def parse_args(argv=None):
     add("--min-interactions", type=at_least(1), default=4, help="drop users and items with fewer, iterated")
     add("--threshold", type=float, default=3, help="a rating above this is a positive label")
     add("--max-bad", type=share, default=0.01, help="Amazon, Yelp: share of bad lines that is an error")
-    add("--strict", action="store_true", help="Amazon, Yelp: a truncated file is an error, not a warning")
+    add("--strict", action="store_true", help="Amazon, Yelp: a truncated gzip file is an error")
     args = parser.parse_args(argv)
+    args.raw = Path(args.raw) if args.raw else None
     if (args.raw is None) != (args.dataset == "planted"):
         advice = "draws its own data: leave --raw out" if args.raw else "needs --raw DIR"
         parser.error(f"--dataset {args.dataset} {advice}")
@@ -100,8 +101,9 @@ def parse_args(argv=None):
     belongs |= {"min_interactions": set(READERS)} if args.split != "published" else {"min_interactions": ()}
     for name, datasets in belongs.items():  # an option that would change nothing is refused
         if getattr(args, name) != parser.get_default(name) and args.dataset not in datasets:
+            advice = "fetch it by hand" if name == "download" else "leave it out"
             parser.error(f"--{name.replace('_', '-')} means nothing for --dataset {args.dataset} "
-                         f"--split {args.split}: leave it out")
+                         f"--split {args.split}: {advice}")
     if args.split == "published" and args.dataset not in ("nete", "table"):
         parser.error(f"--split published: {args.dataset} is published without one")
     if args.ensure_train and args.split not in ("random", "temporal"):
@@ -239,7 +241,9 @@ def bayes_ari(world, interactions, items, users):
 # cleaning: titles, prices, categories as published
 # ----------------------------------------------------------------------------------------------------------
 
-TAG = re.compile(r"<[a-zA-Z/!][^<>]*(>|$)")  # also one that the publisher cut in the middle
+TAG = re.compile(  # also one that was cut short
+    r"<(?:!--|/?(?:a|b|big|br|center|code|div|em|font|h[1-6]|hr|i|img|li|ol|p|pre|script|small|span|strong|"
+    r"style|sub|sup|table|tbody|td|th|tr|u|ul)\b)[^<>]*(?:>|$)", re.I)
 SCRIPT = re.compile(r"getTime\(|function ?\(|[.#][\w-]+ ?\{|\{[^{}]*:[^{}]*\}")  # of the page, no title
 AMOUNT = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 PRICE = re.compile(rf"\s*(?:from\s+)?{AMOUNT.pattern}\s*(?:[-–—]\s*{AMOUNT.pattern}\s*)?", re.I)
@@ -249,6 +253,15 @@ YELP_TOP_LEVEL = set("""Active Life|Arts & Entertainment|Automotive|Beauty & Spa
 Event Planning & Services|Financial Services|Food|Health & Medical|Home Services|Hotels & Travel|Local Flavor|
 Local Services|Mass Media|Nightlife|Pets|Professional Services|Public Services & Government|
 Religious Organizations|Restaurants|Shopping""".replace("\n", "").split("|"))
+
+
+WARNINGS = []  # of this run, for prepare.json
+
+
+def warn(message):
+    """Print what the user should know, and keep it."""
+    print(f"warning: {message}")
+    WARNINGS.append(message)
 
 
 def clean(text):
@@ -358,7 +371,7 @@ def blocks_of(path, args):
         if args.strict:
             fail(f"{path} {damage} after {number - 1:,} whole lines: download it again, or leave out "
                  f"--strict")
-        print(f"warning: {path} {damage}: the {number - 1:,} whole lines before are used")
+        warn(f"{path} {damage}: the {number - 1:,} whole lines before are used")
     elif rest:
         yield number, rest
 
@@ -410,7 +423,7 @@ def read_lines(path, args, decode, decode_block=None):
         if num_bad > args.max_bad * num_lines:
             fail(f"{told}; that is more than --max-bad {args.max_bad:.3%}: download the file again or allow "
                  f"more")
-        print(f"warning: {told}; they are left out")
+        warn(f"{told}; they are left out")
 
 
 def parse_line(line):
@@ -434,44 +447,63 @@ def find_files(args, formats):
 
     The names decide only between several files of one kind: then those of --category are meant.
     """
-    found, of_format = {"reviews": [], "items": [], "users": []}, {}
+    found, of_format, what = {"reviews": [], "items": [], "users": []}, {}, {}
+    yelp = "Yelp" in formats
+    needed = {name: {field for key, field in REVIEW_FIELDS[name].items() if key != "review"}
+              for name in formats}
     for path in sorted(path for path in args.raw.iterdir() if path.is_file()):
         try:
             with open(path, "rb") as file:
                 lines = next(pieces_of(file, 1 << 20), b"").splitlines()[:100]
-        except (OSError, EOFError, zlib.error):
+        except (OSError, EOFError, zlib.error) as error:
+            what[path.name] = f"unreadable: {error or 'cut off'}"
             continue
+        what[path.name] = {b"": "empty", b"[": "a JSON array, not one record a line", b"<": "HTML"}.get(
+            b"".join(lines).strip()[:1], "other records")
         for line in lines:
             try:
-                record = parse_line(line)
+                names = set(parse_line(line))
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
-            needed = lambda name: {field for key, field in REVIEW_FIELDS[name].items() if key != "review"}
-            if match := [name for name in formats if needed(name) <= set(record)]:
+            if match := [name for name in formats if needed[name] <= names]:
                 found["reviews"].append(path)
+                what[path.name] = "reviews"
                 of_format[path] = match[0]
-            elif "Yelp" in formats and {"user_id", "yelping_since"} <= set(record):
+            elif yelp and {"user_id", "yelping_since"} <= names:
                 found["users"].append(path)
-            elif set(record) & ({"name"} if "Yelp" in formats else {"title", "categories", "category"}) \
-                    and set(record) & ({"business_id"} if "Yelp" in formats else {"asin", "parent_asin"}):
+                what[path.name] = "users"
+            elif names & ({"name"} if yelp else {"title", "categories", "category"}) \
+                    and names & ({"business_id"} if yelp else {"asin", "parent_asin"}):
                 found["items"].append(path)
+                what[path.name] = "items"
             else:
                 continue
             break
     for role, paths in found.items():
         if args.category:
-            name = re.compile(rf"(reviews_|meta_)?{re.escape(args.category)}(_5)?\.jsonl?(\.gz)?")
-            found[role] = paths = [path for path in paths if name.fullmatch(path.name)] or paths
-            if paths and not any(name.fullmatch(path.name) for path in paths):
-                print(f"warning: {paths[0]} is not named as {args.category} is: is it that category?")
+            found[role] = paths = of_category(args, paths)
         if not paths and role != "users":
+            holds = ", ".join(f"{name} ({role})" for name, role in list(what.items())[:8])
             fail(f"{args.raw} holds no {role} in the format {' or '.join(formats)}; it holds "
-                 f"{', '.join(sorted(path.name for path in args.raw.iterdir())[:8]) or 'nothing'}")
+                 f"{holds or 'no file'}")
         if len(paths) > 1:
             fail(f"{args.raw} holds several files of {role} ({', '.join(path.name for path in paths)}): "
-                 f"leave one there" + ("" if args.category else ", or name one by --category"))
+                 f"leave one there or, if they are of several categories, name one by --category")
     path = found["reviews"][0]
     return {role: paths[0] if paths else None for role, paths in found.items()}, of_format[path]
+
+
+def of_category(args, paths):
+    """Those files that are named as the category is published or, if there is none, one of another name."""
+    published = re.compile(r"(?:reviews_|meta_)?([A-Z]\w*?)(?:_5)?\.jsonl?(?:\.gz)?")
+    named = {path: match[1] for path in paths if (match := published.fullmatch(path.name))}
+    if mine := [path for path, name in named.items() if name.lower() == args.category.lower()]:
+        return mine
+    if named:
+        path, name = next(iter(named.items()))
+        fail(f"{path} is named as category {name}, and nothing as {args.category}: take --dataset amazon "
+             f"--category {name}, or rename the file")
+    return paths
 
 
 def grouped(lists, size=1 << 13):
@@ -609,7 +641,8 @@ class SafeUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module in ("builtins", "__builtin__") and name in self.ADMITTED:  # the second name is Python 2's
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run a stranger's code")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run a stranger's code; "
+                                     f"dump it with plain numbers, texts, lists and dicts")
 
 
 def read_nete(args):
@@ -628,6 +661,8 @@ def read_nete(args):
         fail(f"{path} is missing: --raw must be the folder that holds it")
     except pickle.UnpicklingError as error:
         fail(f"{path} is refused: {error}")
+    except EOFError:
+        fail(f"{path} is cut off: download it again")
     except Exception as error:  # a broken pickle raises nearly anything
         fail(f"{path} is not a list of reviews with user, item and rating "
              f"({type(error).__name__}: {error}): download it again")
@@ -638,6 +673,8 @@ def read_nete(args):
         text = path.read_bytes()
         records = json.loads(text) if text.lstrip().startswith(b"[") else map(parse_line, text.splitlines())
         items = pd.DataFrame([nete_item(record) for record in records])
+    except FileNotFoundError:
+        fail(f"{path} is missing: --raw must be the folder that holds it")
     except (OSError, ValueError, SyntaxError, KeyError, AttributeError, TypeError) as error:
         fail(f"{path} cannot be read as items ({type(error).__name__}: {error}): download it again")
     if args.split == "published":
@@ -665,7 +702,9 @@ def published_split(folder, num_rows):
             fail(f"{path} is missing: choose another --fold, or --split random")
         except (OSError, ValueError, OverflowError) as error:
             fail(f"{path} is no list of row numbers ({error}): download it again")
-        if not len(index) or index.min() < 0 or index.max() >= num_rows or split.iloc[index].notna().any():
+        if not len(index):
+            fail(f"{path} is empty: download it again")
+        if index.min() < 0 or index.max() >= num_rows or split.iloc[index].notna().any():
             fail(f"{path} does not fit reviews.pickle with its {num_rows:,} reviews: its row numbers must be "
                  f"within 0 and {num_rows - 1:,} and in no other index file")
         split.iloc[index] = "valid" if name == "validation" else name
@@ -723,6 +762,11 @@ def read_ml_100k(args):
     interactions = read_frame(data, sep="\t", header=None, names=INTERACTION_COLUMNS)
     for column in ("rating", "timestamp"):
         interactions[column] = to_number(interactions, column, data, first_line=1)
+    info = folder / "u.info"  # "943 users\n1682 items\n100000 ratings"
+    if info.exists() and (told := re.search(r"(\d+) ratings", info.read_text(errors="replace"))):
+        if int(told[1]) != len(interactions):
+            warn(f"{data} holds {len(interactions):,} ratings, but {info} tells of {int(told[1]):,}: is it "
+                 f"whole?")
     genres = read_frame(genre, sep="|", header=None)[0].tolist()
     table = read_frame(item, sep="|", header=None, encoding="latin-1")
     if table.shape[1] != 5 + len(genres):
@@ -771,16 +815,25 @@ def read_table(args):
     endings = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
     paths, frames = {}, {}
     for name in ("interactions", "items", "users"):
-        candidates = [args.raw / f"{name}{ending}" for ending in endings]
-        paths[name] = next((path for path in candidates if path.exists()), None)
-        if paths[name] is None and name != "users":
+        there = [path for ending in endings if (path := args.raw / f"{name}{ending}").exists()]
+        if not there and name != "users":
             fail(f"{args.raw} holds no {' or '.join(name + ending for ending in endings)}")
+        if len(there) > 1:
+            fail(f"{args.raw} holds {' and '.join(path.name for path in there)}: leave one of them there")
+        paths[name] = there[0] if there else None
         frames[name] = read_frame(paths[name]) if paths[name] else None
-    found = [set(frame.columns) for frame in frames.values() if frame is not None]
-    if unused := [theirs for theirs in ours if not any(theirs in names for names in found)]:
+    found = {name: set() if frame is None else set(frame.columns) for name, frame in frames.items()}
+    if unused := [theirs for theirs in ours if not any(theirs in names for names in found.values())]:
         fail(f"--columns: no file has a column {', '.join(unused)}")
-    interactions, items, users = (frame if frame is None else frame.rename(columns=ours)
-                                  for frame in frames.values())
+    for name, frame in frames.items():
+        for theirs in set(ours) & found[name]:
+            if ours[theirs] in found[name] - set(ours):
+                fail(f"--columns {ours[theirs]}={theirs}: {paths[name]} has a column {ours[theirs]}, too")
+        frames[name] = frame if frame is None else frame.rename(columns=ours)
+    print("reading " + ", ".join(str(path) for path in paths.values() if path))
+    interactions, items, users = frames.values()
+    if "split" in interactions and args.split != "published":
+        print(f"the column split is not used: --split is {args.split}, not published")
     need_columns(interactions, INTERACTION_COLUMNS, paths["interactions"])
     need_columns(items, ITEM_COLUMNS, paths["items"])
     for column in ("rating", "timestamp"):
@@ -813,12 +866,18 @@ ARCHIVES = {"ml-100k": "0e33842e24a9c977be4e0107933c0723", "ml-1m": "c4d9eecfca2
 
 def download(args, attempts=5):
     """Fetch the published files of --dataset into --raw, but for those that are there already."""
-    args.raw.mkdir(parents=True, exist_ok=True)
+    try:
+        args.raw.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--raw {args.raw} cannot be made: {error.strerror}")
     if args.dataset not in ARCHIVES:
         for name in (f"reviews_{args.category}_5.json.gz", f"meta_{args.category}.json.gz"):
             fetch(f"{args.download or AMAZON_2014}/{name}", args.raw / name, attempts)
         return
     path = args.raw / f"{args.dataset}.zip"
+    unpacked = "u.data" if args.dataset == "ml-100k" else "ratings.dat"
+    if (folder_of(args, unpacked) / unpacked).exists():
+        return
     fetch(f"{args.download or MOVIELENS}/{path.name}", path, attempts, md5=ARCHIVES[args.dataset])
     try:
         with zipfile.ZipFile(path) as archive:
@@ -838,6 +897,7 @@ def fetch(url, path, attempts, md5=None):
     part, total, reason = path.with_name(f"{path.name}.part"), None, ""
     for attempt in range(attempts):
         if attempt:
+            print(f"{url}: {reason}; attempt {attempt + 1} of {attempts}", flush=True)
             time.sleep(min(2 ** attempt, 30) * PATIENCE)
         try:
             total = fetch_rest(url, part)
@@ -850,6 +910,8 @@ def fetch(url, path, attempts, md5=None):
             reason = str(error)
         except (OSError, HTTPException) as error:
             reason = str(error)
+        except ValueError as error:  # not a URL
+            fail(f"{url} cannot be fetched: {error}")
     else:
         if not total:
             fail(f"{url} cannot be fetched ({reason}): try later or from another mirror")
@@ -858,6 +920,11 @@ def fetch(url, path, attempts, md5=None):
     if md5 and (found := hashlib.md5(part.read_bytes()).hexdigest()) != md5:
         part.unlink()
         fail(f"{url} has the digest {found}, not {md5} as published, and was deleted: try again")
+    with open(part, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    if path.suffix == ".gz" and not is_gzip:
+        part.unlink()
+        fail(f"{url} is no gzip file (a page of the mirror?) and was deleted: try another mirror")
     part.replace(path)
 
 
@@ -1066,7 +1133,7 @@ def load(args):
         download(args)
     if args.raw and not args.raw.is_dir():
         advice = "; --download fetches it" if args.dataset in {*CATEGORIES, *ARCHIVES} else ""
-        fail(f"--raw {args.raw}: no such folder{advice}")
+        fail(f"--raw {args.raw} is {'no folder' if args.raw.exists() else f'not there{advice}'}")
     try:
         interactions, items, users, world = READERS[args.dataset](args)
     except OSError as error:
@@ -1106,11 +1173,22 @@ def choose_split(args, table):
         told[when] = {f"{name}s": int(table.loc[row, name].nunique())
                       for name, row in zip(("user", "item"), rows)}
         told[when]["rows"] = int((rows[0] | rows[1]).sum())
-    told["rows_of_split"] = {name: int(count) for name, count in table["split"].value_counts().items()}
-    for name in ("train", "valid", "test"):
-        if not told["rows_of_split"].get(name):
-            fail(f"--split {args.split} leaves no {name} row among {len(table):,}: take more data or another "
-                 f"split")
+    count = table["split"].value_counts()
+    names = ("train", "valid", "test", "support")
+    told["rows_of_split"] = {name: int(count[name]) for name in names if name in count}
+    for name in names[:3]:
+        if name not in count:
+            fail(f"--split {args.split}{' --ensure-train' * args.ensure_train} leaves no {name} row among "
+                 f"{len(table):,}: take more data or another split")
+    if args.split == "cold-user":
+        cold, heard = (set(table.loc[table["split"] == name, "user"]) for name in ("test", "support"))
+        if cold - heard:
+            warn(f"{len(cold - heard):,} of {len(cold):,} cold users have one interaction, so no support row")
+    again = int(table.duplicated(["user", "item"]).sum()) if args.split == "published" else 0
+    if again:  # elsewhere the latest is kept
+        pairs = table.groupby(["user", "item"])["split"].nunique()
+        warn(f"{again:,} rows repeat a (user, item) of the published split, which keeps them; "
+             f"{int((pairs > 1).sum()):,} pairs stand in two of its parts")
     return told
 
 
@@ -1152,6 +1230,11 @@ def report(args, facts):
 def main(args):
     start_stage(args)
     clock = {"start": time.time()}
+    WARNINGS.clear()
+    try:
+        Path(args.run_dir).mkdir(parents=True, exist_ok=True)  # now rather than after hours of reading
+    except OSError as error:
+        fail(f"--run-dir {args.run_dir} cannot be made: {error.strerror}")
     interactions, items, users, world, reviews = load(args)
     clock["read"] = time.time()
     facts = {"dataset": args.dataset, "rows_read": len(interactions), "duplicates": 0, "not_in_split": 0,
@@ -1181,10 +1264,15 @@ def main(args):
               "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive), **counts}
     facts |= {"split": args.split, "split_seed": args.fold if args.split == "published" else args.seed}
     facts |= choose_split(args, table)
+    if counts["items_not_listed"] == num_items:
+        fail(f"not one of the {num_items:,} items is in the items file: do both belong to one data set?")
+    if counts["untitled_items"] > num_items / 2:
+        warn(f"{counts['untitled_items']:,} of {num_items:,} items have no title: a LLM reads only their ids")
     if world:
         facts["bayes_ari"] = bayes_ari(world, table, items, users)
     report(args, facts)
 
+    facts["warnings"] = WARNINGS
     row = json.dumps(facts, indent=2) + "\n"  # without seconds: the same run gives the same bits
     clock["filter and split"] = time.time()
     times = list(clock.items())

@@ -722,6 +722,8 @@ def main(args):
     interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
     num_users = int(interactions["user"].max()) + 1
     train, own, is_warm, told = parts_of(interactions, num_users)
+    if cold := len(set(own["user"]) - set(train["user"])):
+        print(f"{cold:,} users are known by support rows only: these move their own profile and nothing else")
     names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm = args.llm

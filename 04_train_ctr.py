@@ -341,6 +341,9 @@ def main(args):
 
     results = pd.DataFrame(rows)
     text, gains = summarize(results)
+    unknown = int((~is_warm[split["test"]["user"]]).sum())
+    text = (f"Split: {made_from.get('split', 'random')}; {unknown:,} of {len(labels['test']):,} test rows "
+            f"are of users without a train row, whom the models know as unknown.\n\n{text}")
     print(text)
     facts = {"gains": gains, "seconds": time.time() - started, "seconds_per_row": seconds}
     markdown = f"# Click-through rate, {len(labels['test']):,} test rows\n\n{text}\n"

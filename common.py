@@ -38,8 +38,15 @@ def stage_parser(doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")  # one line, without the usage block
-    parser.add_argument("--run-dir", default="runs/demo", help="folder of this run's artifacts")
+    parser.add_argument("--run-dir", type=_named, default="runs/demo", help="folder of this run's artifacts")
     return parser
+
+
+def _named(text):
+    """The type of an option that names a folder: an unset shell variable must not mean the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def at_least(minimum, kind=int):
@@ -73,6 +80,8 @@ def parse_with_presets(parser, argv, **presets):
 
 def start_stage(args):
     """Seed every generator and say what runs. torch stays deterministic: same seed, same bits."""
+    if args.seed >= 2**32:
+        fail(f"--seed {args.seed}: it must be below 2**32 = {2**32}")
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)

@@ -74,16 +74,57 @@ def test_files_are_told_apart_by_their_content(tmp_path):
     (tmp_path / "raw/README").write_text("not data")
     table, items, _, printed = read(tmp_path, "games")
     assert len(items) == 9 and len(table) > 60
-    assert "is it that category?" in printed  # the name does not say what the data set is
+    assert "reading" in printed and "download(" in printed
 
 
 def test_of_several_categories_the_one_asked_for_is_read(tmp_path):
     write_amazon(tmp_path / "raw", 2014)
     write_amazon(tmp_path / "raw", 2014, category="Digital_Music", oddities=False)
-    assert "is it that category" not in read(tmp_path, "games")[-1]
+    assert "reviews_Video_Games_5" in read(tmp_path, "games")[-1]
     assert "reviews_Digital_Music_5" in read(tmp_path, "amazon", "--category", "Digital_Music")[-1]
     refused = read(tmp_path, "amazon", ok=False)
     assert "--category" in refused
+
+
+def test_a_folder_of_another_category_is_refused(tmp_path):
+    write_amazon(tmp_path / "raw", 2014)
+    assert "named as category Video_Games" in read(tmp_path, "movies", ok=False)
+    assert "Video_Games" in read(tmp_path, "amazon", "--category", "Toys", ok=False)
+    read(tmp_path, "amazon", "--category", "video_games")
+
+
+def test_items_of_another_data_set_are_refused_and_few_titles_told(tmp_path):
+    write_amazon(tmp_path / "raw", 2018, suffix="")
+    path = tmp_path / "raw/meta_Video_Games.json"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:2]) + "\n")
+    assert "7 of 9 items have no title" in read(tmp_path, "games")[-1]
+    told = json.loads((tmp_path / "run/prepare.json").read_text())
+    assert any("have no title" in warning for warning in told["warnings"])
+    path.write_text(path.read_text().replace("B0", "C0"))
+    assert "not one of the 9 items" in read(tmp_path, "games", ok=False)
+
+
+@pytest.mark.parametrize("content, cause", [(b"", "empty"), (b'[{"asin": "B"}]', "a JSON array"),
+                                            (b"<html>", "HTML"),
+                                            (b'{"x": 1}', "other records"), (b"\x1f\x8b\x08", "unreadable")])
+def test_what_is_wrong_with_an_unknown_file_is_said(tmp_path, content, cause):
+    write_amazon(tmp_path / "raw", 2018, suffix="")
+    (tmp_path / "raw/Video_Games_5.json").write_bytes(content)
+    assert f"Video_Games_5.json ({cause}" in read(tmp_path, "games", ok=False)
+
+
+def test_a_movielens_file_that_is_half_is_told(tmp_path):
+    write_ml_100k(tmp_path / "raw")
+    (tmp_path / "raw/u.info").write_text("30 users\n25 items\n720 ratings\n")
+    assert "is it whole?" in read(tmp_path, "ml-100k")[-1]
+
+
+def test_cold_users_without_support_are_told(tmp_path):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    interactions.groupby("user_id").head(1).to_csv(tmp_path / "raw/interactions.csv", index=False)
+    printed = read(tmp_path, "table", "--split", "cold-user", "--min-interactions", 1)[-1]
+    assert "6 of 6 cold users have one interaction" in printed
 
 
 def test_a_folder_of_another_format_is_named(tmp_path):
@@ -122,7 +163,7 @@ def test_the_published_split_of_nete_is_kept_as_it_is(tmp_path):
     """Nothing is dropped: neither rare users nor pairs that stand there twice; 441,783 rows would stay so."""
     reviews = write_nete(tmp_path / "raw")
     for fold in (1, 2):
-        table, items, users, _ = read(tmp_path, "nete", "--fold", fold)
+        table, items, users, printed = read(tmp_path, "nete", "--fold", fold)
         facts = json.loads((tmp_path / "run/prepare.json").read_text())
         assert facts["interactions"] == len(table) == len(reviews) and facts["split_seed"] == fold
         assert facts["users"] == len(users) == len({review["user"] for review in reviews})
@@ -134,6 +175,7 @@ def test_the_published_split_of_nete_is_kept_as_it_is(tmp_path):
                               for i in index)
             assert sorted(map(tuple, table.loc[table["split"] == ours, key].to_numpy())) == expected
     assert items["title"].iloc[0] == "Film & 0" and items["category"].iloc[0] == "Drama"
+    assert "1 rows repeat a (user, item)" in printed
     filtered, *_ = read(tmp_path, "nete", "--split", "random")
     assert "rare" not in set(filtered["user_id"]) and len(filtered) < len(reviews)
     assert "same time" in read(tmp_path, "nete", "--split", "temporal", ok=False)
@@ -149,7 +191,7 @@ def test_rows_in_no_index_are_dropped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("0 1 999999", "does not fit"), ("-1 2", "does not fit"), ("", "does not fit"),
+    ("0 1 999999", "does not fit"), ("-1 2", "does not fit"), ("", "is empty"),
     ("a b", "no list of row numbers"), ("99999999999999999999999", "no list of row numbers")])
 def test_an_index_that_does_not_fit_is_refused(tmp_path, content, complaint):
     write_nete(tmp_path / "raw")
@@ -234,6 +276,9 @@ def test_tables_with_tabs_and_other_names(tmp_path):
     assert table["timestamp"].between(1_500_000_000, 1_500_001_000).all()
     assert "no file has a column nowhere" in read(tmp_path, "table", "--columns", *columns, "brand=nowhere",
                                                   ok=False)
+    assert "has a column item_id, too" in read(tmp_path, "table", "--columns", "item_id=reviewer", ok=False)
+    (tmp_path / "raw/items.csv").write_text("item_id,title\n")
+    assert "leave one of them" in read(tmp_path, "table", "--columns", *columns, ok=False)
     assert "none of our columns" in read(tmp_path, "table", "--columns", "stars=rating", ok=False)
 
 
@@ -263,6 +308,7 @@ def test_prices_become_numbers_and_junk_is_missing(published, price):
 @pytest.mark.parametrize("published, title", [
     ("Rock &amp; Roll", "Rock & Roll"), ("AT&amp;amp;T", "AT&T"), ("a<br>b", "a b"),
     ("<b>Bold</b> move", "Bold move"), ("&lt;i&gt;x&lt;/i&gt;", "x"), ("5 < 6 > 4", "5 < 6 > 4"),
+    ("x<y and 3>2", "x<y and 3>2"),
     (" a\n\t b ", "a b"), ("caf\u00e9\u00a0noir", "café noir"), ("half \ud83d pair", "half pair"),
     ("<span class=", ""), ("x function(){ y }", ""), (None, ""), (3, "")])
 def test_titles_are_plain_text(published, title):
@@ -490,8 +536,13 @@ def test_a_part_that_is_larger_than_the_file_is_thrown_away(tmp_path, server):
 
 def test_what_the_server_lacks_and_where_there_is_no_server(tmp_path, server):
     assert "404" in read(tmp_path, "amazon", "--category", "Nothing", "--download", server.url, ok=False)
-    line = read(tmp_path, "games", "--download", "http://127.0.0.1:9", ok=False)
-    assert "cannot be fetched" in line
+    for url in ("http://127.0.0.1:9", "not-a-url"):
+        assert "cannot be fetched" in read(tmp_path, "games", "--download", url, ok=False)
+    server.files = {"/reviews_Video_Games_5.json.gz": b"<html>come back later</html>"}
+    assert "is no gzip file" in read(tmp_path, "games", "--download", server.url, ok=False)
+    (tmp_path / "file").write_text("")
+    options = "--raw", tmp_path / "file", "--run-dir", tmp_path / "refused", "--download", server.url
+    assert "cannot be made" in run_stage("01_prepare.py", "--dataset", "games", *options, ok=False)
 
 
 def test_an_archive_is_checked_by_its_digest_and_unpacked(tmp_path, server, monkeypatch):
@@ -506,6 +557,10 @@ def test_an_archive_is_checked_by_its_digest_and_unpacked(tmp_path, server, monk
     monkeypatch.setitem(prepare.ARCHIVES, "ml-100k", hashlib.md5(content).hexdigest())
     table, *_ = read(tmp_path, "ml-100k", "--download", server.url)
     assert len(table) == 360 and (tmp_path / "raw/ml-100k/u.item").exists()
+    (tmp_path / "raw/ml-100k.zip").unlink()
+    before = len(server.requests)
+    read(tmp_path, "ml-100k", "--download", server.url)  # what is unpacked there is not fetched again
+    assert len(server.requests) == before
 
 
 # --- options that would change nothing ------------------------------------------------------------------

@@ -131,7 +131,8 @@ def test_unknown_options_are_refused(script, capsys):
 
 
 @pytest.mark.parametrize("script, option, value", [
-    ("01_prepare.py", "--min-interactions", "0"), ("02_infer_profiles.py", "--heldout", "-5"),
+    ("01_prepare.py", "--min-interactions", "0"), ("03_quantize.py", "--run-dir", ""),
+    ("02_infer_profiles.py", "--heldout", "-5"),
     ("02_infer_profiles.py", "--pull", "-1"), ("03_quantize.py", "--beta", "nan"),
     ("04_train_ctr.py", "--batch-size", "0"),
     ("04_train_ctr.py", "--dropout", "1.5"), ("05_case_study.py", "--num-users", "many")])
