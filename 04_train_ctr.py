@@ -26,11 +26,11 @@ import pandas as pd
 import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
-from torch import nn
 from torch.nn import functional as F
 
-from common import (DCN, at_least, fail, logloss, mlp, options_text, parse_with_presets, read_artifacts,
+from common import (at_least, fail, logloss, options_text, parse_with_presets, read_artifacts,
                     read_sidecar, stage_parser, start_stage, write_artifact)
+from ctr_models import MODELS
 
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
 FEATURES = ("none", "codes", "random", "truth")
@@ -42,10 +42,10 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0), default=0, help="first of the seeds")
     add("--seeds", type=at_least(1), default=5, help="how many seeds of start, batches and random codes")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="click-through models")
+    add("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], help="what to train")
     add("--features", nargs="+", choices=FEATURES, default=None, help="read beside the ids (default: all)")
     add("--field-dim", type=at_least(1), default=8, help="width of a field's embedding, E")
-    add("--layers", type=at_least(1), default=3, help="cross layers of DCN and DCNv2")
+    add("--layers", type=at_least(1), default=3, help="cross layers (DCN, DCNv2), attention layers (AutoInt)")
     add("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of the MLP")
     add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
     add("--lr", type=at_least(0, float), default=0.01, help="learning rate of Adam")
@@ -77,111 +77,6 @@ def codes_of(features, bank, users, names, sizes, seed):
         codes = np.stack([deal(k) for k in range(len(names))], 1)
     return codes, [size + 1 for size in sizes]
 
-
-# ----------------------------------------------------------------------------------------------------------
-# models: ids int64 [B, F] -> logits [B]
-# ----------------------------------------------------------------------------------------------------------
-
-
-class FieldEmbedding(nn.Module):
-    """One table for all fields, each with its own range of rows: ids [B, F] -> [B, F, E]"""
-
-    def __init__(self, sizes, dim):
-        super().__init__()
-        self.table = nn.Embedding(sum(sizes), dim)
-        nn.init.normal_(self.table.weight, std=0.5)  # products of much smaller embeddings start on a saddle
-        self.register_buffer("offsets", torch.tensor([0, *itertools.accumulate(sizes)][:-1]))
-
-    def forward(self, ids):
-        return self.table(ids + self.offsets)
-
-
-def pairs_of(num_fields, device=None):
-    """Indices p < q of all pairs of fields: two of [F (F - 1) / 2]"""
-    return torch.triu_indices(num_fields, num_fields, offset=1, device=device)
-
-
-class DCNModel(nn.Module):
-    """Deep & Cross Network (Wang et al., 2017): x_{l+1} = x_0 (w_lᵀ x_l) + b_l + x_l;  wᵀ [x_L ; MLP(x_0)]"""
-
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
-        super().__init__()
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.net = DCN(len(sizes) * field_dim, num_layers, hidden, dropout)
-
-    def forward(self, ids):
-        return self.net(self.embed(ids).flatten(1))  # [B, F E] -> [B]
-
-
-class DCNv2(nn.Module):
-    """DCN V2 (Wang et al., 2021): x_{l+1} = x_0 ∘ (W_l x_l + b_l) + x_l;  wᵀ [x_L ; MLP(x_0)]"""
-
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
-        super().__init__()
-        width = len(sizes) * field_dim
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
-        self.mlp = mlp(width, hidden, dropout)
-        self.head = nn.Linear(width + hidden[-1], 1)
-
-    def cross(self, x_0):
-        """x_0 [B, X] -> x_L [B, X]"""
-        x = x_0
-        for layer in self.layers:
-            x = x_0 * layer(x) + x
-        return x
-
-    def forward(self, ids):
-        x_0 = self.embed(ids).flatten(1)  # [B, X]
-        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0)], 1)).squeeze(1)
-
-
-class PNN(nn.Module):
-    """Product-based network, inner product (Qu et al., 2016): MLP([e ; <e_p, e_q> for p < q])"""
-
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
-        super().__init__()
-        num_pairs = len(sizes) * (len(sizes) - 1) // 2
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.mlp = mlp(len(sizes) * field_dim + num_pairs, hidden, dropout)
-        self.head = nn.Linear(hidden[-1], 1)
-
-    def products(self, e):
-        """e [B, F, E] -> <e_p, e_q> [B, F (F - 1) / 2]"""
-        p, q = pairs_of(e.shape[1], e.device)
-        return (e[:, p] * e[:, q]).sum(2)
-
-    def forward(self, ids):
-        e = self.embed(ids)  # [B, F, E]
-        return self.head(self.mlp(torch.cat([e.flatten(1), self.products(e)], 1))).squeeze(1)
-
-
-class ONN(nn.Module):
-    """Operation-aware network (Yang et al., 2020): MLP([e^raw ; <e_p^(q), e_q^(p)> for p < q])
-
-    Each id has F embeddings: one for each partner field, and in the place of its own field the raw one.
-    """
-
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
-        super().__init__()
-        num_fields = len(sizes)
-        self.field_dim = field_dim
-        self.embed = FieldEmbedding(sizes, num_fields * field_dim)
-        self.mlp = mlp(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden, dropout)
-        self.head = nn.Linear(hidden[-1], 1)
-
-    def products(self, e):
-        """e [B, F, F, E], e[:, p, q] = e_p^(q) -> <e_p^(q), e_q^(p)> [B, F (F - 1) / 2]"""
-        p, q = pairs_of(e.shape[1], e.device)
-        return (e[:, p, q] * e[:, q, p]).sum(2)
-
-    def forward(self, ids):
-        e = self.embed(ids).unflatten(2, (-1, self.field_dim))  # [B, F, F, E]
-        raw = e.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # [B, E, F] -> [B, F E]
-        return self.head(self.mlp(torch.cat([raw, self.products(e)], 1))).squeeze(1)
-
-
-MODELS = {"dcn": DCNModel, "pnn": PNN, "onn": ONN, "dcnv2": DCNv2}
 
 # ----------------------------------------------------------------------------------------------------------
 # train and evaluate

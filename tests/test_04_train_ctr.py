@@ -1,5 +1,4 @@
 import argparse
-import itertools
 
 import numpy as np
 import pandas as pd
@@ -9,101 +8,6 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from conftest import ctr, dies, run_stage
-
-SIZES = [7, 5, 4, 3]
-SETTINGS = dict(field_dim=3, num_layers=3, hidden=(6, 4), dropout=0.2)
-
-
-def build(name, sizes=SIZES, **changes):
-    torch.manual_seed(0)
-    model = ctr.MODELS[name](sizes, **SETTINGS | changes).double().eval()
-    torch.nn.init.normal_(model.embed.table.weight)
-    return model
-
-
-def ids_for(sizes=SIZES, rows=9, seed=0):
-    rng = np.random.default_rng(seed)
-    return torch.from_numpy(np.stack([rng.integers(size, size=rows) for size in sizes], 1))
-
-
-def naive_mlp(layers, x):
-    for layer in (layers[0], layers[3]):
-        rows = zip(layer.weight, layer.bias)
-        x = torch.stack([sum(row[i] * x[i] for i in range(len(x))) + bias for row, bias in rows]).clamp(min=0)
-    return x
-
-
-def naive_logit(name, model, row):
-    """One row, loops only, from the formulas."""
-    offsets = np.cumsum([0, *SIZES[:-1]])
-    vectors = [model.embed.table.weight[offset + index] for offset, index in zip(offsets, row)]
-    pairs = list(itertools.combinations(range(len(SIZES)), 2))
-    dot = lambda a, b: sum(x * y for x, y in zip(a, b))
-    if name in ("dcn", "dcnv2"):
-        x_0 = x = torch.cat(vectors)
-        for depth in range(3):
-            if name == "dcn":
-                scalar = dot(model.net.weights[depth], x)
-                x = torch.stack([x_0[d] * scalar + model.net.biases[depth][d] + x[d] for d in range(len(x))])
-            else:
-                layer = model.layers[depth]
-                x = torch.stack([x_0[d] * (dot(layer.weight[d], x) + layer.bias[d]) + x[d]
-                                 for d in range(len(x))])
-        last = torch.cat([x, naive_mlp(model.net.mlp if name == "dcn" else model.mlp, x_0)])
-        head = model.net.head if name == "dcn" else model.head
-    else:
-        if name == "pnn":
-            raw, products = vectors, [dot(vectors[p], vectors[q]) for p, q in pairs]
-        else:
-            part = lambda f, partner: vectors[f][3 * partner:3 * partner + 3]
-            raw = [part(f, f) for f in range(len(SIZES))]
-            products = [dot(part(p, q), part(q, p)) for p, q in pairs]
-        last, head = naive_mlp(model.mlp, torch.cat([*raw, torch.stack(products)])), model.head
-    return dot(head.weight[0], last) + head.bias[0]
-
-
-@pytest.mark.parametrize("name", ctr.MODELS)
-def test_model_equals_a_naive_loop(name):
-    model, ids = build(name), ids_for()
-    expected = torch.stack([naive_logit(name, model, row) for row in ids.tolist()])
-    assert torch.allclose(model(ids), expected, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", ctr.MODELS)
-def test_gradients_reach_every_parameter(name):
-    model = build(name, dropout=0.0)
-    for part in model.modules():
-        if isinstance(part, torch.nn.Linear):
-            torch.nn.init.normal_(part.bias, 1.0)  # no ReLU is dead
-    model(ids_for(rows=60)).square().sum().backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
-
-
-def test_dcnv2_with_equal_rows_and_no_bias_is_dcn():
-    dcn, v2 = build("dcn"), build("dcnv2")
-    torch.nn.init.zeros_(dcn.net.biases)
-    for layer, weight in zip(v2.layers, dcn.net.weights):
-        layer.weight.data = weight.detach().expand(12, 12).clone()  # W = 1 wᵀ
-        torch.nn.init.zeros_(layer.bias)
-    x = torch.randn(5, 12, dtype=torch.double)
-    assert torch.allclose(v2.cross(x), dcn.net.cross(x), atol=1e-12)
-
-
-def test_pnn_of_two_fields_without_its_mlp_is_the_dot_product_of_matrix_factorisation():
-    model, ids = build("pnn", sizes=[7, 5]), ids_for([7, 5])
-    e = model.embed(ids)
-    user, item = model.embed.table.weight[ids[:, 0]], model.embed.table.weight[7 + ids[:, 1]]
-    assert torch.allclose(model.products(e)[:, 0], (user * item).sum(1), atol=1e-12)
-
-
-def test_onn_with_equal_copies_is_pnn():
-    onn, pnn = build("onn"), build("pnn")
-    onn.embed.table.weight.data = pnn.embed.table.weight.detach().repeat(1, 4)
-    onn.mlp.load_state_dict(pnn.mlp.state_dict())
-    onn.head.load_state_dict(pnn.head.state_dict())
-    assert torch.allclose(onn(ids_for()), pnn(ids_for()), atol=1e-12)
-
 
 def settings(**changes):
     return argparse.Namespace(**vars(ctr.parse_args(["--epochs", "40", "--patience", "40"])) | changes)
@@ -204,13 +108,6 @@ def test_the_summary_pairs_by_seed():
     assert gains["dcn"]["auc_gain"] == pytest.approx(0.02)
     assert gains["dcn"]["auc_half_interval"] == pytest.approx(0, abs=1e-9)
     assert gains["dcn"]["share_of_oracle"] == pytest.approx(0.5) and "50%" in text
-
-
-def test_field_embedding_gives_each_field_its_own_rows():
-    embed = ctr.FieldEmbedding([3, 2], 4)
-    ids = torch.tensor([[2, 0], [2, 1]])
-    assert torch.equal(embed(ids)[:, 0], embed.table.weight[[2, 2]])
-    assert torch.equal(embed(ids)[:, 1], embed.table.weight[[3, 4]])
 
 
 def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
