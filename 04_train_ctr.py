@@ -1,10 +1,12 @@
 """Stage 4 of 5: train click-through models with and without the codes, and say whether the codes help.
 
-Every model reads user id and item id (features `none`), and two more sparse fields where asked: the `codes`
-of the feature bank (eq. 8), `random` codes (the same codes dealt to users at random: more parameters, no
-information), and on planted data the `truth` (the upper bound). Adam on binary cross-entropy (eq. 9), early
-stopping on valid logloss, the best epoch's weights restored, test scored once. A gain counts only against
-`random`. `--paper` = the paper's learning rate.
+Every model reads user id and item id (features `none`), and more sparse fields where asked: the `codes` of
+the feature bank (eq. 8), `random` codes (the same codes dealt to users at random: more parameters, no
+information), and on planted data the `truth` (the upper bound). More controls: `cf` (k-means of the users'
+factors of a SVD of the train rows), `leniency` (quartile of how generously the user rates, out of fold),
+`dense` (the profiles themselves, without VQ: table 3). With --id-dropout cold users meet a trained unknown
+id. Adam on binary cross-entropy (eq. 9), early stopping on valid logloss, the best epoch's weights restored,
+test scored once. A gain counts only against `random`. `--paper` = the paper's learning rate.
 
 Reads   interactions.parquet, feature_bank.parquet, users.parquet (truth, planted data only)
 Writes  results.parquet: one row per (model, features, split seed, seed): auc, logloss, valid figures, best
@@ -24,8 +26,11 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy import sparse, stats
+from sklearn.cluster import KMeans
+from sklearn.decomposition import TruncatedSVD
 from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import normalize
 from torch.nn import functional as F
 
 from common import (at_least, fail, logloss, options_text, parse_with_presets, read_artifacts,
@@ -33,7 +38,7 @@ from common import (at_least, fail, logloss, options_text, parse_with_presets, r
 from ctr_models import MODELS
 
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
-FEATURES = ("none", "codes", "random", "truth")
+FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 
 
 def parse_args(argv=None):
@@ -43,7 +48,10 @@ def parse_args(argv=None):
     add("--seeds", type=at_least(1), default=5, help="how many seeds of start, batches and random codes")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], help="what to train")
-    add("--features", nargs="+", choices=FEATURES, default=None, help="read beside the ids (default: all)")
+    add("--features", nargs="+", choices=FEATURES, default=None,
+        help="read beside the ids (default: none codes random and, on planted data, truth)")
+    add("--id-dropout", type=at_least(0, float), default=0.0,
+        help="share of train rows that meet the unknown user id instead of their own, anew in each step")
     add("--field-dim", type=at_least(1), default=8, help="width of a field's embedding, E")
     add("--layers", type=at_least(1), default=3, help="cross layers (DCN, DCNv2), attention layers (AutoInt)")
     add("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of the MLP")
@@ -54,8 +62,9 @@ def parse_args(argv=None):
     add("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
     args = parse_with_presets(parser, argv, paper=PAPER)
-    if args.dropout >= 1:
-        parser.error(f"--dropout must be below 1, not {args.dropout}")
+    for name in ("dropout", "id_dropout"):
+        if getattr(args, name) >= 1:
+            parser.error(f"--{name.replace('_', '-')} must be below 1, not {getattr(args, name)}")
     return args
 
 
@@ -64,18 +73,82 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def codes_of(features, bank, users, names, sizes, seed):
-    """The code fields of all users for a feature set: int64 [N, P] (P = 0 for none), sizes with unknown."""
-    if features == "none":
-        return np.empty((len(bank), 0), dtype=np.int64), []
-    if features == "truth":
+def fields_of(feature, split, bank, users, names, sizes, vectors, seed):
+    """The fields of a feature set beside the ids: dict of int64 [rows, P'] by split, and their sizes.
+
+    split: frames train, valid, test, support. All but leniency are functions of the user. `vectors`: the
+    profiles without VQ, float32 [N, C] per name.
+    """
+    if feature == "leniency":
+        return leniency_of(split, seed)
+    if feature == "none":
+        codes, sizes = np.empty((len(bank), 0), dtype=np.int64), []
+    elif feature == "dense":
+        codes, sizes = np.arange(len(bank))[:, None].repeat(len(names), 1), list(vectors)
+    elif feature == "truth":
         columns = [pd.factorize(users[f"true_{name}"], sort=True)[0] for name in names]
-        return np.stack(columns, 1).astype(np.int64), [int(column.max()) + 1 for column in columns]
-    codes = bank[names].to_numpy(dtype=np.int64)
-    if features == "random":  # the same codes, dealt anew: sizes and usage stay, meaning goes
+        codes = np.stack(columns, 1).astype(np.int64)
+        sizes = [int(column.max()) + 1 for column in codes.T]
+    elif feature == "cf":
+        codes, sizes = cf_of(split, len(bank), sizes, seed), [size + 1 for size in sizes]
+    else:
+        codes, sizes = bank[names].to_numpy(dtype=np.int64), [size + 1 for size in sizes]
+    if feature == "random":  # the same codes, dealt anew: sizes and usage stay, meaning goes
         deal = lambda k: np.random.default_rng([seed, k]).permutation(codes[:, k])
         codes = np.stack([deal(k) for k in range(len(names))], 1)
-    return codes, [size + 1 for size in sizes]
+    return {name: codes[frame["user"]] for name, frame in split.items()}, sizes
+
+
+def vectors_of(profiles, codebook, names):
+    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [N, C] per name"""
+    parts = [codebook[name] for name in names]
+    return [(profiles["profiles"][:, k] - part["mean"]) @ part["transform"] for k, part in enumerate(parts)]
+
+
+def cf_of(split, num_users, sizes, seed, rank=8):
+    """Collaborative filtering without a LLM: k-means of users' factors, one field per size: int64 [N, P]
+
+    Factors: truncated SVD of who had what (train rows); a cold user's support rows are folded in. A user
+    without either has the code K.
+    """
+    num_items = 1 + max(int(frame["item"].max()) for frame in split.values() if len(frame))
+    train, support = (sparse.csr_matrix((np.ones(len(rows)), (rows["user"], rows["item"])),
+                                        shape=(num_users, num_items))
+                      for rows in (split["train"], split["support"]))
+    svd = TruncatedSVD(min(rank, num_items - 1), random_state=seed).fit(train)
+    factors = normalize(svd.transform(train + support))  # the direction of taste, not the number of items
+    warm, known = train.getnnz(1) > 0, (train + support).getnnz(1) > 0
+    codes = [KMeans(size, n_init=4, random_state=seed).fit(factors[warm]).predict(factors) for size in sizes]
+    return np.stack([np.where(known, code, size) for code, size in zip(codes, sizes)], 1).astype(np.int64)
+
+
+def leniency_of(split, seed, num_codes=4, num_folds=5):
+    """How generously a user rates: quartile of his mean residual to the items' means; 4 codes and unknown.
+
+    From train and support rows; a train row's code is made without its own fold, or it would tell its label.
+    """
+    own = pd.concat([split["train"], split["support"]])
+    fold = np.random.default_rng([seed, 3]).integers(num_folds, size=len(own))
+    fold[len(split["train"]):] = num_folds  # support rows are in no fold: no train row is theirs
+
+    def means(left_out):
+        rows = own[fold != left_out]
+        of_item = rows.groupby("item")["rating"].mean()
+        return (rows["rating"] - rows["item"].map(of_item)).groupby(rows["user"]).mean()
+
+    everything = means(num_folds + 1)
+    warm = everything[everything.index.isin(split["train"]["user"])]
+    edges = warm.quantile(np.arange(1, num_codes) / num_codes)
+
+    def code(mean, user):
+        of_user = mean.reindex(user)
+        return np.where(of_user.isna(), num_codes, np.searchsorted(edges, of_user))
+
+    fields = {name: code(everything, frame["user"]) for name, frame in split.items()}
+    for left_out in range(num_folds):
+        mine = fold[:len(split["train"])] == left_out
+        fields["train"][mine] = code(means(left_out), split["train"]["user"][mine])
+    return {name: column[:, None].astype(np.int64) for name, column in fields.items()}, [num_codes + 1]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -103,7 +176,11 @@ def train_one(args, name, sizes, ids, labels, seed):
     for epoch in range(1, args.epochs + 1):
         model.train()
         for rows in torch.randperm(len(train_label), generator=batches).to(device).split(args.batch_size):
-            loss = F.binary_cross_entropy_with_logits(model(ids["train"][rows]), train_label[rows])
+            batch = ids["train"][rows]
+            if args.id_dropout:
+                dropped = torch.rand(len(rows), generator=batches) < args.id_dropout
+                batch[dropped.to(device), 0] = sizes[0] - 1  # the unknown user, last of his field
+            loss = F.binary_cross_entropy_with_logits(model(batch), train_label[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -191,16 +268,20 @@ def main(args):
     start_stage(args)
     started = time.time()
     inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
-    interactions, bank, users = read_artifacts(args, *inputs)
+    if "dense" in (args.features or []):
+        inputs += ["profiles.pt", "codebook.pt"]
+    interactions, bank, users, *stored = read_artifacts(args, *inputs)
     made = read_sidecar(args, "feature_bank.parquet")
     names, code_sizes = made["names"], made["codes"]
     has_truth = all(f"true_{name}" in users for name in names)
-    features = args.features or [name for name in FEATURES if name != "truth" or has_truth]
+    features = args.features or ["none", "codes", "random", *["truth"] * has_truth]
     if "truth" in features and not has_truth:
         fail(f"--features truth: users.parquet holds no true_{names[0]}; only planted data know the truth")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    split = {name: interactions[interactions["split"] == name] for name in ("train", "valid", "test")}
-    labels = {name: frame["label"].to_numpy(copy=True) for name, frame in split.items()}
+    vectors = vectors_of(*stored, names) if stored else []
+    split = {name: interactions[interactions["split"] == name]
+             for name in ("train", "valid", "test", "support")}
+    labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid", "test")}
     for name, values in labels.items():
         if len(np.unique(values)) < 2:
             fail(f"the {name} rows of interactions.parquet have one label only, so AUC is undefined: "
@@ -217,12 +298,13 @@ def main(args):
     seconds = [0.0]
     seeds = range(args.seed, args.seed + args.seeds)
     for model, feature, seed in itertools.product(args.models, features, seeds):
-        codes, sizes = codes_of(feature, bank, users, names, code_sizes, seed)
+        fields, sizes = fields_of(feature, split, bank, users, names, code_sizes, vectors, seed)
         # a user without train rows is unknown to the model: one id for all of them, behind the others
-        sizes = [len(users) + int(not is_warm.all()), int(interactions["item"].max()) + 1, *sizes]
+        has_unknown = bool(args.id_dropout) or not is_warm.all()
+        sizes = [len(users) + has_unknown, int(interactions["item"].max()) + 1, *sizes]
         user_id = np.where(is_warm, np.arange(len(users)), len(users))
-        fields = lambda frame: np.column_stack([user_id[frame["user"]], frame["item"], codes[frame["user"]]])
-        ids = {name: torch.from_numpy(fields(frame)).to(device) for name, frame in split.items()}
+        columns = {name: (user_id[split[name]["user"]], split[name]["item"], fields[name]) for name in labels}
+        ids = {name: torch.from_numpy(np.column_stack(part)).to(device) for name, part in columns.items()}
         run_started = time.time()
         figures = train_one(args, model, sizes, ids, labels, seed)
         seconds.append(time.time() - run_started)

@@ -1,9 +1,9 @@
 """The click-through models of stage 4: ids int64 [B, F], one column per field, -> logits [B].
 
-All take (sizes [F], field_dim E, num_layers, hidden, dropout); sizes[f] = number of ids of field f. Written
-from the formulas: e_f [E] is the embedding of field f, e their concatenation, w_f a first-order weight, p < q
-a pair of fields. `num_layers` counts cross layers (DCN, DCNv2) or attention layers (AutoInt) and means
-nothing for the others.
+All take (sizes [F], field_dim E, num_layers, hidden, dropout); sizes[f] = number of ids of field f, or its
+vectors [N, C] where the field is dense. Written from the formulas: e_f [E] is the embedding of field f, e
+their concatenation, w_f a first-order weight, p < q a pair of fields. `num_layers` counts cross layers (DCN,
+DCNv2) or attention layers (AutoInt) and means nothing for the others.
 """
 
 import itertools
@@ -19,16 +19,29 @@ from common import DCN, mlp
 
 
 class FieldEmbedding(nn.Module):
-    """One table for all fields, each with its own range of rows: ids [B, F] -> [B, F, E]"""
+    """One table for all fields, each with its own range of rows: ids [B, F] -> [B, F, E]
+
+    A field whose size is a tensor [N, C] is dense: its ids are rows of that tensor, mapped to E by a linear
+    layer. Dense fields stand behind the others.
+    """
 
     def __init__(self, sizes, dim):
         super().__init__()
+        dense = [size for size in sizes if isinstance(size, torch.Tensor)]
+        sizes = sizes[:len(sizes) - len(dense)]
         self.table = nn.Embedding(sum(sizes), dim)
         nn.init.normal_(self.table.weight, std=0.5)  # products of much smaller embeddings start on a saddle
         self.register_buffer("offsets", torch.tensor([0, *itertools.accumulate(sizes)][:-1]))
+        self.maps = nn.ModuleList(nn.Linear(values.shape[1], dim) for values in dense)
+        for k, values in enumerate(dense):
+            self.register_buffer(f"values_{k}", values, persistent=False)
 
     def forward(self, ids):
-        return self.table(ids + self.offsets)
+        num_sparse = len(self.offsets)
+        e = self.table(ids[:, :num_sparse] + self.offsets)
+        dense = [layer(getattr(self, f"values_{k}")[ids[:, num_sparse + k]])
+                 for k, layer in enumerate(self.maps)]
+        return torch.cat([e, torch.stack(dense, 1)], 1) if dense else e
 
 
 def pairs_of(num_fields, device=None):

@@ -1,11 +1,12 @@
 import argparse
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from conftest import ctr, dies, run_stage
 
@@ -67,17 +68,115 @@ def test_every_option_moves_the_result(change):
     assert run(base) != run(argparse.Namespace(**vars(base) | change))
 
 
+def small_split(num_users=300, num_items=20, seed=0):
+    """Frames by split; users 0 to 279 have train, valid and test rows, the others support and test rows."""
+    rng = np.random.default_rng(seed)
+    generous = rng.normal(size=num_users)
+    rows = pd.DataFrame([(user, item) for user in range(num_users)
+                         for item in rng.choice(num_items, 8, replace=False)], columns=["user", "item"])
+    rows["rating"] = 3 + generous[rows["user"]] + 0.3 * rng.normal(size=len(rows))
+    place = rows.groupby("user").cumcount()
+    warm = np.where(place < 6, "train", np.where(place < 7, "valid", "test"))
+    name = np.where(rows["user"] < 280, warm, np.where(place < 4, "support", "test"))
+    return {key: rows[name == key] for key in ("train", "valid", "test", "support")}, generous
+
+
 def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
     rng = np.random.default_rng(0)
     bank = pd.DataFrame({"user": range(300), "hobby": rng.integers(4, size=300),
                          "background": rng.integers(3, size=300)})
     names, sizes = ["hobby", "background"], [4, 3]
-    codes, with_unknown = ctr.codes_of("codes", bank, None, names, sizes, 0)
-    assert with_unknown == [5, 4] and (codes == bank[names].to_numpy()).all()
-    first, second = (ctr.codes_of("random", bank, None, names, sizes, seed)[0] for seed in (0, 1))
-    assert (np.sort(first, 0) == np.sort(codes, 0)).all() and (first != second).any()
-    assert (first[:, 0] == codes[:, 0]).mean() < 0.4
-    assert ctr.codes_of("none", bank, None, names, sizes, 0)[0].shape == (300, 0)
+    everyone = {"test": pd.DataFrame({"user": range(300)})}
+    fields = lambda name, seed=0: ctr.fields_of(name, everyone, bank, None, names, sizes, [], seed)
+    codes, with_unknown = fields("codes")
+    assert with_unknown == [5, 4] and (codes["test"] == bank[names].to_numpy()).all()
+    first, second = (fields("random", seed)[0]["test"] for seed in (0, 1))
+    assert (np.sort(first, 0) == np.sort(codes["test"], 0)).all() and (first != second).any()
+    assert (first[:, 0] == codes["test"][:, 0]).mean() < 0.4
+    assert fields("none")[0]["test"].shape == (300, 0)
+
+
+def test_leniency_is_the_quartile_of_the_users_residual_also_of_cold_users():
+    split, generous = small_split()
+    fields, sizes = ctr.leniency_of(split, seed=0)
+    assert sizes == [5]
+    for name in ("test", "valid"):
+        code, truth = fields[name][:, 0], generous[split[name]["user"]]
+        assert np.corrcoef(code, truth)[0, 1] > 0.85 and set(code) == {0, 1, 2, 3}
+    of_cold = fields["test"][split["test"]["user"] >= 280, 0]
+    assert len(of_cold) == 80 and set(of_cold) <= {0, 1, 2, 3}
+
+
+def test_leniency_of_a_train_row_is_made_without_its_own_fold():
+    """Against plain loops; a row's own rating, however high, is in no mean that its code is made of."""
+    split = {name: rows.assign(user=rows["user"] % 40) for name, rows in small_split()[0].items()}
+    split = {name: rows[rows["user"] < 30] if name != "support" else rows for name, rows in split.items()}
+    own = [(row.user, row.item, row.rating) for name in ("train", "support")
+           for row in split[name].itertuples()]
+    num_train = len(split["train"])
+    fold = np.random.default_rng([0, 3]).integers(5, size=len(own))
+
+    def means(used):
+        of_item, of_user = {}, {}
+        for user, item, rating in used:
+            of_item.setdefault(item, []).append(rating)
+        for user, item, rating in used:
+            of_user.setdefault(user, []).append(rating - np.mean(of_item[item]))
+        return {user: np.mean(values) for user, values in of_user.items()}
+
+    trained = set(split["train"]["user"])
+    everything = means(own)
+    edges = np.quantile([mean for user, mean in everything.items() if user in trained], [0.25, 0.5, 0.75])
+    fields, _ = ctr.leniency_of(split, seed=0)
+    for left_out in range(5):
+        used = [row for place, row in enumerate(own) if place >= num_train or fold[place] != left_out]
+        mean = means(used)
+        for place in np.flatnonzero(fold[:num_train] == left_out):
+            user = own[place][0]
+            expected = int(np.searchsorted(edges, mean[user])) if user in mean else 4
+            assert fields["train"][place, 0] == expected
+
+
+def test_neither_valid_nor_test_rows_reach_cf_and_leniency():
+    split, _ = small_split()
+    other = split | {name: split[name].assign(rating=1.0, item=(split[name]["item"] + 3) % 20)
+                     for name in ("valid", "test")}
+    assert (ctr.cf_of(split, 300, [4, 3], 0) == ctr.cf_of(other, 300, [4, 3], 0)).all()
+    for name in ("train", "valid", "test"):
+        assert (ctr.leniency_of(split, 0)[0][name] == ctr.leniency_of(other, 0)[0][name]).all()
+
+
+def test_cf_finds_who_likes_the_same_items_and_folds_cold_users_in():
+    rng = np.random.default_rng(0)
+    rows = [(user, item) for user in range(200)
+            for item in rng.choice(20, 8, replace=False) + 20 * (user % 2)]
+    frame = pd.DataFrame(rows, columns=["user", "item"])
+    split = {"train": frame[frame["user"] < 150], "support": frame[frame["user"].between(150, 197)]}
+    codes = ctr.cf_of(split, 200, [2], 0)[:, 0]
+    assert adjusted_rand_score(np.arange(198) % 2, codes[:198]) > 0.95
+    assert (codes[198:] == 2).all()  # neither train nor support rows
+
+
+def test_dense_fields_are_mapped_linearly_and_learn():
+    sizes, ids, labels = pairwise_data()
+    vectors = torch.randn(12, 5)
+    rows = {name: part[:, [1, 2, 0]] for name, part in ids.items()}  # dense fields stand last
+    for name in ctr.MODELS:
+        model = ctr.MODELS[name]([*sizes[1:], vectors], 8, 2, (6, 4), 0.0).eval()
+        e = model.embed(rows["test"])
+        expected = model.embed.maps[0](vectors[ids["test"][:, 0]])
+        assert torch.equal(e[:, -1], expected) and model(rows["test"]).shape == labels["test"].shape
+    one_hot = torch.eye(12)
+    assert ctr.train_one(settings(), "dcnv2", [*sizes[1:], one_hot], rows, labels, seed=0)["auc"] > 0.9
+
+
+def test_id_dropout_trains_the_unknown_id_and_spares_the_rows():
+    sizes, ids, labels = pairwise_data(rows=3000)
+    sizes = [sizes[0] + 1, *sizes[1:]]
+    before = ids["train"].clone()
+    run = lambda share: ctr.train_one(settings(epochs=3, id_dropout=share), "dcn", sizes, ids, labels, seed=0)
+    assert run(0.5)["valid_logloss"] != run(0.0)["valid_logloss"]
+    assert torch.equal(ids["train"], before)
 
 
 def test_the_papers_relative_improvements_come_out():
@@ -116,6 +215,15 @@ def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
     assert results["model"].iloc[0] == "base rate" and results["auc"].iloc[0] == 0.5
     markdown = (small_run[1] / "results.md").read_text()
     assert "codes - random" in markdown and "base rate" in markdown
+
+
+def test_every_control_runs(small_run, tmp_path):
+    shutil.copytree(small_run[1], tmp_path / "run")
+    options = "--models", "dcn", "afn", "--seeds", 1, "--epochs", 1, "--id-dropout", 0.3
+    features = ["none", "codes", "random", "cf", "leniency", "dense"]
+    run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", *options, "--features", *features)
+    results = pd.read_parquet(tmp_path / "run/results.parquet")
+    assert set(results["features"]) == set(features) and len(results) == 1 + 2 * 6
 
 
 def test_truth_is_for_planted_data_only(small_run):

@@ -171,8 +171,8 @@ def test_every_command_in_the_readme_parses():
 
 
 def test_the_tree_holds_what_the_readme_says_and_nothing_else():
-    allowed = {*STAGES, "common.py", "ctr_models.py", "tests", "requirements.txt", "README.md", "LICENSE", "assets", "runs",
-               "__pycache__"}
+    allowed = {*STAGES, "common.py", "ctr_models.py", "tests", "requirements.txt", "README.md", "LICENSE",
+               "assets", "runs", "__pycache__"}
     found = {path.name for path in Path(ROOT).iterdir() if not path.name.startswith(".")}
     assert found - allowed <= {"v", "venv"}
     readme = (Path(ROOT) / "README.md").read_text()
