@@ -33,12 +33,15 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import normalize
 from torch.nn import functional as F
 
-from common import (at_least, fail, logloss, options_text, parse_with_presets, read_artifacts,
-                    read_sidecar, stage_parser, start_stage, write_artifact)
+from common import (at_least, fail, logloss, options_text, parse_with_presets, read_artifacts, read_sidecar,
+                    stage_parser, start_stage, with_interval, write_artifact)
 from ctr_models import MODELS
 
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
+DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("codes", "cf"),
+               ("codes", "leniency"), ("codes", "dense"), ("cf", "none"), ("leniency", "none"),
+               ("dense", "none")]
 
 
 def parse_args(argv=None):
@@ -197,7 +200,8 @@ def train_one(args, name, sizes, ids, labels, seed):
     model.load_state_dict(weights)
     probability = predict(model, ids["test"])
     auc = roc_auc_score(labels["test"], probability)
-    return {"auc": auc, "logloss": logloss(labels["test"], probability), **best}
+    return {"auc": auc, "logloss": logloss(labels["test"], probability),
+            "calibration_error": calibration_error(labels["test"], probability), **best}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -215,13 +219,22 @@ def rela_impr_logloss(loss, reference):
     return (reference / loss - 1) * 100
 
 
+def calibration_error(labels, probabilities, num_bins=10):
+    """Expected calibration error: mean of |mean probability - share of clicks| over bins of equal size."""
+    order = np.argsort(probabilities, kind="stable")
+    bins = [part for part in np.array_split(order, num_bins) if len(part)]
+    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in bins]
+    return float(sum(gaps) / len(labels))
+
+
 def paired_interval(differences):
-    """Mean of paired differences [S] and half of its 95% interval (t distribution); nan for a single seed."""
+    """Mean of paired differences [S], half of its 95% interval, p that it is 0 (t test); nan for one seed."""
     differences = np.asarray(differences)
     if len(differences) < 2:
-        return float(differences.mean()), float("nan")
+        return float(differences.mean()), float("nan"), float("nan")
     half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
-    return float(differences.mean()), float(half)
+    p = stats.ttest_1samp(differences, 0).pvalue if differences.std() else float(not differences.mean())
+    return float(differences.mean()), float(half), float(p)
 
 
 def summarize(results):
@@ -229,8 +242,9 @@ def summarize(results):
     deviation = lambda values: f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
     spread = lambda values: f"{values.mean():.4f}{deviation(values)}"
     by = {key: frame.sort_values("seed") for key, frame in results.groupby(["model", "features"], sort=False)}
-    lines = ["| model | features | AUC | logloss | RelaImpr AUC (%) | RelaImpr logloss (%) |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| model | features | AUC | logloss | calibration error | RelaImpr AUC (%) | "
+             "RelaImpr logloss (%) |",
+             "|---|---|---|---|---|---|---|"]
     for (model, features), frame in by.items():
         improvements = "| | |"
         if (reference := by.get((model, "none"))) is not None and features != "none":
@@ -238,16 +252,16 @@ def summarize(results):
             loss = rela_impr_logloss(frame["logloss"].mean(), reference["logloss"].mean())
             improvements = f"| {auc:+.2f} | {loss:+.2f} |"
         lines.append(f"| {model} | {features} | {spread(frame['auc'])} | {spread(frame['logloss'])} "
-                     f"{improvements}")
+                     f"| {spread(frame['calibration_error'])} {improvements}")
 
     caption = "Paired differences over the seeds, mean ± half of the 95% interval"
     lines += ["", "± is the standard deviation over the seeds."]
     lines += ["", f"{caption} (the split is one and the same):", "",
-              "| model | difference | AUC | logloss | share of the truth's AUC gain |",
-              "|---|---|---|---|---|"]
+              "| model | difference | AUC | p | logloss | p | share of the truth's AUC gain |",
+              "|---|---|---|---|---|---|---|"]
     gains = {}
     for model in results["model"].unique():
-        for first, second in (("codes", "none"), ("codes", "random"), ("truth", "random")):
+        for first, second in DIFFERENCES:
             if (model, first) not in by or (model, second) not in by:
                 continue
             difference = lambda key: by[model, first][key].to_numpy() - by[model, second][key].to_numpy()
@@ -259,8 +273,8 @@ def summarize(results):
                     oracle = by[model, "truth"]["auc"].mean() - by[model, "random"]["auc"].mean()
                     gains[model] |= {"oracle_auc_gain": oracle, "share_of_oracle": auc[0] / oracle}
                     share = f"{auc[0] / oracle:.0%}"
-            lines.append(f"| {model} | {first} - {second} | {auc[0]:+.4f} ± {auc[1]:.4f} | "
-                         f"{loss[0]:+.4f} ± {loss[1]:.4f} | {share} |")
+            lines.append(f"| {model} | {first} - {second} | {with_interval(*auc[:2])} | {auc[2]:.3f} | "
+                         f"{with_interval(*loss[:2])} | {loss[2]:.3f} | {share} |")
     return "\n".join(lines), gains
 
 
@@ -294,7 +308,8 @@ def main(args):
 
     rate = float(labels["train"].mean())
     rows = [{"model": "base rate", "features": "none", "split_seed": split_seed, "seed": 0, "auc": 0.5,
-             "logloss": logloss(labels["test"], rate), "rows": len(labels["train"])}]
+             "logloss": logloss(labels["test"], rate),
+             "calibration_error": abs(rate - float(labels["test"].mean())), "rows": len(labels["train"])}]
     seconds = [0.0]
     seeds = range(args.seed, args.seed + args.seeds)
     for model, feature, seed in itertools.product(args.models, features, seeds):
@@ -328,7 +343,8 @@ def main(args):
     path = write_artifact(args, "results.parquet", results, inputs, **facts)
     final = f"wrote {path}: {len(results)} rows"
     for model, gain in list(gains.items())[:1]:
-        final += f" | {model}: codes - random AUC {gain['auc_gain']:+.4f} ± {gain['auc_half_interval']:.4f}"
+        told = with_interval(gain["auc_gain"], gain["auc_half_interval"])
+        final += f" | {model}: codes - random AUC {told}"
         if "share_of_oracle" in gain:
             final += f", {gain['share_of_oracle']:.0%} of what the truth gains"
     print(final)

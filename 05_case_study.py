@@ -25,7 +25,7 @@ import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
 from common import (VectorQuantizer, at_least, fail, fig4_mask, load_llm, read_artifacts, read_sidecar,
-                    stage_parser, start_stage, usage_of, write_artifact)
+                    stage_parser, start_stage, usage_of, with_interval, write_artifact)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -198,7 +198,7 @@ def headline(quantized, inferred, results):
                        f"{quantized[f'{name}_share_of_bayes']:.0%} of the Bayes-optimal")
         rows.append((f"What are the codes of {name} worth?", answer))
     for model, gain in results["gains"].items():
-        answer = f"AUC of codes - random {gain['auc_gain']:+.4f} ± {gain['auc_half_interval']:.4f}"
+        answer = f"AUC of codes - random {with_interval(gain['auc_gain'], gain['auc_half_interval'])}"
         if "share_of_oracle" in gain:
             answer += (f", {gain['share_of_oracle']:.0%} of what the truth itself gains "
                        f"({gain['oracle_auc_gain']:+.4f})")

@@ -368,6 +368,11 @@ def logloss(labels, probabilities):
     return float(-np.where(np.asarray(labels) == 1, np.log(probabilities), np.log1p(-probabilities)).mean())
 
 
+def with_interval(mean, half):
+    """A difference and half of its 95% interval as text; a single run has none."""
+    return f"{mean:+.4f} ± {half:.4f}" if half == half else f"{mean:+.4f} (one run, no interval)"
+
+
 def usage_of(codes, num_codes):
     """codes [N] -> users per code [K], perplexity (1: one has all, K: all alike). Unknown (K) is left out."""
     counts = np.bincount(codes[codes < num_codes], minlength=num_codes)

@@ -194,14 +194,33 @@ def test_the_papers_relative_improvements_come_out():
 
 def test_the_paired_interval_is_that_of_a_paired_t_test():
     first, second = np.random.default_rng(0).normal(size=(2, 6))
-    mean, half = ctr.paired_interval(first - second)
-    low, high = stats.ttest_rel(first, second).confidence_interval(0.95)
+    mean, half, p = ctr.paired_interval(first - second)
+    test = stats.ttest_rel(first, second)
+    low, high = test.confidence_interval(0.95)
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
+    assert p == pytest.approx(test.pvalue)
+
+
+def test_a_single_seed_has_no_interval_and_says_so(small_run, tmp_path):
+    shutil.copytree(small_run[1], tmp_path / "run")
+    printed = run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", "--models", "dcn", "--seeds", 1,
+                        "--epochs", 1)
+    assert "one run, no interval" in printed and "± nan" not in printed
+
+
+def test_calibration_error_is_zero_for_the_truth_and_the_shift_for_a_shift():
+    rng = np.random.default_rng(0)
+    probabilities = rng.uniform(0.2, 0.6, 200_000)
+    labels = (rng.random(200_000) < probabilities).astype(np.int8)
+    assert ctr.calibration_error(labels, probabilities) < 0.01
+    assert ctr.calibration_error(labels, probabilities + 0.3) == pytest.approx(0.3, abs=0.01)
+    assert ctr.calibration_error(np.array([0, 1]), np.array([0.25, 1.0])) == pytest.approx(0.125)
 
 
 def test_the_summary_pairs_by_seed():
     planted = {"none": 0.0, "random": 0.01, "codes": 0.03, "truth": 0.05}
-    rows = [{"model": "dcn", "features": name, "seed": seed, "auc": 0.6 + 0.1 * seed + gain, "logloss": 0.6}
+    rows = [{"model": "dcn", "features": name, "seed": seed, "auc": 0.6 + 0.1 * seed + gain, "logloss": 0.6,
+             "calibration_error": 0.0}
             for name, gain in planted.items() for seed in (1, 0)]
     text, gains = ctr.summarize(pd.DataFrame(rows))
     assert gains["dcn"]["auc_gain"] == pytest.approx(0.02)
