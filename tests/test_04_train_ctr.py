@@ -170,13 +170,22 @@ def test_dense_fields_are_mapped_linearly_and_learn():
     assert ctr.train_one(settings(), "dcnv2", [*sizes[1:], one_hot], rows, labels, seed=0)["auc"] > 0.9
 
 
-def test_id_dropout_trains_the_unknown_id_and_spares_the_rows():
+def test_id_dropout_shows_the_unknown_id_to_training_only_and_spares_the_rows(monkeypatch):
     sizes, ids, labels = pairwise_data(rows=3000)
     sizes = [sizes[0] + 1, *sizes[1:]]
-    before = ids["train"].clone()
-    run = lambda share: ctr.train_one(settings(epochs=3, id_dropout=share), "dcn", sizes, ids, labels, seed=0)
-    assert run(0.5)["valid_logloss"] != run(0.0)["valid_logloss"]
-    assert torch.equal(ids["train"], before)
+    before, seen = ids["train"].clone(), {True: [], False: []}
+
+    class Recorder(ctr.MODELS["dcn"]):
+        def forward(self, ids):
+            seen[self.training].append((ids[:, 0] == sizes[0] - 1).float())
+            return super().forward(ids)
+
+    monkeypatch.setitem(ctr.MODELS, "dcn", Recorder)
+    for share in (0.0, 0.3):
+        seen[True].clear()
+        ctr.train_one(settings(epochs=3, id_dropout=share), "dcn", sizes, ids, labels, seed=0)
+        assert float(torch.cat(seen[True]).mean()) == pytest.approx(share, abs=0.03)
+    assert not torch.cat(seen[False]).any() and torch.equal(ids["train"], before)
 
 
 def test_the_papers_relative_improvements_come_out():
@@ -214,6 +223,8 @@ def test_calibration_error_is_zero_for_the_truth_and_the_shift_for_a_shift():
     labels = (rng.random(200_000) < probabilities).astype(np.int8)
     assert ctr.calibration_error(labels, probabilities) < 0.01
     assert ctr.calibration_error(labels, probabilities + 0.3) == pytest.approx(0.3, abs=0.01)
+    extreme = np.where(probabilities < 0.4, 0.0, 0.8)  # right on average, wrong by 0.3 and by 0.3
+    assert ctr.calibration_error(labels, extreme) == pytest.approx(0.3, abs=0.01)
     assert ctr.calibration_error(np.array([0, 1]), np.array([0.25, 1.0])) == pytest.approx(0.125)
 
 
