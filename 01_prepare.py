@@ -1083,7 +1083,7 @@ def untrained(table):
 
 
 def ensure_train(table):
-    """Move the first row of each such user and item into train; where time counts, all before it, too."""
+    """Move the first row of each user and item without a train row into train."""
     for side, name in enumerate(("user", "item")):
         first = table[untrained(table)[side]].drop_duplicates(name).index
         table.loc[first, "split"] = "train"
@@ -1098,7 +1098,7 @@ def keep_past(table):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# main
+# assemble, report, write
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1276,6 +1276,7 @@ def main(args):
     row = json.dumps(facts, indent=2) + "\n"  # without seconds: the same run gives the same bits
     clock["filter and split"] = time.time()
     times = list(clock.items())
+    facts["seconds"] = clock["filter and split"] - clock["start"]
     facts["seconds_of"] = {name: at - before for (name, at), (_, before) in zip(times[1:], times)}
     artifacts = {"users.parquet": users, "items.parquet": items,
                  "interactions.parquet": row_groups(table, reviews)}

@@ -713,6 +713,8 @@ def parts_of(interactions, num_users):
     train, own = interactions[split == "train"], interactions[split.isin(["train", "support"])]
     is_warm = torch.zeros(num_users, dtype=torch.bool)
     is_warm[train["user"].unique()] = True
+    if cold := len(set(own["user"]) - set(train["user"])):
+        print(f"{cold:,} users are known by support rows only: these move their own profile and nothing else")
     return train, own, is_warm, set(interactions.loc[split.isin(["train", "valid", "support"]), "item"])
 
 
@@ -722,8 +724,6 @@ def main(args):
     interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
     num_users = int(interactions["user"].max()) + 1
     train, own, is_warm, told = parts_of(interactions, num_users)
-    if cold := len(set(own["user"]) - set(train["user"])):
-        print(f"{cold:,} users are known by support rows only: these move their own profile and nothing else")
     names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm = args.llm

@@ -452,12 +452,14 @@ def test_blocks_hold_whole_lines_with_their_numbers(tmp_path, monkeypatch, size)
 class Unreliable(http.server.BaseHTTPRequestHandler):
     """Serves `files`; drops the connection after `drop` bytes of an answer, as often as `drops` says."""
 
-    files, drop, drops, requests, ranges = {}, 200, 0, [], True
+    files, drop, drops, requests, ranges, changed = {}, 200, 0, [], True, False
 
     def do_GET(self):
         content = self.files.get(self.path)
         if content is None:
             return self.send_error(404)
+        if self.changed and "If-Unmodified-Since" in self.headers:
+            return self.send_error(412)
         asked = self.headers.get("Range")
         type(self).requests.append(asked)
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else 0
@@ -525,6 +527,16 @@ def test_a_server_that_cannot_resume_sends_all_again(tmp_path, server):
     read(tmp_path, "games", "--download", server.url)
     assert ((tmp_path / "raw/reviews_Video_Games_5.json.gz").read_bytes()
             == server.files["/reviews_Video_Games_5.json.gz"])
+
+
+def test_a_part_of_a_file_that_has_changed_since_is_thrown_away(tmp_path, server):
+    offer_amazon(server, tmp_path)
+    server.changed = True
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/reviews_Video_Games_5.json.gz.part").write_bytes(b"of an older version")
+    read(tmp_path, "games", "--download", server.url)
+    name = "reviews_Video_Games_5.json.gz"
+    assert (tmp_path / "raw" / name).read_bytes() == server.files[f"/{name}"]
 
 
 def test_a_part_that_is_larger_than_the_file_is_thrown_away(tmp_path, server):
