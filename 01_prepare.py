@@ -73,7 +73,9 @@ def share(text):
 def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=at_least(0), default=0, help="seed of the split, and of the planted world")
+    add("--seed", type=at_least(0), default=0, help="seed of the planted world and of the split")
+    add("--split-seed", type=at_least(0),
+        help="random, cold-user: seed of the split alone: another split of the same data (default: --seed)")
     add("--dataset", choices=READERS, default="planted", help="what to read")
     add("--raw", help="folder with the raw files (not for planted)")
     add("--category", help="amazon: category as in the files' names, such as Digital_Music")
@@ -108,6 +110,9 @@ def parse_args(argv=None):
         parser.error(f"--split published: {args.dataset} is published without one")
     if args.ensure_train and args.split not in ("random", "temporal"):
         parser.error(f"--ensure-train contradicts --split {args.split}")
+    if args.split_seed is not None and args.split not in ("random", "cold-user"):
+        parser.error(f"--split-seed: --split {args.split} draws nothing; leave it out")
+    args.split_seed = args.seed if args.split_seed is None else args.split_seed
     if args.fold != 1 and args.split != "published":
         parser.error("--fold names a published split: add --split published or leave it out")
     if args.dataset == "amazon" and args.download is not None and not args.category:
@@ -1160,9 +1165,9 @@ def choose_split(args, table):
     if args.split == "temporal" and table["timestamp"].nunique() < 2:
         fail(f"--split temporal: all rows of {args.raw} have the same time; choose another split")
     if args.split != "published":
-        table["split"] = {"random": lambda: split_random(len(table), args.seed),
+        table["split"] = {"random": lambda: split_random(len(table), args.split_seed),
                           "temporal": lambda: split_temporal(table),
-                          "cold-user": lambda: split_cold_user(table, args.seed)}[args.split]()
+                          "cold-user": lambda: split_cold_user(table, args.split_seed)}[args.split]()
     told = {}
     for when in ("untrained", "untrained_after_ensure_train")[:1 + args.ensure_train]:
         if when != "untrained":
@@ -1262,7 +1267,7 @@ def main(args):
     facts |= {"interactions": num_rows, "users": num_users, "items": num_items,
               "sparsity_percent": round(100 * (1 - num_rows / (num_users * num_items)), 2),
               "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive), **counts}
-    facts |= {"split": args.split, "split_seed": args.fold if args.split == "published" else args.seed}
+    facts |= {"split": args.split, "split_seed": args.fold if args.split == "published" else args.split_seed}
     facts |= choose_split(args, table)
     if counts["items_not_listed"] == num_items:
         fail(f"not one of the {num_items:,} items is in the items file: do both belong to one data set?")
