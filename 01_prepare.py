@@ -98,6 +98,7 @@ def parse_args(argv=None):
         parser.error(f"--dataset {args.dataset} {advice}")
     args.split = args.split or ("published" if args.dataset == "nete" else "random")
     amazon = {*CATEGORIES, "amazon"}
+    args.category = None if args.category == CATEGORIES.get(args.dataset) else args.category
     belongs = {"category": {"amazon"}, "columns": {"table"}, "fold": {"nete"}, "max_bad": {*amazon, "yelp"},
                "strict": {*amazon, "yelp"}, "download": {*amazon, *ARCHIVES}}
     belongs |= {"min_interactions": set(READERS)} if args.split != "published" else {"min_interactions": ()}

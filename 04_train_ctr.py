@@ -6,22 +6,34 @@ information), and on planted data the `truth` (the upper bound). More controls: 
 factors of a SVD of the train rows), `leniency` (quartile of how generously the user rates, out of fold),
 `dense` (the profiles themselves, without VQ: table 3). With --id-dropout cold users meet a trained unknown
 id. Adam on binary cross-entropy (eq. 9), early stopping on valid logloss, the best epoch's weights restored,
-test scored once. A gain counts only against `random`. `--paper` = the paper's learning rate.
+test scored once. Seeds and controls of a model train side by side (ctr_models.py). With --splits the stages 1
+to 3 run again for each further split, into RUN_DIR/split-SEED: no profile may have read the rows it is
+judged by. With --tune, rate and penalty are chosen on valid from a grid, for each model and feature set
+alike. A gain counts only against `random`. A killed run goes on where it stood.
 
-Reads   interactions.parquet, feature_bank.parquet, users.parquet (truth, planted data only)
-Writes  results.parquet: one row per (model, features, split seed, seed): auc, logloss, valid figures, best
-        epoch, options
-        results.md: the tables below; the seconds of each run stand in the sidecar, so that the same seed
-        gives the same bits
+Reads   interactions.parquet, feature_bank.parquet, users.parquet; with `dense` profiles.pt, codebook.pt
+Writes  results.parquet: one row per (model, features, split seed, seed): auc, logloss, calibration error, auc
+        by how much history the user has, valid figures, what was chosen, options
+        results.md: tables 2, 3, 4 beside the paper's, paired differences; seconds stand in the sidecars
+        finished.jsonl: every row that was ever finished here; none is trained twice
+        with --codebook-sizes figure5.png, figure6.png (AUC and logloss by K); with --bench table 6, printed
 
-Example: python 04_train_ctr.py        (2 minutes on two cores)
+Example: python 04_train_ctr.py        (1 minute on two cores)
   wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0682 ± 0.0122, 71% of what the truth
   gains
 """
 
+import argparse
+import hashlib
+import io
 import itertools
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -31,17 +43,39 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import normalize
-from torch.nn import functional as F
 
 from common import (at_least, fail, logloss, options_text, parse_with_presets, read_artifacts, read_sidecar,
-                    stage_parser, start_stage, with_interval, write_artifact)
-from ctr_models import MODELS
+                    sha256_of, stage_parser, start_stage, with_interval, write_artifact)
+from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
 
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
+GRID = {"lr": (0.003, 0.01), "weight_decay": (1e-4, 1e-3, 1e-2)}  # of --tune
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
+HOBBY_SIZES, BACKGROUND_SIZES = (4, 16, 64, 256), (3, 9, 27, 81)  # of figures 5 and 6
+DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
 DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("codes", "cf"),
-               ("codes", "leniency"), ("codes", "dense"), ("cf", "none"), ("leniency", "none"),
-               ("dense", "none")]
+               ("codes", "leniency"), ("codes", "dense"), ("random", "none"), ("cf", "none"),
+               ("leniency", "none"), ("dense", "none")]
+
+PAPER_DATA = {"clothing": 179_223, "movies": 441_783, "games": 19_927, "yelp": 1_293_247}  # interactions
+PAPER_FIGURES = {  # tables 2, 3 (dense) and 4, Llama-2: AUC, logloss for each of these data sets
+    ("ffm", "none"): (0.5588, 0.6212, 0.7998, 0.5090, 0.6946, 0.8347, 0.6931, 0.6903),
+    ("afm", "none"): (0.5524, 0.6181, 0.7876, 0.5656, 0.6627, 1.0342, 0.6955, 0.6836),
+    ("fibinet", "none"): (0.5952, 0.6198, 0.8111, 0.4659, 0.6862, 0.8823, 0.7243, 0.5621),
+    ("difm", "none"): (0.5935, 0.5758, 0.8054, 0.4694, 0.6897, 0.9285, 0.7174, 0.5666),
+    ("afn", "none"): (0.5945, 0.5835, 0.8050, 0.4796, 0.7022, 0.8052, 0.7169, 0.6008),
+    ("deepfm", "none"): (0.6015, 0.5965, 0.8061, 0.4729, 0.7221, 0.8659, 0.7017, 0.6028),
+    ("autoint", "none"): (0.6023, 0.6023, 0.8072, 0.4842, 0.7257, 0.8205, 0.7194, 0.6122),
+    ("onn", "none"): (0.6094, 0.5903, 0.8121, 0.4598, 0.7223, 0.8658, 0.7253, 0.5598),
+    ("pnn", "none"): (0.6088, 0.5874, 0.8154, 0.4570, 0.7178, 0.7874, 0.7287, 0.5574),
+    ("dcnv2", "none"): (0.6148, 0.5848, 0.8134, 0.4643, 0.7263, 0.7991, 0.7237, 0.5704),
+    ("dcn", "none"): (0.6214, 0.5322, 0.8167, 0.4582, 0.7317, 0.7744, 0.7259, 0.5590),
+    ("dcn", "codes"): (0.6269, 0.5126, 0.8184, 0.4566, 0.7393, 0.7285, 0.7314, 0.5558),
+    ("dcn", "dense"): (0.6201, 0.5577, 0.7966, 0.4636, 0.7340, 0.8429, 0.7277, 0.5511),
+    ("pnn", "codes"): (0.6137, 0.5383, 0.8159, 0.4566, 0.7208, 0.8076, 0.7284, 0.5578),
+    ("onn", "codes"): (0.6140, 0.5021, 0.8098, 0.4626, 0.7289, 0.8395, 0.7246, 0.5613),
+    ("dcnv2", "codes"): (0.6263, 0.5125, 0.8180, 0.4544, 0.7324, 0.8625, 0.7308, 0.5569),
+}
 
 
 def parse_args(argv=None):
@@ -49,6 +83,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--seed", type=at_least(0), default=0, help="first of the seeds")
     add("--seeds", type=at_least(1), default=5, help="how many seeds of start, batches and random codes")
+    add("--splits", type=at_least(1), default=1, help="how many splits of the data: stages 1 to 3 for each")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], help="what to train")
     add("--features", nargs="+", choices=FEATURES, default=None,
@@ -61,45 +96,114 @@ def parse_args(argv=None):
     add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
     add("--lr", type=at_least(0, float), default=0.01, help="learning rate of Adam")
     add("--weight-decay", type=at_least(0, float), default=3e-4, help="L2 penalty of Adam")
+    add("--tune", action="store_true",
+        help=f"choose them on valid, for each model and feature set: {options_text(GRID)}")
     add("--batch-size", type=at_least(1), default=512, help="rows per step")
     add("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
+    add("--compile", action="store_true",
+        help="compile each model's step (10 s and a C++ compiler each, then about twice as fast)")
+    add("--codebook-sizes", action="store_true", help="figures 5 and 6: stage 3 and the first model for many K")
+    add("--bench", action="store_true", help="table 6: seconds per 10,000 rows of DCN, with bank, with vectors")
     args = parse_with_presets(parser, argv, paper=PAPER)
     for name in ("dropout", "id_dropout"):
         if getattr(args, name) >= 1:
             parser.error(f"--{name.replace('_', '-')} must be below 1, not {getattr(args, name)}")
+    if args.tune and args.paper:
+        parser.error("--tune chooses what --paper sets: leave one of them out")
     return args
 
 
 # ----------------------------------------------------------------------------------------------------------
-# data: ids of all fields
+# data: the runs to be scored, the ids of all fields
 # ----------------------------------------------------------------------------------------------------------
 
 
-def fields_of(feature, split, bank, users, names, sizes, vectors, seed):
+STAGES = {"01_prepare.py": ("interactions.parquet", "items.parquet", "users.parquet", "prepare.json"),
+          "02_infer_profiles.py": ("profiles.pt",), "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
+
+
+def further_run(args, name, stage, change):
+    """RUN_DIR/name, a run whose options are this one's but for `change` in one stage: made, unless it is there.
+
+    What earlier stages made is linked; later ones run again.
+    """
+    own, folder = Path(args.run_dir), Path(args.run_dir) / name
+    folder.mkdir(exist_ok=True)
+    is_new = False  # once a stage has run, all later ones must
+    for current, artifacts in STAGES.items():
+        mine, path = read_sidecar(args, artifacts[0]), folder / f"{artifacts[0]}.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        if current < stage:
+            for file in (f"{artifact}{end}" for artifact in artifacts for end in ("", ".json")):
+                if there.get("sha256") != mine["sha256"]:
+                    is_new = True
+                    (folder / file).unlink(missing_ok=True)
+                    os.link(own / file, folder / file)
+            continue
+        options = mine["options"] | {"run_dir": str(folder)} | (change if current == stage else {})
+        if is_new or there.get("options") != options:
+            is_new = True
+            command = [sys.executable, str(Path(__file__).with_name(current)), *command_line(options)]
+            print(f"{folder}: {current}", flush=True)
+            if subprocess.run(command).returncode:
+                fail(f"{current} failed for {folder}: {' '.join(command)}")
+    return folder
+
+
+def command_line(options):
+    """The options of a sidecar as a command line: {"paper": True, "codes": [4, 3]} -> --paper --codes 4 3"""
+    words = []
+    for key, value in options.items():
+        if value not in (None, False, []) and key != "download":  # what was fetched is there
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+def read_run(args, run_dir, features):
+    """The artifacts of one run, checked: what `rows_of` needs."""
+    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
+    inputs += ["profiles.pt", "codebook.pt"] if "dense" in features else []
+    at = argparse.Namespace(run_dir=run_dir)
+    interactions, bank, users, *stored = read_artifacts(at, *inputs)
+    made, prepared = (read_sidecar(at, name) for name in ("feature_bank.parquet", "interactions.parquet"))
+    split = {name: interactions[interactions["split"] == name]
+             for name in ("train", "valid", "test", "support")}
+    labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid", "test")}
+    for name, values in labels.items():
+        if len(np.unique(values)) < 2:
+            fail(f"the {name} rows of {run_dir}/interactions.parquet have one label only, so AUC is undefined: "
+                 f"choose another --threshold in stage 1")
+    history = split["train"]["user"].value_counts().reindex(range(len(users)), fill_value=0).to_numpy()
+    return SimpleNamespace(
+        run_dir=run_dir, inputs=inputs, prepared=prepared, split=split, labels=labels, users=users,
+        codes=bank[made["names"]].to_numpy(dtype=np.int64), code_sizes=made["codes"], names=made["names"],
+        vectors=vectors_of(*stored, made["names"]) if stored else [], history=history,
+        num_items=int(interactions["item"].max()) + 1,
+        digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
+
+
+def fields_of(feature, run, seed):
     """The fields of a feature set beside the ids: dict of int64 [rows, P'] by split, and their sizes.
 
-    split: frames train, valid, test, support. All but leniency are functions of the user. `vectors`: the
-    profiles without VQ, float32 [N, C] per name.
+    All but leniency are functions of the user. The profiles themselves (`dense`) are vectors, not ids.
     """
     if feature == "leniency":
-        return leniency_of(split, seed)
-    if feature == "none":
-        codes, sizes = np.empty((len(bank), 0), dtype=np.int64), []
-    elif feature == "dense":
-        codes, sizes = np.arange(len(bank))[:, None].repeat(len(names), 1), list(vectors)
-    elif feature == "truth":
-        columns = [pd.factorize(users[f"true_{name}"], sort=True)[0] for name in names]
+        return leniency_of(run.split, seed)
+    codes, sizes = np.empty((len(run.users), 0), dtype=np.int64), []
+    if feature == "truth":
+        columns = [pd.factorize(run.users[f"true_{name}"], sort=True)[0] for name in run.names]
         codes = np.stack(columns, 1).astype(np.int64)
         sizes = [int(column.max()) + 1 for column in codes.T]
     elif feature == "cf":
-        codes, sizes = cf_of(split, len(bank), sizes, seed), [size + 1 for size in sizes]
-    else:
-        codes, sizes = bank[names].to_numpy(dtype=np.int64), [size + 1 for size in sizes]
+        codes, sizes = cf_of(run.split, len(run.users), run.code_sizes, seed), [k + 1 for k in run.code_sizes]
+    elif feature in ("codes", "random"):
+        codes, sizes = run.codes, [size + 1 for size in run.code_sizes]
     if feature == "random":  # the same codes, dealt anew: sizes and usage stay, meaning goes
         deal = lambda k: np.random.default_rng([seed, k]).permutation(codes[:, k])
-        codes = np.stack([deal(k) for k in range(len(names))], 1)
-    return {name: codes[frame["user"]] for name, frame in split.items()}, sizes
+        codes = np.stack([deal(k) for k in range(len(sizes))], 1)
+    return {name: codes[frame["user"]] for name, frame in run.split.items()}, sizes
 
 
 def vectors_of(profiles, codebook, names):
@@ -154,58 +258,160 @@ def leniency_of(split, seed, num_codes=4, num_folds=5):
     return {name: column[:, None].astype(np.int64) for name, column in fields.items()}, [num_codes + 1]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# train and evaluate
-# ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict(model, ids, batch_size=65536):
-    """ids [B, F] -> click probabilities, float64 numpy [B]"""
-    model.eval()
-    return torch.cat([model(part).sigmoid() for part in ids.split(batch_size)]).double().cpu().numpy()
-
-
-def train_one(args, name, sizes, ids, labels, seed):
-    """Train one model; ids and labels: dicts by split. Figures on valid (best epoch) and, once, on test."""
-    torch.manual_seed(seed)
-    device = ids["train"].device
-    model = MODELS[name](sizes, args.field_dim, args.layers, args.hidden, args.dropout).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    # a generator of its own: every feature set sees the same rows in the same order
-    batches = torch.Generator().manual_seed(seed)
-    train_label = torch.from_numpy(labels["train"]).float().to(device)
-    best = {"valid_logloss": float("inf")}
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        for rows in torch.randperm(len(train_label), generator=batches).to(device).split(args.batch_size):
-            batch = ids["train"][rows]
-            if args.id_dropout:
-                dropped = torch.rand(len(rows), generator=batches) < args.id_dropout
-                batch[dropped.to(device), 0] = sizes[0] - 1  # the unknown user, last of his field
-            loss = F.binary_cross_entropy_with_logits(model(batch), train_label[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        probability = predict(model, ids["valid"])
-        valid = logloss(labels["valid"], probability)
-        if not np.isfinite(valid):
-            fail(f"{name} diverged in epoch {epoch} with --lr {args.lr:g}: lower it")
-        if valid < best["valid_logloss"]:
-            best = {"valid_logloss": valid, "valid_auc": roc_auc_score(labels["valid"], probability),
-                    "best_epoch": epoch}
-            weights = {key: value.clone() for key, value in model.state_dict().items()}
-        if epoch - best["best_epoch"] >= args.patience:
-            break
-    model.load_state_dict(weights)
-    probability = predict(model, ids["test"])
-    auc = roc_auc_score(labels["test"], probability)
-    return {"auc": auc, "logloss": logloss(labels["test"], probability),
-            "calibration_error": calibration_error(labels["test"], probability), **best}
+def rows_of(args, run, features, seeds):
+    """Feature sets of one shape, F fields -> Rows for their models, and where each (feature, seed) is in it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # a user without train rows is unknown to the models: one id for all of them, behind the others
+    is_warm = run.history > 0
+    num_users = len(run.users) + (bool(args.id_dropout) or not is_warm.all())
+    user_id = np.where(is_warm, np.arange(len(run.users)), len(run.users))
+    places, ids, num_rows = {}, {name: [] for name in run.labels}, []
+    for feature, seed in itertools.product(features, seeds):
+        if feature not in DRAWN and seed != seeds[0]:
+            places[feature, seed] = places[feature, seeds[0]]
+            continue
+        places[feature, seed] = len(num_rows)
+        fields, sizes = fields_of(feature, run, seed)
+        first = np.cumsum([0, num_users, run.num_items, *sizes])  # each field has rows of its own in the table
+        num_rows.append(int(first[-1]))
+        for name in ids:
+            frame = run.split[name]
+            columns = np.column_stack([user_id[frame["user"]], frame["item"], fields[name]])
+            ids[name].append(torch.from_numpy(columns + first[:-1]))
+    rows = Rows({name: torch.stack(parts).to(device) for name, parts in ids.items()}, run.labels, num_rows,
+                unknown=num_users - 1)
+    if features == ["dense"]:
+        users = {name: torch.from_numpy(run.split[name]["user"].to_numpy(copy=True)).to(device) for name in ids}
+        rows = rows._replace(vectors=torch.cat(run.vectors, 1).to(device), users=users,
+                             dims=tuple(part.shape[1] for part in run.vectors))
+    return rows, places
 
 
 # ----------------------------------------------------------------------------------------------------------
-# tables
+# train and score
+# ----------------------------------------------------------------------------------------------------------
+
+
+def same_shape(features, num_profiles):
+    """Feature sets by shape, each a list that trains in one stack: F = 2, 2 + P or 3 fields, or P vectors"""
+    shapes = {"none": 0, "leniency": 1, "dense": "vectors"}
+    key = lambda feature: str(shapes.get(feature, num_profiles))
+    return [list(group) for _, group in itertools.groupby(sorted(features, key=key), key)]
+
+
+def train_group(args, name, run, features, seeds):
+    """One model with feature sets of one shape, all seeds and candidates -> dict of figures by (feature, seed)
+
+    The choice of rate and penalty is the best mean valid logloss over the seeds; test labels are looked at
+    for the chosen only.
+    """
+    rows, places = rows_of(args, run, features, seeds)
+    grid = list(itertools.product(*GRID.values())) if args.tune else [(args.lr, args.weight_decay)]
+    # candidates of one rate stop at about the same epoch, so that few wait for the last
+    todo = [(feature, seed, *candidate) for candidate in grid for feature in features for seed in seeds]
+    members = [Member(places[feature, seed], seed, *candidate) for feature, seed, *candidate in todo]
+    width = MODELS[name](rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
+                         args.hidden).width
+    most = max(1, min(MOST_FLOATS // (max(rows.num_rows) * width), len(features) * len(seeds) * len(grid[0])))
+    found, probabilities = [], []
+    for first in range(0, len(members), most):
+        figures, stack = train_stack(args, name, members[first:first + most], rows, args.compile)
+        found += figures
+        probabilities += list(stack.predict(rows, "test"))
+    table = pd.DataFrame(todo, columns=["features", "seed", "lr", "weight_decay"]).join(pd.DataFrame(found))
+    chosen = {}
+    for feature in features:
+        mean = table[table["features"] == feature].groupby(["lr", "weight_decay"])["valid_logloss"].mean()
+        if not np.isfinite(mean.min()):
+            fail(f"{name} diverged with --lr {mean.index[-1][0]:g}: lower it")
+        lr, weight_decay = mean.idxmin()
+        mine = table.query("features == @feature and lr == @lr and weight_decay == @weight_decay")
+        for place, row in mine.iterrows():
+            figures = row.drop(["features", "seed"]).to_dict()
+            chosen[feature, row["seed"]] = figures | score(run, probabilities[place])
+    return chosen
+
+
+MOST_FLOATS = 2**27  # numbers in the embedding tables of one stack: 3 GB with Adam's averages
+
+
+def score(run, probabilities):
+    """Figures on test: AUC, logloss, calibration error; AUC by history, nan where a group has one label only."""
+    labels = run.labels["test"]
+    of_group = {}
+    for group, mine in history_groups(run).items():
+        is_defined = len(np.unique(labels[mine])) > 1
+        of_group[f"auc_{group}"] = roc_auc_score(labels[mine], probabilities[mine]) if is_defined else np.nan
+    return {"auc": roc_auc_score(labels, probabilities), "logloss": logloss(labels, probabilities),
+            "calibration_error": calibration_error(labels, probabilities), **of_group}
+
+
+def history_groups(run):
+    """Test rows by how many train rows the user has: none, or a third each: dict of bool [rows]"""
+    history = run.history[run.split["test"]["user"]]
+    warm = history[history > 0]
+    low, high = np.quantile(warm, [1 / 3, 2 / 3]) if len(warm) else (0, 0)
+    return {"cold": history == 0, "short": (history > 0) & (history <= low),
+            "middle": (history > low) & (history <= high), "long": history > high}
+
+
+def key_of(args, run, model, feature, seed):
+    """What decides a row's figures, as a digest: options, inputs, which row."""
+    skip = {"run_dir", "models", "features", "splits", "codebook_sizes", "bench"}
+    skip |= set() if args.tune else {"seed", "seeds"}  # a choice is made over all seeds
+    told = {key: value for key, value in vars(args).items() if key not in skip}
+    text = json.dumps([told, run.digests, model, feature, seed], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_finished(path):
+    """finished.jsonl -> dict of rows by key; a line that a kill cut short is no row."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            rows[row.pop("key")] = row
+        except (ValueError, KeyError):
+            print(f"{path}: an unfinished line is left out")
+    return rows
+
+
+def train_run(args, run, models, features, seeds):
+    """All rows of one run, trained or found finished; the base rate first: list of dicts"""
+    path = Path(args.run_dir) / "finished.jsonl"
+    finished, split_seed = read_finished(path), run.prepared["split_seed"]
+    rate = float(run.labels["train"].mean())
+    rows = [{"model": "base rate", "features": "none", "split_seed": split_seed, "seed": 0, "auc": 0.5,
+             "logloss": logloss(run.labels["test"], rate),
+             "calibration_error": abs(rate - float(run.labels["test"].mean()))}]
+    for model, group in itertools.product(models, same_shape(features, len(run.names))):
+        keys = {(feature, seed): key_of(args, run, model, feature, seed) for feature in group for seed in seeds}
+        missing = [place for place, key in keys.items() if key not in finished]
+        todo = [feature for feature in group if any(place[0] == feature for place in missing)]
+        of_seeds = seeds if args.tune else [seed for seed in seeds if any(place[1] == seed for place in missing)]
+        started = time.time()
+        chosen = train_group(args, model, run, todo, of_seeds) if missing else {}
+        seconds = (time.time() - started) / max(1, len(chosen))
+        with open(path, "a") as file:
+            for (feature, seed), figures in chosen.items():
+                if (feature, seed) in missing:
+                    row = {"model": model, "features": feature, "split_seed": split_seed, "seed": seed}
+                    finished[keys[feature, seed]] = row | figures | {"seconds": seconds}
+                    line = {"key": keys[feature, seed], **finished[keys[feature, seed]]}
+                    file.write(json.dumps(line) + "\n")
+        for (feature, seed), key in keys.items():
+            row = finished[key]
+            rows.append(row)
+            was = f"{row['seconds']:.1f}s" if (feature, seed) in missing else "finished before"
+            print(f"{model:7} {feature:8} split {split_seed} seed {seed} | lr {row['lr']:g} decay "
+                  f"{row['weight_decay']:g} epoch {row['best_epoch']:02d}/{args.epochs} | "
+                  f"valid auc {row['valid_auc']:.4f} logloss {row['valid_logloss']:.4f} | "
+                  f"test auc {row['auc']:.4f} logloss {row['logloss']:.4f} | {was}", flush=True)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------
+# statistics
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -227,120 +433,348 @@ def calibration_error(labels, probabilities, num_bins=10):
     return float(sum(gaps) / len(labels))
 
 
-def paired_interval(differences):
-    """Mean of paired differences [S], half of its 95% interval, p that it is 0 (t test); nan for one seed."""
+def paired_interval(differences, overlap=0.0):
+    """Mean of paired differences [S], half of its 95% interval, p that it is 0 (t test); nan for one of them.
+
+    overlap: test rows per train row where the differences come from several splits of the same rows, whose
+    train sets overlap (the corrected resampled t test, Nadeau and Bengio, 2003); 0 for seeds of one split.
+    """
     differences = np.asarray(differences)
-    if len(differences) < 2:
-        return float(differences.mean()), float("nan"), float("nan")
-    half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
-    p = stats.ttest_1samp(differences, 0).pvalue if differences.std() else float(not differences.mean())
-    return float(differences.mean()), float(half), float(p)
+    num, mean = len(differences), float(differences.mean())
+    if num < 2:
+        return mean, float("nan"), float("nan")
+    error = differences.std(ddof=1) * np.sqrt(1 / num + overlap)
+    p = 2 * stats.t.sf(abs(mean) / error, num - 1) if error else float(not mean)
+    return mean, float(stats.t.ppf(0.975, num - 1) * error), float(p)
 
 
-def summarize(results):
-    """Markdown tables of means, and paired differences over the seeds: text, the codes' gains by model"""
-    deviation = lambda values: f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-    spread = lambda values: f"{values.mean():.4f}{deviation(values)}"
-    by = {key: frame.sort_values("seed") for key, frame in results.groupby(["model", "features"], sort=False)}
-    lines = ["| model | features | AUC | logloss | calibration error | RelaImpr AUC (%) | "
-             "RelaImpr logloss (%) |",
-             "|---|---|---|---|---|---|---|"]
+# ----------------------------------------------------------------------------------------------------------
+# tables and figures
+# ----------------------------------------------------------------------------------------------------------
+
+
+def spread(values, digits=4):
+    """Mean ± standard deviation as text."""
+    deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}"
+
+
+def markdown(header, lines):
+    """A pipe table: header a list of names, lines a list of lists of texts"""
+    return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines]]
+
+
+def by_run(results):
+    """results -> dict of frames by (model, features), their rows in the order of split and seed"""
+    ordered = results.sort_values(["split_seed", "seed"])
+    return {key: ordered[(ordered["model"] == key[0]) & (ordered["features"] == key[1])]
+            for key in dict.fromkeys(zip(results["model"], results["features"]))}
+
+
+def table_of_means(by):
+    """Every (model, features): means over splits and seeds, and eq. 10 and 11 against the same model without"""
+    header = ["model", "features", "AUC", "logloss", "calibration error", "RelaImpr AUC (%)",
+              "RelaImpr logloss (%)"]
+    lines = []
     for (model, features), frame in by.items():
-        improvements = "| | |"
-        if (reference := by.get((model, "none"))) is not None and features != "none":
-            auc = rela_impr_auc(frame["auc"].mean(), reference["auc"].mean())
-            loss = rela_impr_logloss(frame["logloss"].mean(), reference["logloss"].mean())
-            improvements = f"| {auc:+.2f} | {loss:+.2f} |"
-        lines.append(f"| {model} | {features} | {spread(frame['auc'])} | {spread(frame['logloss'])} "
-                     f"| {spread(frame['calibration_error'])} {improvements}")
+        improvements = ["", ""]
+        if (model, "none") in by and features != "none":
+            reference = by[model, "none"]
+            improvements = [f"{rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f}",
+                            f"{rela_impr_logloss(frame['logloss'].mean(), reference['logloss'].mean()):+.2f}"]
+        lines.append([model, features, *map(spread, (frame["auc"], frame["logloss"],
+                                                     frame["calibration_error"])), *improvements])
+    return markdown(header, lines)
 
-    caption = "Paired differences over the seeds, mean ± half of the 95% interval"
-    lines += ["", "± is the standard deviation over the seeds."]
-    lines += ["", f"{caption} (the split is one and the same):", "",
-              "| model | difference | AUC | p | logloss | p | share of the truth's AUC gain |",
-              "|---|---|---|---|---|---|---|"]
-    gains = {}
-    for model in results["model"].unique():
-        for first, second in DIFFERENCES:
-            if (model, first) not in by or (model, second) not in by:
-                continue
-            difference = lambda key: by[model, first][key].to_numpy() - by[model, second][key].to_numpy()
-            auc, loss = paired_interval(difference("auc")), paired_interval(difference("logloss"))
-            share = ""
-            if (first, second) == ("codes", "random"):
-                gains[model] = {"auc_gain": auc[0], "auc_half_interval": auc[1]}
-                if (model, "truth") in by:
-                    oracle = by[model, "truth"]["auc"].mean() - by[model, "random"]["auc"].mean()
-                    gains[model] |= {"oracle_auc_gain": oracle, "share_of_oracle": auc[0] / oracle}
-                    share = f"{auc[0] / oracle:.0%}"
-            lines.append(f"| {model} | {first} - {second} | {with_interval(*auc[:2])} | {auc[2]:.3f} | "
-                         f"{with_interval(*loss[:2])} | {loss[2]:.3f} | {share} |")
-    return "\n".join(lines), gains
+
+def table_of_differences(by, overlap):
+    """Paired differences, and what the codes gain by model"""
+    header = ["model", "difference", "AUC", "p", "logloss", "p", "share of the truth's AUC gain"]
+    lines, gains = [], {}
+    for model, (first, second) in itertools.product(dict.fromkeys(model for model, _ in by), DIFFERENCES):
+        if (model, first) not in by or (model, second) not in by:
+            continue
+        difference = lambda key: by[model, first][key].to_numpy() - by[model, second][key].to_numpy()
+        auc, loss = (paired_interval(difference(key), overlap) for key in ("auc", "logloss"))
+        share = ""
+        if (first, second) == ("codes", "random"):
+            gains[model] = {"auc_gain": auc[0], "auc_half_interval": auc[1]}
+            if (model, "truth") in by:
+                oracle = by[model, "truth"]["auc"].mean() - by[model, "random"]["auc"].mean()
+                gains[model] |= {"oracle_auc_gain": oracle, "share_of_oracle": auc[0] / oracle}
+                share = f"{auc[0] / oracle:.0%}"
+        lines.append([model, f"{first} - {second}", with_interval(*auc[:2]), f"{auc[2]:.3f}",
+                      with_interval(*loss[:2]), f"{loss[2]:.3f}", share])
+    return markdown(header, lines), gains
+
+
+def paper_name(prepared):
+    """Which of the paper's data sets this is, by its name, or NETE's dump by its count; None if none"""
+    same = [name for name, count in PAPER_DATA.items() if count == prepared["interactions"]]
+    return prepared["dataset"] if prepared["dataset"] in PAPER_DATA else same[0] if same else None
+
+
+def paper_tables(by, prepared):
+    """Tables 2, 3 and 4 in the paper's layout: ours, and the paper's where it is the paper's data set"""
+    data = paper_name(prepared)
+    place = 2 * list(PAPER_DATA).index(data) if data else 0
+    told = lambda key, which: [f"{PAPER_FIGURES[key][place + which]:.4f}" if key in PAPER_FIGURES else ""]
+    header = ["model", "AUC", *["paper"] * bool(data), "logloss", *["paper"] * bool(data)]
+    line = lambda name, key: [name, spread(by[key]["auc"]), *(told(key, 0) if data else []),
+                              spread(by[key]["logloss"]), *(told(key, 1) if data else [])]
+    named = {"none": "", "codes": "UserIP-", "dense": "UserIP w.o. VQ, "}
+    tables = {
+        "Table 2: overall performance": [*[(model, "none") for model in MODELS], ("dcn", "codes")],
+        "Table 3: without vector quantization": [("dcn", "dense"), ("dcn", "codes")],
+        "Table 4: transfer to other recommenders": [(model, features) for model in ("dcn", "pnn", "onn", "dcnv2")
+                                                    for features in ("none", "codes")]}
+    text = []
+    if data:
+        text = [f"The paper's columns are its figures on {data}, {PAPER_DATA[data]:,} interactions; here are "
+                f"{prepared['interactions']:,}.", ""]
+    for title, keys in tables.items():
+        lines = [line(f"{named[key[1]]}{key[0]}", key) for key in keys if key in by]
+        if len(lines) > 1:
+            text += [f"## {title}", "", *markdown(header, lines), ""]
+    return text
+
+
+def table_of_groups(by, run):
+    """AUC by how much history the user has; cold users apart"""
+    groups = history_groups(run)
+    columns = [f"auc_{group}" for group, mine in groups.items() if mine.any()]
+    of_test = run.history[run.split["test"]["user"]]
+    titles = []
+    for group, mine in groups.items():
+        if mine.any():
+            span = f", {of_test[mine].min()} to {of_test[mine].max()}" if group != "cold" else ""
+            titles.append(f"{group} ({mine.sum():,} rows{span})")
+    lines = [[model, features, *[spread(frame[column]) for column in columns]]
+             for (model, features), frame in by.items() if model != "base rate"]
+    return markdown(["model", "features", *titles], lines)
+
+
+def summarize(results, runs):
+    """results.md, and what the codes gain by model"""
+    first, by = runs[0], by_run(results)
+    num_splits, num_seeds = len(runs), results.loc[results["model"] != "base rate", "seed"].nunique()
+    overlap = len(first.labels["test"]) / len(first.labels["train"]) if num_splits > 1 else 0.0
+    cold = int((first.history[first.split["test"]["user"]] == 0).sum())
+    differences, gains = table_of_differences(by, overlap)
+    interval = ("t test over all of them, its variance corrected for the splits' overlap (Nadeau and Bengio, 2003)"
+                if num_splits > 1 else "t test over the seeds; the split is one and the same")
+    text = [f"# Click-through rate: {first.prepared['dataset']}, {len(first.labels['test']):,} test rows", "",
+            f"Split {first.prepared['split']}, {num_splits} of it, {num_seeds} seeds each; {cold:,} of the first "
+            f"one's test rows are of users without a train row, whom the models know as unknown. ± is the standard "
+            f"deviation over splits and seeds.", "",
+            *paper_tables(by, first.prepared),
+            "## All figures", "", *table_of_means(by), "",
+            "## Paired differences", "", f"Mean ± half of the 95% interval: {interval}.", "", *differences, "",
+            "## AUC by history", "", "Test rows by the number of train rows that their user has (first split).",
+            "", *table_of_groups(by, first)]
+    return "\n".join(text) + "\n", gains
+
+
+def draw_figure(title, results, column, path_name, args):
+    """Figures 5 and 6: AUC and logloss by codebook size, mean and band of one standard deviation"""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    for axis, metric in zip(axes, ("auc", "logloss")):
+        for features, frame in results.groupby("features", sort=False):
+            values = frame.groupby(column)[metric].agg(["mean", "std"]).fillna(0)
+            axis.plot(values.index, values["mean"], marker="o", label=features)
+            axis.fill_between(values.index, values["mean"] - values["std"], values["mean"] + values["std"],
+                              alpha=0.2)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(values.index, [str(size) for size in values.index])
+        axis.set(xlabel=title, ylabel={"auc": "AUC", "logloss": "logloss (nats)"}[metric])
+        axis.legend()
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+    return write_artifact(args, path_name, picture.getvalue(), inputs=["interactions.parquet", "profiles.pt"],
+                          figures=results.to_dict("records"))
+
+
+def codebook_figures(args, run, seeds):
+    """Figures 5 and 6: the first model with the codes of smaller and larger codebooks, random ones beside"""
+    for place, (figure, sizes) in enumerate({"figure5.png": HOBBY_SIZES, "figure6.png": BACKGROUND_SIZES}.items()):
+        if place >= len(run.names):
+            print(f"{figure}: there is no second profile to vary")
+            continue
+        rows = []
+        for size in sizes:
+            codes = [size if k == place else other for k, other in enumerate(run.code_sizes)]
+            folder = further_run(args, "codes-" + "-".join(map(str, codes)), "03_quantize.py", {"codes": codes})
+            further = read_run(args, folder, ["codes"])
+            rows += [row | {"size": size} for row in train_run(args, further, args.models[:1],
+                                                               ["none", "codes", "random"], seeds)[1:]]
+        path = draw_figure(f"codebook size, {run.names[place]}", pd.DataFrame(rows), "size", figure, args)
+        print(f"wrote {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# serving: table 6
+# ----------------------------------------------------------------------------------------------------------
+
+
+class FoldedDCN:
+    """A DCN ready to serve: users and items keep the few numbers that it needs of them, the bank folded in.
+
+    By induction x_l = α_l x_0 + β_l with β_l = b_0 + … + b_{l-1} and α_{l+1} = α_l (1 + w_lᵀ x_0) + w_lᵀ β_l, so
+    that the model reads of x_0 only w_lᵀ x_0 [L], the head's part [1] and the MLP's first layer [H]. These add
+    up over the fields; those of a user, his codes included, are added once, when the bank is loaded.
+    """
+
+    def __init__(self, net, tables, codes):
+        """net: common.DCN; tables: embeddings [n_f, E] of user, item, code, …; codes int64 [N, P]"""
+        first, *self.layers = net.mlp.layers
+        of_x = net.weights.shape[1]
+        maps = torch.cat([net.weights, net.head.weight[:, :of_x], first.weight])  # [L + 1 + H, X]
+        of_user, of_item, *of_codes = (table @ part.T for table, part in zip(tables, maps.split(
+            [table.shape[1] for table in tables], 1)))
+        self.users = of_user + sum(part[codes[:, k]] for k, part in enumerate(of_codes))  # [N, L + 1 + H]
+        self.items = of_item
+        self.items[:, -len(first.bias):] += first.bias
+        before = torch.cat([torch.zeros(1, of_x), net.biases.cumsum(0)])  # β_0 … β_L
+        self.steps = (net.weights * before[:-1]).sum(1).tolist()  # w_lᵀ β_l
+        self.head = net.head.weight[0, of_x:]
+        self.constant = net.head.bias + before[-1] @ net.head.weight[0, :of_x]
+
+    def __call__(self, user, item):
+        """user and item int64 [B] -> logits [B]"""
+        read = self.users.index_select(0, user) + self.items.index_select(0, item)
+        num_layers = len(self.steps)
+        scale = 1.0
+        for k, step in enumerate(self.steps):
+            scale = scale * (1 + read[:, k]) + step
+        hidden = read[:, num_layers + 1:].relu()
+        for layer in self.layers:
+            hidden = layer(hidden).relu()
+        return torch.addmv(self.constant + scale * read[:, num_layers], hidden, self.head)
+
+
+@torch.no_grad()
+def serving_table(num_users, num_items, codes, code_sizes, vectors, args, batches=(1, 10_000), rounds=(1000, 60)):
+    """Table 6: dict of figures by way of serving. Random weights: how long a DCN takes does not depend on them.
+
+    codes int64 [N, P]; vectors [N, C], the profiles themselves. Each way answers the same requests in turn.
+    """
+    torch.manual_seed(0)
+    sizes = [num_users, num_items, *code_sizes]
+    tables = [torch.randn(size, args.field_dim) for size in sizes]
+    make = lambda num: MODELS["dcn"](num, args.field_dim, args.layers, args.hidden).eval()
+    plain, with_bank = make(2), make(len(sizes))
+    with_vectors = WithVectors(make(3), [vectors.shape[1]]).eval()
+    bank = codes.to(torch.uint8 if max(code_sizes) < 256 else torch.int32)
+    first = torch.tensor([0, *itertools.accumulate(sizes)][:-1])
+    table = torch.cat(tables)
+    look_up = lambda ids: table.index_select(0, (ids + first[:ids.shape[1]]).flatten()).view(*ids.shape, -1)
+    pair = lambda user, item: torch.stack([user, item], 1)
+    ways = {
+        "DCN": lambda user, item: plain(look_up(pair(user, item))),
+        "DCN + bank": lambda user, item: with_bank(look_up(torch.cat([pair(user, item), bank[user].long()], 1))),
+        "DCN + vectors": lambda user, item: with_vectors(look_up(pair(user, item)), None, vectors[user]),
+        "DCN, folded": FoldedDCN(plain.net, tables[:2], codes),
+        "DCN + bank, folded": FoldedDCN(with_bank.net, tables, codes)}
+    megabytes = lambda *parts: sum(part.numel() * part.element_size() for part in parts) / 2**20
+    ids = megabytes(*tables[:2])
+    model = lambda module: megabytes(*module.parameters())
+    folded = [megabytes(ways[name].users, ways[name].items) for name in ("DCN, folded", "DCN + bank, folded")]
+    held = [ids + model(plain), ids + model(with_bank) + megabytes(*tables[2:]) + megabytes(bank),
+            ids + model(with_vectors) + megabytes(vectors), *folded]
+    figures = {name: {"megabytes": size} for name, size in zip(ways, held)}
+    draw = torch.Generator().manual_seed(0)
+    for size, num in zip(batches, rounds):
+        taken = {name: [] for name in ways}
+        for _ in range(num):
+            user, item = (torch.randint(most, (size,), generator=draw) for most in (num_users, num_items))
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way(user, item).sigmoid()
+                taken[name].append((time.perf_counter() - started) * 10_000 / size)
+        for name, seconds in taken.items():
+            seconds = seconds[num // 10:]  # the first ones warm the caches
+            figures[name] |= {f"median_{size}": float(np.median(seconds)), f"p99_{size}":
+                              float(np.quantile(seconds, 0.99)), f"peak_megabytes_{size}": None}
+    for name, way in ways.items():
+        figures[name][f"peak_megabytes_{size}"] = peak_megabytes(lambda: way(user, item).sigmoid())
+    return figures
+
+
+def peak_megabytes(function):
+    """How far a call lifts the process's memory (Linux: the high-water mark can be reset); None elsewhere."""
+    status = lambda key: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status")
+                              if line.startswith(key))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        function()
+        return max(0.0, status("VmHWM") - before)
+    except (OSError, StopIteration):
+        return None
+
+
+def print_serving(figures):
+    """Table 6 as text: list of lines"""
+    bare = figures["DCN"]["median_10000"]
+    lines = [[name, *(f"{row[key]:.4f}" for key in ("median_1", "p99_1", "median_10000", "p99_10000")),
+              f"{row['median_10000'] / bare:.2f}", f"{row['megabytes']:.2f}",
+              "–" if row["peak_megabytes_10000"] is None else f"{row['peak_megabytes_10000']:.1f}"]
+             for name, row in figures.items()]
+    header = ["way of serving", "batch 1: median", "p99", "batch 10,000: median", "p99", "ratio to DCN",
+              "held (MB)", "peak of a batch (MB)"]
+    return ["Table 6: seconds per 10,000 rows; the paper: DCN 0.93, UserIP + DCN 1.21, KAR + DCN 4.78.", "",
+            *markdown(header, lines)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------
+
+
+def check_features(args, users):
+    """The feature sets asked for; `truth` is there on planted data only."""
+    has_truth = any(column.startswith("true_") for column in users)
+    if "truth" in (args.features or []) and not has_truth:
+        fail("--features truth: users.parquet holds no true profiles; only planted data know the truth")
+    return list(dict.fromkeys(args.features or ["none", "codes", "random", *["truth"] * has_truth]))
 
 
 def main(args):
     start_stage(args)
     started = time.time()
-    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
-    if "dense" in (args.features or []):
-        inputs += ["profiles.pt", "codebook.pt"]
-    interactions, bank, users, *stored = read_artifacts(args, *inputs)
-    made = read_sidecar(args, "feature_bank.parquet")
-    names, code_sizes = made["names"], made["codes"]
-    has_truth = all(f"true_{name}" in users for name in names)
-    features = args.features or ["none", "codes", "random", *["truth"] * has_truth]
-    if "truth" in features and not has_truth:
-        fail(f"--features truth: users.parquet holds no true_{names[0]}; only planted data know the truth")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vectors = vectors_of(*stored, names) if stored else []
-    split = {name: interactions[interactions["split"] == name]
-             for name in ("train", "valid", "test", "support")}
-    labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid", "test")}
-    for name, values in labels.items():
-        if len(np.unique(values)) < 2:
-            fail(f"the {name} rows of interactions.parquet have one label only, so AUC is undefined: "
-                 f"choose another --threshold in stage 1")
-    is_warm = np.isin(np.arange(len(users)), split["train"]["user"])
-    made_from = read_sidecar(args, "interactions.parquet")
-    split_seed = made_from.get("split_seed", made_from["seed"])
-    told = {key: value for key, value in vars(args).items() if key != "run_dir"}
-    options = json.dumps(told, sort_keys=True)
+    features = check_features(args, read_artifacts(args, "users.parquet")[0])
+    runs = [read_run(args, args.run_dir, features)]
+    prepared = runs[0].prepared
+    if args.splits > 1 and prepared["split"] not in ("random", "cold-user"):
+        fail(f"--splits {args.splits}: a split {prepared['split']} is not drawn, so there is one only")
+    for split_seed in range(prepared["split_seed"] + 1, prepared["split_seed"] + args.splits):
+        folder = further_run(args, f"split-{split_seed}", "01_prepare.py", {"split_seed": split_seed})
+        runs.append(read_run(args, folder, features))
+    models, seeds = list(dict.fromkeys(args.models)), range(args.seed, args.seed + args.seeds)
+    rows = [row for run in runs for row in train_run(args, run, models, features, seeds)]
 
-    rate = float(labels["train"].mean())
-    rows = [{"model": "base rate", "features": "none", "split_seed": split_seed, "seed": 0, "auc": 0.5,
-             "logloss": logloss(labels["test"], rate),
-             "calibration_error": abs(rate - float(labels["test"].mean())), "rows": len(labels["train"])}]
-    seconds = [0.0]
-    seeds = range(args.seed, args.seed + args.seeds)
-    for model, feature, seed in itertools.product(args.models, features, seeds):
-        fields, sizes = fields_of(feature, split, bank, users, names, code_sizes, vectors, seed)
-        # a user without train rows is unknown to the model: one id for all of them, behind the others
-        has_unknown = bool(args.id_dropout) or not is_warm.all()
-        sizes = [len(users) + has_unknown, int(interactions["item"].max()) + 1, *sizes]
-        user_id = np.where(is_warm, np.arange(len(users)), len(users))
-        columns = {name: (user_id[split[name]["user"]], split[name]["item"], fields[name]) for name in labels}
-        ids = {name: torch.from_numpy(np.column_stack(part)).to(device) for name, part in columns.items()}
-        run_started = time.time()
-        figures = train_one(args, model, sizes, ids, labels, seed)
-        seconds.append(time.time() - run_started)
-        rows.append({"model": model, "features": feature, "split_seed": split_seed, "seed": seed,
-                     "rows": len(labels["train"]), **figures, "options": options})
-        speed = figures["best_epoch"] * len(labels["train"]) / seconds[-1]
-        print(f"{model:5} {feature:6} seed {seed} | epoch {figures['best_epoch']:02d}/{args.epochs} | "
-              f"valid auc {figures['valid_auc']:.4f} logloss {figures['valid_logloss']:.4f} | "
-              f"test auc {figures['auc']:.4f} logloss {figures['logloss']:.4f} | "
-              f"{seconds[-1]:.1f}s, {speed:,.0f} rows/s")
-
-    results = pd.DataFrame(rows)
-    text, gains = summarize(results)
-    unknown = int((~is_warm[split["test"]["user"]]).sum())
-    text = (f"Split: {made_from.get('split', 'random')}; {unknown:,} of {len(labels['test']):,} test rows "
-            f"are of users without a train row, whom the models know as unknown.\n\n{text}")
+    options = json.dumps({key: value for key, value in vars(args).items() if key != "run_dir"}, sort_keys=True)
+    seconds = [row.get("seconds", 0.0) for row in rows]
+    results = pd.DataFrame(rows).drop(columns="seconds").assign(options=options)
+    text, gains = summarize(results, runs)
     print(text)
     facts = {"gains": gains, "seconds": time.time() - started, "seconds_per_row": seconds}
-    markdown = f"# Click-through rate, {len(labels['test']):,} test rows\n\n{text}\n"
-    write_artifact(args, "results.md", markdown, inputs, **facts)
-    path = write_artifact(args, "results.parquet", results, inputs, **facts)
+    if args.codebook_sizes:
+        codebook_figures(args, runs[0], seeds)
+    if args.bench:
+        profiles = read_artifacts(args, "profiles.pt")[0]["profiles"].flatten(1).float()
+        facts["serving"] = serving_table(len(runs[0].users), runs[0].num_items, torch.from_numpy(runs[0].codes),
+                                         [size + 1 for size in runs[0].code_sizes], profiles, args)
+        print("\n".join(print_serving(facts["serving"])))
+    write_artifact(args, "results.md", text, runs[0].inputs, **facts)
+    path = write_artifact(args, "results.parquet", results, runs[0].inputs, **facts)
     final = f"wrote {path}: {len(results)} rows"
     for model, gain in list(gains.items())[:1]:
         told = with_interval(gain["auc_gain"], gain["auc_half_interval"])

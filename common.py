@@ -104,6 +104,8 @@ MADE_BY = {
     "feature_bank.parquet": "03_quantize.py",
     "results.parquet": "04_train_ctr.py",
     "results.md": "04_train_ctr.py",
+    "figure5.png": "04_train_ctr.py",
+    "figure6.png": "04_train_ctr.py",
     "report.html": "05_case_study.py",
 }
 
@@ -116,7 +118,7 @@ def sha256_of(path):
 
 def _write_value(value, file, suffix):
     """Write an artifact into an open file: frames as parquet, text as UTF-8, a dict of tensors as a torch
-    file.
+    file, bytes as they are.
     """
     if suffix == ".parquet":
         writer = None
@@ -128,7 +130,7 @@ def _write_value(value, file, suffix):
     elif suffix == ".pt":
         torch.save(value, file)  # into an open file: given a path, torch writes its *name* into the file
     else:
-        file.write(value.encode())
+        file.write(value if isinstance(value, bytes) else value.encode())
 
 
 @contextlib.contextmanager
@@ -334,7 +336,7 @@ class DCN(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.randn(num_layers, input_dim) / math.sqrt(input_dim))
         self.biases = nn.Parameter(torch.zeros(num_layers, input_dim))
-        self.mlp = mlp(input_dim, hidden, dropout)
+        self.mlp = MLP(input_dim, hidden, dropout)
         self.head = nn.Linear(input_dim + hidden[-1], 1)
 
     def cross(self, x_0):
@@ -344,17 +346,29 @@ class DCN(nn.Module):
             x = x_0 * (x @ weight)[:, None] + bias + x
         return x
 
-    def forward(self, x_0):
-        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0)], 1)).squeeze(1)
+    def forward(self, x_0, keep=None):
+        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0, keep)], 1)).squeeze(1)
 
 
-def mlp(input_dim, hidden, dropout):
-    """Linear, ReLU, dropout for each width in `hidden`: [B, input_dim] -> [B, hidden[-1]]"""
-    layers = []
-    for width in hidden:
-        layers += [nn.Linear(input_dim, width), nn.ReLU(), nn.Dropout(dropout)]
-        input_dim = width
-    return nn.Sequential(*layers)
+class MLP(nn.Module):
+    """Linear, ReLU, dropout for each width in `hidden`: [B, input_dim] -> [B, hidden[-1]]
+
+    keep [B, sum(hidden)]: the dropout's factors, 0 or 1 / (1 - p), where the caller draws them (many models
+    trained at once, each with noise of its own); else they are drawn here, in training.
+    """
+
+    def __init__(self, input_dim, hidden, dropout=0.0):
+        super().__init__()
+        self.hidden = list(hidden)
+        self.layers = nn.ModuleList(nn.Linear(*dims) for dims in zip([input_dim, *hidden], hidden))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, keep=None):
+        parts = [None] * len(self.hidden) if keep is None else keep.split(self.hidden, 1)
+        for layer, part in zip(self.layers, parts):
+            x = layer(x).relu()
+            x = self.dropout(x) if part is None else x * part
+        return x
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,47 +1,50 @@
-"""The click-through models of stage 4: ids int64 [B, F], one column per field, -> logits [B].
+"""The click-through models of stage 4: rows of an embedding table [B, F, W] -> logits [B]; how they train.
 
-All take (sizes [F], field_dim E, num_layers, hidden, dropout); sizes[f] = number of ids of field f, or its
-vectors [N, C] where the field is dense. Written from the formulas: e_f [E] is the embedding of field f, e
-their concatenation, w_f a first-order weight, p < q a pair of fields. `num_layers` counts cross layers (DCN,
-DCNv2) or attention layers (AutoInt) and means nothing for the others.
+All take (num_fields F, field_dim E, num_layers, hidden) and are written from their formulas: e_f [E] is the
+embedding of field f, e their concatenation, w_f a first-order weight, p < q a pair of fields. A model says
+how wide the row of an id must be: W = E, or F E where an id has one embedding per field, and one more
+number, the last, where the model has first-order weights. The table is not in it: `train_stack` looks rows up
+for G models at once, trains them side by side, and moves those rows only that a batch has met.
+
+keep [B, num_units]: dropout's factors, 0 or 1 / (1 - p), an argument so that each of the models trained
+together has noise of its own; None at evaluation. `num_layers` counts cross layers (DCN, DCNv2) or attention
+layers (AutoInt) and means nothing for the others.
 """
 
-import itertools
+import functools
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
-from common import DCN, mlp
+from common import DCN, MLP, logloss
 
 # ----------------------------------------------------------------------------------------------------------
-# fields
+# parts
 # ----------------------------------------------------------------------------------------------------------
 
 
-class FieldEmbedding(nn.Module):
-    """One table for all fields, each with its own range of rows: ids [B, F] -> [B, F, E]
+class WithVectors(nn.Module):
+    """A model whose last fields are vectors [B, C] instead of ids, mapped to rows by a linear layer each.
 
-    A field whose size is a tensor [N, C] is dense: its ids are rows of that tensor, mapped to E by a linear
-    layer. Dense fields stand behind the others.
+    rows [B, F - P, W], vectors [B, ΣC] -> logits [B]
     """
 
-    def __init__(self, sizes, dim):
+    def __init__(self, model, dims):
         super().__init__()
-        dense = [size for size in sizes if isinstance(size, torch.Tensor)]
-        sizes = sizes[:len(sizes) - len(dense)]
-        self.table = nn.Embedding(sum(sizes), dim)
-        nn.init.normal_(self.table.weight, std=0.5)  # products of much smaller embeddings start on a saddle
-        self.register_buffer("offsets", torch.tensor([0, *itertools.accumulate(sizes)][:-1]))
-        self.maps = nn.ModuleList(nn.Linear(values.shape[1], dim) for values in dense)
-        for k, values in enumerate(dense):
-            self.register_buffer(f"values_{k}", values, persistent=False)
+        self.model, self.dims = model, list(dims)
+        self.width, self.first_order, self.num_units = model.width, model.first_order, model.num_units
+        self.maps = nn.ModuleList(nn.Linear(dim, model.width) for dim in dims)
 
-    def forward(self, ids):
-        num_sparse = len(self.offsets)
-        e = self.table(ids[:, :num_sparse] + self.offsets)
-        dense = [layer(getattr(self, f"values_{k}")[ids[:, num_sparse + k]])
-                 for k, layer in enumerate(self.maps)]
-        return torch.cat([e, torch.stack(dense, 1)], 1) if dense else e
+    def forward(self, rows, keep=None, vectors=None):
+        parts = vectors.split(self.dims, 1)
+        more = torch.stack([layer(part) for layer, part in zip(self.maps, parts)], 1)  # [B, P, W]
+        return self.model(torch.cat([rows, more], 1), keep)
 
 
 def pairs_of(num_fields, device=None):
@@ -49,23 +52,16 @@ def pairs_of(num_fields, device=None):
     return torch.triu_indices(num_fields, num_fields, offset=1, device=device)
 
 
-class FirstOrder(nn.Module):
-    """b + Σ_f w_f: ids [B, F] -> [B]; or b + Σ_f m_f w_f with input-aware factors m [B, F] (DIFM)"""
-
-    def __init__(self, sizes):
-        super().__init__()
-        self.weight = FieldEmbedding(sizes, 1)
-        nn.init.zeros_(self.weight.table.weight)
-        self.bias = nn.Parameter(torch.zeros(()))
-
-    def forward(self, ids, factors=1.0):
-        return self.bias + (self.weight(ids).squeeze(2) * factors).sum(1)
-
-
 def inner_products(e):
     """e [B, F, E] -> <e_p, e_q> for all p < q [B, F (F - 1) / 2]"""
     p, q = pairs_of(e.shape[1], e.device)
     return (e[:, p] * e[:, q]).sum(2)
+
+
+def crossed_products(e):
+    """e [B, F, F, E], e[:, p, q] = e_p^(q) -> <e_p^(q), e_q^(p)> for all p < q [B, F (F - 1) / 2]"""
+    p, q = pairs_of(e.shape[1], e.device)
+    return (e[:, p, q] * e[:, q, p]).sum(2)
 
 
 class FieldAttention(nn.Module):
@@ -95,16 +91,17 @@ class FieldAttention(nn.Module):
 class FFM(nn.Module):
     """Field-aware factorisation machine (Juan et al., 2016): b + Σ w_f + Σ_{p<q} <e_p^(q), e_q^(p)>"""
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
-        super().__init__()
-        self.field_dim = field_dim
-        self.first_order = FirstOrder(sizes)
-        self.embed = FieldEmbedding(sizes, len(sizes) * field_dim)
+    num_units = 0
 
-    def forward(self, ids):
-        e = self.embed(ids).unflatten(2, (-1, self.field_dim))  # [B, F, F, E], e[:, p, q] = e_p^(q)
-        p, q = pairs_of(e.shape[1], e.device)
-        return self.first_order(ids) + (e[:, p, q] * e[:, q, p]).sum((1, 2))
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
+        super().__init__()
+        self.width, self.first_order = num_fields * field_dim + 1, True
+        self.field_dim = field_dim
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, rows, keep=None):
+        w, e = rows[..., -1], rows[..., :-1].unflatten(2, (-1, self.field_dim))  # [B, F], [B, F, F, E]
+        return self.bias + w.sum(1) + crossed_products(e).sum(1)
 
 
 class AFM(nn.Module):
@@ -113,22 +110,22 @@ class AFM(nn.Module):
     a = softmax_pq(hᵀ ReLU(W (e_p ∘ e_q) + b')), E wide; dropout on the pooled pairs.
     """
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.first_order = FirstOrder(sizes)
-        self.embed = FieldEmbedding(sizes, field_dim)
+        self.width, self.first_order, self.num_units = field_dim + 1, True, field_dim
+        self.bias = nn.Parameter(torch.zeros(()))
         self.attention = nn.Linear(field_dim, field_dim)
         self.score = nn.Linear(field_dim, 1, bias=False)
-        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(field_dim, 1, bias=False)
 
-    def forward(self, ids):
-        e = self.embed(ids)
+    def forward(self, rows, keep=None):
+        w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
         p, q = pairs_of(e.shape[1], e.device)
         product = e[:, p] * e[:, q]  # [B, F (F - 1) / 2, E]
         attention = self.score(self.attention(product).relu()).softmax(1)
-        pooled = self.dropout((attention * product).sum(1))  # [B, E]
-        return self.first_order(ids) + self.head(pooled).squeeze(1)
+        pooled = (attention * product).sum(1)  # [B, E]
+        pooled = pooled if keep is None else pooled * keep
+        return self.bias + w.sum(1) + self.head(pooled).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -139,17 +136,17 @@ class AFM(nn.Module):
 class DeepFM(nn.Module):
     """DeepFM (Guo et al., 2017): b + Σ w_f + Σ_{p<q} <e_p, e_q> + MLP(e)"""
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.first_order = FirstOrder(sizes)
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.mlp = mlp(len(sizes) * field_dim, hidden, dropout)
+        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.mlp = MLP(num_fields * field_dim, hidden)
         self.head = nn.Linear(hidden[-1], 1, bias=False)
 
-    def forward(self, ids):
-        e = self.embed(ids)
-        deep = self.head(self.mlp(e.flatten(1))).squeeze(1)
-        return self.first_order(ids) + inner_products(e).sum(1) + deep
+    def forward(self, rows, keep=None):
+        w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
+        deep = self.head(self.mlp(e.flatten(1), keep)).squeeze(1)
+        return self.bias + w.sum(1) + inner_products(e).sum(1) + deep
 
 
 class FiBiNET(nn.Module):
@@ -158,24 +155,22 @@ class FiBiNET(nn.Module):
     SENET: a = ReLU(W_2 ReLU(W_1 mean(e_f))) with a third of the fields between W_1 and W_2.
     """
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        num_fields = len(sizes)
-        self.first_order = FirstOrder(sizes)
-        self.embed = FieldEmbedding(sizes, field_dim)
+        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
         self.squeeze = nn.Linear(num_fields, max(1, num_fields // 3), bias=False)
         self.excite = nn.Linear(max(1, num_fields // 3), num_fields, bias=False)
         self.bilinear = nn.ModuleList(nn.Linear(field_dim, field_dim, bias=False) for _ in range(2))
-        self.mlp = mlp(num_fields * (num_fields - 1) * field_dim, hidden, dropout)
+        self.mlp = MLP(num_fields * (num_fields - 1) * field_dim, hidden)
         self.head = nn.Linear(hidden[-1], 1)
 
-    def forward(self, ids):
-        e = self.embed(ids)
+    def forward(self, rows, keep=None):
+        w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
         p, q = pairs_of(e.shape[1], e.device)
         a = self.excite(self.squeeze(e.mean(2)).relu()).relu()  # [B, F]
         pairs = [layer(x)[:, p] * x[:, q] for layer, x in zip(self.bilinear, (e, a[:, :, None] * e))]
-        deep = self.head(self.mlp(torch.cat(pairs, 1).flatten(1))).squeeze(1)
-        return self.first_order(ids) + deep
+        deep = self.head(self.mlp(torch.cat(pairs, 1).flatten(1), keep)).squeeze(1)
+        return w.sum(1) + deep
 
 
 class DIFM(nn.Module):
@@ -184,20 +179,19 @@ class DIFM(nn.Module):
     m = W_v vec(attention(e)) + W_b MLP(e), one factor per field.
     """
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        width = len(sizes) * field_dim
-        self.first_order = FirstOrder(sizes)
-        self.embed = FieldEmbedding(sizes, field_dim)
+        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
+        self.bias = nn.Parameter(torch.zeros(()))
         self.attention = FieldAttention(field_dim)
-        self.mlp = mlp(width, hidden, dropout)
-        self.from_vectors = nn.Linear(width, len(sizes), bias=False)
-        self.from_bits = nn.Linear(hidden[-1], len(sizes), bias=False)
+        self.mlp = MLP(num_fields * field_dim, hidden)
+        self.from_vectors = nn.Linear(num_fields * field_dim, num_fields, bias=False)
+        self.from_bits = nn.Linear(hidden[-1], num_fields, bias=False)
 
-    def forward(self, ids):
-        e = self.embed(ids)
-        m = self.from_vectors(self.attention(e).flatten(1)) + self.from_bits(self.mlp(e.flatten(1)))  # [B, F]
-        return self.first_order(ids, m) + inner_products(m[:, :, None] * e).sum(1)
+    def forward(self, rows, keep=None):
+        w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
+        m = self.from_vectors(self.attention(e).flatten(1)) + self.from_bits(self.mlp(e.flatten(1), keep))
+        return self.bias + (m * w).sum(1) + inner_products(m[:, :, None] * e).sum(1)
 
 
 class AFN(nn.Module):
@@ -207,48 +201,47 @@ class AFN(nn.Module):
     before and behind exp.
     """
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout, smallest=1e-4):
+    def __init__(self, num_fields, field_dim, num_layers, hidden, smallest=1e-4):
         super().__init__()
-        num_neurons = hidden[0]
-        self.smallest = smallest
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.powers = nn.Linear(len(sizes), num_neurons, bias=False)
+        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
+        self.smallest, num_neurons = smallest, hidden[0]
+        self.powers = nn.Linear(num_fields, num_neurons, bias=False)
         self.before, self.behind = nn.BatchNorm1d(num_neurons), nn.BatchNorm1d(num_neurons)
-        self.mlp = mlp(num_neurons * field_dim, hidden, dropout)
+        self.mlp = MLP(num_neurons * field_dim, hidden)
         self.head = nn.Linear(hidden[-1], 1)
 
-    def forward(self, ids):
-        logs = self.embed(ids).abs().clamp(min=self.smallest).log()  # [B, F, E]
+    def forward(self, e, keep=None):
+        logs = e.abs().clamp(min=self.smallest).log()  # [B, F, E]
         u = self.before(self.powers(logs.transpose(1, 2)).transpose(1, 2)).exp()  # [B, J, E]
-        return self.head(self.mlp(self.behind(u).flatten(1))).squeeze(1)
+        return self.head(self.mlp(self.behind(u).flatten(1), keep)).squeeze(1)
 
 
 class AutoInt(nn.Module):
     """AutoInt (Song et al., 2019): wᵀ concat of the fields behind `num_layers` layers of FieldAttention"""
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
-        super().__init__()
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.layers = nn.Sequential(*(FieldAttention(field_dim) for _ in range(num_layers)))
-        self.head = nn.Linear(len(sizes) * field_dim, 1)
+    num_units = 0
 
-    def forward(self, ids):
-        return self.head(self.layers(self.embed(ids)).flatten(1)).squeeze(1)
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
+        super().__init__()
+        self.width, self.first_order = field_dim, False
+        self.layers = nn.Sequential(*(FieldAttention(field_dim) for _ in range(num_layers)))
+        self.head = nn.Linear(num_fields * field_dim, 1)
+
+    def forward(self, e, keep=None):
+        return self.head(self.layers(e).flatten(1)).squeeze(1)
 
 
 class PNN(nn.Module):
     """Product-based network, inner product (Qu et al., 2016): MLP([e ; <e_p, e_q> for p < q])"""
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        num_pairs = len(sizes) * (len(sizes) - 1) // 2
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.mlp = mlp(len(sizes) * field_dim + num_pairs, hidden, dropout)
+        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
+        self.mlp = MLP(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden)
         self.head = nn.Linear(hidden[-1], 1)
 
-    def forward(self, ids):
-        e = self.embed(ids)  # [B, F, E]
-        return self.head(self.mlp(torch.cat([e.flatten(1), inner_products(e)], 1))).squeeze(1)
+    def forward(self, e, keep=None):
+        return self.head(self.mlp(torch.cat([e.flatten(1), inner_products(e)], 1), keep)).squeeze(1)
 
 
 class ONN(nn.Module):
@@ -257,23 +250,17 @@ class ONN(nn.Module):
     Each id has F embeddings: one for each partner field, and in the place of its own field the raw one.
     """
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        num_fields = len(sizes)
+        self.width, self.first_order, self.num_units = num_fields * field_dim, False, sum(hidden)
         self.field_dim = field_dim
-        self.embed = FieldEmbedding(sizes, num_fields * field_dim)
-        self.mlp = mlp(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden, dropout)
+        self.mlp = MLP(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden)
         self.head = nn.Linear(hidden[-1], 1)
 
-    def products(self, e):
-        """e [B, F, F, E], e[:, p, q] = e_p^(q) -> <e_p^(q), e_q^(p)> [B, F (F - 1) / 2]"""
-        p, q = pairs_of(e.shape[1], e.device)
-        return (e[:, p, q] * e[:, q, p]).sum(2)
-
-    def forward(self, ids):
-        e = self.embed(ids).unflatten(2, (-1, self.field_dim))  # [B, F, F, E]
+    def forward(self, rows, keep=None):
+        e = rows.unflatten(2, (-1, self.field_dim))  # [B, F, F, E]
         raw = e.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # [B, E, F] -> [B, F E]
-        return self.head(self.mlp(torch.cat([raw, self.products(e)], 1))).squeeze(1)
+        return self.head(self.mlp(torch.cat([raw, crossed_products(e)], 1), keep)).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -284,25 +271,25 @@ class ONN(nn.Module):
 class DCNModel(nn.Module):
     """Deep & Cross Network (Wang et al., 2017): x_{l+1} = x_0 (w_lᵀ x_l) + b_l + x_l;  wᵀ [x_L ; MLP(x_0)]"""
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.net = DCN(len(sizes) * field_dim, num_layers, hidden, dropout)
+        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
+        self.net = DCN(num_fields * field_dim, num_layers, hidden)
 
-    def forward(self, ids):
-        return self.net(self.embed(ids).flatten(1))  # [B, F E] -> [B]
+    def forward(self, e, keep=None):
+        return self.net(e.flatten(1), keep)
 
 
 class DCNv2(nn.Module):
     """DCN V2 (Wang et al., 2021): x_{l+1} = x_0 ∘ (W_l x_l + b_l) + x_l;  wᵀ [x_L ; MLP(x_0)]"""
 
-    def __init__(self, sizes, field_dim, num_layers, hidden, dropout):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        width = len(sizes) * field_dim
-        self.embed = FieldEmbedding(sizes, field_dim)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
-        self.mlp = mlp(width, hidden, dropout)
-        self.head = nn.Linear(width + hidden[-1], 1)
+        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
+        input_dim = num_fields * field_dim
+        self.layers = nn.ModuleList(nn.Linear(input_dim, input_dim) for _ in range(num_layers))
+        self.mlp = MLP(input_dim, hidden)
+        self.head = nn.Linear(input_dim + hidden[-1], 1)
 
     def cross(self, x_0):
         """x_0 [B, X] -> x_L [B, X]"""
@@ -311,10 +298,243 @@ class DCNv2(nn.Module):
             x = x_0 * layer(x) + x
         return x
 
-    def forward(self, ids):
-        x_0 = self.embed(ids).flatten(1)  # [B, X]
-        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0)], 1)).squeeze(1)
+    def forward(self, e, keep=None):
+        x_0 = e.flatten(1)  # [B, X]
+        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0, keep)], 1)).squeeze(1)
 
 
 MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, "deepfm": DeepFM,
           "autoint": AutoInt, "onn": ONN, "pnn": PNN, "dcnv2": DCNv2, "dcn": DCNModel}
+
+# ----------------------------------------------------------------------------------------------------------
+# training: G models of one kind side by side, each as if it were alone
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """One model of a stack: which set of fields it reads, its seed (start, batches, noise), Adam's options."""
+
+    fields: int
+    seed: int
+    lr: float
+    weight_decay: float
+
+
+class Rows(NamedTuple):
+    """What the models read: by split, ids int64 [U, n, F] for U sets of fields, and labels, numpy [n].
+
+    The ids are rows of a table, num_rows[u] of them, which all fields of a set share; row `unknown` is the
+    user whom nobody knows. Where the last fields are vectors: `vectors` [N, ΣC], their widths `dims`, and by
+    split whose they are, `users` [n].
+    """
+
+    ids: dict
+    labels: dict
+    num_rows: list
+    unknown: int = 0
+    vectors: torch.Tensor | None = None
+    dims: tuple = ()
+    users: dict | None = None
+
+    def vectors_of(self, split, rows):
+        """rows of the split [G, B] -> a list of their vectors [G, B, ΣC]; an empty one without vectors"""
+        return [] if self.vectors is None else [self.vectors[self.users[split][rows]]]
+
+
+def build(name, num_fields, field_dim, num_layers, hidden, dims=()):
+    """A model of the zoo; its last fields are vectors of widths `dims`, if there are any."""
+    model = MODELS[name](num_fields, field_dim, num_layers, hidden)
+    return WithVectors(model, dims) if dims else model
+
+
+def adam_(weight, mean, square, grad, lr, weight_decay, step):
+    """One step of Adam (Kingma and Ba, 2015) with an L2 penalty, in place; lr and weight_decay broadcast."""
+    grad = grad + weight_decay * weight
+    mean.lerp_(grad, 0.1)
+    square.lerp_(grad * grad, 0.001)
+    weight.sub_(lr * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8))
+
+
+def step_rows_(adam_, table, total, index, found, grad, *options):
+    """Adam on those rows of the tables [G N, 3 W] that a batch has met; the others rest, penalty and all.
+
+    A row holds an embedding and Adam's two averages. index [G n]; found, what stands there [G, n, 3 W]; its
+    gradient [G, n, W]; total [G N, W]: zeros, before and after.
+    """
+    total.index_put_((index,), grad.flatten(0, 1), accumulate=True)
+    grad = total.index_select(0, index).view(grad.shape)  # an id that the batch meets twice moves once, by the sum
+    total.index_fill_(0, index, 0.0)
+    adam_(*found.chunk(3, 2), grad, *options)
+    table.index_copy_(0, index, found.flatten(0, 1))
+
+
+@functools.lru_cache(maxsize=None)  # a compiled step serves all stacks of its shape
+def functions_of(options, dropout, is_compiled):
+    """A model as functions of G copies' parameters: the model, logits, a step of the parameters, Adam.
+
+    The last two for full batches, compiled if so wished, and for a batch cut short.
+    """
+    model = build(*options)
+    named = dict(model.named_parameters())
+    sizes = [value.numel() for value in named.values()]
+
+    def logits(flat, rows, buffers, *vectors, keep=None):
+        """flat [D], the parameters one behind the other -> logits [B]"""
+        parts = dict(zip(named, flat.split(sizes)))
+        parameters = {key: part.view(named[key].shape) for key, part in parts.items()}
+        return functional_call(model, (parameters, buffers), (rows, keep, *vectors))
+
+    def loss(flat, rows, buffers, keep, label, *vectors):
+        keep = keep.to(rows.dtype) / (1 - dropout)
+        logit = logits(flat, rows, buffers, *vectors, keep=keep)
+        return F.binary_cross_entropy_with_logits(logit, label)  # eq. 9
+
+    def step_models_(flat, mean, square, lr, weight_decay, step, rows, buffers, keep, seed_of, *inputs):
+        """One Adam step of the parameters [G, D], in place -> gradient of the rows [G, B, F, W]"""
+        gradient = vmap(torch.func.grad(loss, argnums=(0, 1)))
+        grad, rows_grad = gradient(flat, rows, buffers, keep[seed_of], *inputs)
+        adam_(flat, mean, square, grad, lr, weight_decay, step)
+        return rows_grad
+
+    short = full = step_models_, adam_
+    if is_compiled:
+        torch._dynamo.config.recompile_limit = 10_000  # one per model and shape is no sign of trouble
+        full = torch.compile(step_models_, dynamic=False), torch.compile(adam_, dynamic=True)
+    return model, vmap(logits), full, short
+
+
+class Stack:
+    """G models of one kind side by side, and their tables; `options` as for `build`.
+
+    Its state is a dict of tensors [G, …]: `flat`, the parameters, one behind the other, and Adam's averages
+    of them; `table` [G, N, 3 W], the embeddings and Adam's averages; batch norm's statistics; `fields`, `lr`
+    and `weight_decay` of the members.
+    """
+
+    def __init__(self, options, members, rows, dropout=0.0, is_compiled=False):
+        self.model, self.logits, self.full, self.short = functions_of(options, dropout, is_compiled)
+        self.device, self.width, self.steps = rows.ids["train"].device, self.model.width, 0
+        drawn = [self.draw(options, member.seed, rows.num_rows[member.fields], max(rows.num_rows))
+                 for member in members]
+        state = {key: torch.stack([one[key] for one in drawn]) for key in drawn[0]}
+        state |= {key: torch.zeros_like(state["flat"]) for key in ("mean", "square")}
+        state |= {key: torch.tensor([getattr(member, key) for member in members])[:, None]
+                  for key in ("fields", "lr", "weight_decay")}
+        self.state = {key: value.to(self.device) for key, value in state.items()}
+        self.total = torch.zeros_like(self.tables()[:, :self.width])
+
+    def draw(self, options, seed, num_rows, most):
+        """One member's start; it does not depend on the other members."""
+        torch.manual_seed(seed)
+        model = build(*options)
+        table = torch.zeros(most, 3 * self.width)
+        table[:num_rows, :self.width] = 0.5 * torch.randn(num_rows, self.width)  # if smaller, a saddle
+        if model.first_order:
+            table[:, self.width - 1] = 0.0
+        return {"flat": parameters_to_vector(model.parameters()).detach(), "table": table,
+                **dict(model.named_buffers())}
+
+    def keep(self, members):
+        """Drop all but these members [bool G]."""
+        self.state = {key: value[members] for key, value in self.state.items()}
+        self.total = torch.zeros_like(self.tables()[:, :self.width])
+
+    def buffers(self):
+        """Batch norm's running statistics, where a model has any: dict of tensors [G, …]"""
+        return {key: self.state[key] for key, _ in self.model.named_buffers()}
+
+    def tables(self):
+        """The members' tables one behind the other [G N, 3 W]"""
+        return self.state["table"].view(-1, 3 * self.width)
+
+    def index(self, ids):
+        """ids [G, B, F] of the members' own tables -> rows of `tables` [G B F]"""
+        first = torch.arange(len(ids), device=self.device) * self.state["table"].shape[1]
+        return (ids + first[:, None, None]).flatten()
+
+    def train_step(self, ids, keep, seed_of, label, vectors, is_full):
+        """ids [G, B, F], keep [S, B, num_units], label [G, B], vectors a list of [G, B, ΣC] or empty"""
+        step_models_, adam_ = self.full if is_full else self.short
+        state, index = self.state, self.index(ids)
+        self.steps += 1
+        options = state["lr"], state["weight_decay"], torch.tensor(float(self.steps), device=self.device)
+        found = self.tables().index_select(0, index).view(len(ids), -1, 3 * self.width)  # [G, B F, 3 W]
+        rows = found[..., :self.width].unflatten(1, ids.shape[1:])  # [G, B, F, W]
+        grad = step_models_(state["flat"], state["mean"], state["square"], *options, rows, self.buffers(),
+                            keep, seed_of, label, *vectors)
+        lr, weight_decay, step = options
+        step_rows_(adam_, self.tables(), self.total, index, found, grad.flatten(1, 2), lr[..., None],
+                   weight_decay[..., None], step)
+
+    @torch.no_grad()
+    def predict(self, rows, split, at_once=2**21):
+        """Click probabilities of a split's rows: float64 numpy [G, n]"""
+        self.model.eval()
+        ids, state, found = rows.ids[split], self.state, []
+        size = max(1, at_once // (len(state["flat"]) * ids.shape[2] * self.width))
+        for part in torch.arange(ids.shape[1], device=self.device).split(size):
+            of_part = ids[state["fields"], part]  # [G, b, F]
+            read = self.tables()[self.index(of_part), :self.width].unflatten(0, of_part.shape)
+            vectors = rows.vectors_of(split, part.expand(len(read), -1))
+            found.append(self.logits(state["flat"], read, self.buffers(), *vectors).sigmoid())
+        return torch.cat(found, 1).double().cpu().numpy()
+
+
+@torch.no_grad()
+def train_stack(args, name, members, rows, is_compiled=False):
+    """Train the members side by side: their figures on valid at the best epoch, and a stack of these weights.
+
+    Every member sees the train rows in the order of its seed, with the noise of its seed: whatever else it
+    reads, and whoever is trained beside it. A member that makes no progress for `--patience` epochs is done.
+    """
+    options = name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers, \
+        tuple(args.hidden), rows.dims
+    stack = Stack(options, members, rows, args.dropout, is_compiled)
+    best = [{"valid_logloss": float("inf"), "best_epoch": 0} for _ in members]
+    saved = {key: value.clone() for key, value in stack.state.items()}
+    running = np.arange(len(members))
+    seeds = sorted({member.seed for member in members})
+    seed_of = torch.tensor([seeds.index(member.seed) for member in members])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for epoch in range(1, args.epochs + 1):
+        train_epoch(args, stack, rows, generators, seed_of[running])
+        probabilities = stack.predict(rows, "valid")
+        for place, member in enumerate(running):
+            valid = logloss(rows.labels["valid"], probabilities[place])
+            if valid < best[member]["valid_logloss"]:  # nan, from a rate too high, is no progress
+                auc = roc_auc_score(rows.labels["valid"], probabilities[place])
+                best[member] = {"valid_logloss": valid, "valid_auc": auc, "best_epoch": epoch}
+                for key, value in stack.state.items():
+                    saved[key][member] = value[place]
+        done = np.array([epoch - best[member]["best_epoch"] >= args.patience for member in running])
+        if done.all():
+            break
+        if done.any() and not is_compiled:  # a compiled step holds for one G
+            stack.keep(torch.from_numpy(~done))
+            running = running[~done]
+    stack.state = saved
+    return best, stack
+
+
+def train_epoch(args, stack, rows, generators, seed_of, steps_at_once=64):
+    """One pass over the train rows; the batches are slices of what was gathered for many steps at once."""
+    labels = torch.from_numpy(rows.labels["train"]).to(stack.state["flat"])
+    fields, device = stack.state["fields"], stack.device
+    stack.model.train()
+    order = torch.stack([torch.randperm(len(labels), generator=generator) for generator in generators])
+    for part in order.split(args.batch_size * steps_at_once, 1):  # [S, n]
+        keep = torch.empty(*part.shape, stack.model.num_units, dtype=torch.bool)
+        dropped = torch.empty(part.shape, dtype=torch.bool)
+        for k, generator in enumerate(generators):
+            keep[k].bernoulli_(1 - args.dropout, generator=generator)
+            dropped[k].bernoulli_(args.id_dropout, generator=generator)
+        keep, chosen, dropped = keep.to(device), part[seed_of].to(device), dropped[seed_of].to(device)
+        ids = rows.ids["train"][fields, chosen]  # [G, n, F]
+        if args.id_dropout:
+            ids[..., 0].masked_fill_(dropped, rows.unknown)
+        label, vectors = labels[chosen], rows.vectors_of("train", chosen)
+        for first in range(0, part.shape[1], args.batch_size):
+            batch = slice(first, first + args.batch_size)
+            size = label[:, batch].shape[1]
+            stack.train_step(ids[:, batch], keep[:, batch], seed_of, label[:, batch],
+                             [part[:, batch] for part in vectors], size == args.batch_size)
