@@ -49,7 +49,7 @@ from common import (at_least, fail, logloss, options_text, parse_with_presets, r
 from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
 
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
-GRID = {"lr": (0.003, 0.01), "weight_decay": (1e-4, 1e-3, 1e-2)}  # of --tune
+GRID = {"lr": (0.005, 0.01), "weight_decay": (1e-3, 1e-2), "net_decay": (0.0, 1e-2)}  # of --tune
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 HOBBY_SIZES, BACKGROUND_SIZES = (4, 16, 64, 256), (3, 9, 27, 81)  # of figures 5 and 6
 DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
@@ -95,9 +95,10 @@ def parse_args(argv=None):
     add("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of the MLP")
     add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
     add("--lr", type=at_least(0, float), default=0.01, help="learning rate of Adam")
-    add("--weight-decay", type=at_least(0, float), default=3e-4, help="L2 penalty of Adam")
-    add("--tune", action="store_true",
-        help=f"choose them on valid, for each model and feature set: {options_text(GRID)}")
+    add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 penalty of the embeddings in a batch")
+    add("--net-decay", type=at_least(0, float), default=0.0, help="L2 penalty of all other parameters")
+    grid = ", ".join(f"--{key.replace('_', '-')} {' or '.join(map(str, GRID[key]))}" for key in GRID)
+    add("--tune", action="store_true", help=f"choose on valid, for each model and feature set, among {grid}")
     add("--batch-size", type=at_least(1), default=512, help="rows per step")
     add("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
@@ -306,27 +307,27 @@ def train_group(args, name, run, features, seeds):
     for the chosen only.
     """
     rows, places = rows_of(args, run, features, seeds)
-    grid = list(itertools.product(*GRID.values())) if args.tune else [(args.lr, args.weight_decay)]
+    grid = list(itertools.product(*GRID.values())) if args.tune else [
+        (args.lr, args.weight_decay, args.net_decay)]
     # candidates of one rate stop at about the same epoch, so that few wait for the last
     todo = [(feature, seed, *candidate) for candidate in grid for feature in features for seed in seeds]
     members = [Member(places[feature, seed], seed, *candidate) for feature, seed, *candidate in todo]
     width = MODELS[name](rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
                          args.hidden).width
-    most = max(1, min(MOST_FLOATS // (max(rows.num_rows) * width), len(features) * len(seeds) * len(grid[0])))
+    most = max(1, min(MOST_FLOATS // (max(rows.num_rows) * width), 4 * len(features) * len(seeds)))
     found, probabilities = [], []
     for first in range(0, len(members), most):
         figures, stack = train_stack(args, name, members[first:first + most], rows, args.compile)
         found += figures
         probabilities += list(stack.predict(rows, "test"))
-    table = pd.DataFrame(todo, columns=["features", "seed", "lr", "weight_decay"]).join(pd.DataFrame(found))
+    table = pd.DataFrame(todo, columns=["features", "seed", *GRID]).join(pd.DataFrame(found))
     chosen = {}
     for feature in features:
-        mean = table[table["features"] == feature].groupby(["lr", "weight_decay"])["valid_logloss"].mean()
+        mean = table[table["features"] == feature].groupby(list(GRID))["valid_logloss"].mean()
         if not np.isfinite(mean.min()):
             fail(f"{name} diverged with --lr {mean.index[-1][0]:g}: lower it")
-        lr, weight_decay = mean.idxmin()
-        mine = table.query("features == @feature and lr == @lr and weight_decay == @weight_decay")
-        for place, row in mine.iterrows():
+        is_mine = (table["features"] == feature) & (table[list(GRID)] == np.array(mean.idxmin())).all(axis=1)
+        for place, row in table[is_mine].iterrows():
             figures = row.drop(["features", "seed"]).to_dict()
             chosen[feature, row["seed"]] = figures | score(run, probabilities[place])
     return chosen
@@ -404,7 +405,7 @@ def train_run(args, run, models, features, seeds):
             rows.append(row)
             was = f"{row['seconds']:.1f}s" if (feature, seed) in missing else "finished before"
             print(f"{model:7} {feature:8} split {split_seed} seed {seed} | lr {row['lr']:g} decay "
-                  f"{row['weight_decay']:g} epoch {row['best_epoch']:02d}/{args.epochs} | "
+                  f"{row['weight_decay']:g} {row['net_decay']:g} epoch {row['best_epoch']:02d}/{args.epochs} | "
                   f"valid auc {row['valid_auc']:.4f} logloss {row['valid_logloss']:.4f} | "
                   f"test auc {row['auc']:.4f} logloss {row['logloss']:.4f} | {was}", flush=True)
     return rows

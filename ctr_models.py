@@ -312,12 +312,16 @@ MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, 
 
 
 class Member(NamedTuple):
-    """One model of a stack: which set of fields it reads, its seed (start, batches, noise), Adam's options."""
+    """One model of a stack: which set of fields it reads, its seed (start, batches, noise), Adam's options.
+
+    weight_decay: L2 penalty of the embeddings that a batch meets; net_decay: of all other parameters.
+    """
 
     fields: int
     seed: int
     lr: float
     weight_decay: float
+    net_decay: float
 
 
 class Rows(NamedTuple):
@@ -389,11 +393,11 @@ def functions_of(options, dropout, is_compiled):
         logit = logits(flat, rows, buffers, *vectors, keep=keep)
         return F.binary_cross_entropy_with_logits(logit, label)  # eq. 9
 
-    def step_models_(flat, mean, square, lr, weight_decay, step, rows, buffers, keep, seed_of, *inputs):
+    def step_models_(flat, mean, square, lr, net_decay, step, rows, buffers, keep, seed_of, *inputs):
         """One Adam step of the parameters [G, D], in place -> gradient of the rows [G, B, F, W]"""
         gradient = vmap(torch.func.grad(loss, argnums=(0, 1)))
         grad, rows_grad = gradient(flat, rows, buffers, keep[seed_of], *inputs)
-        adam_(flat, mean, square, grad, lr, weight_decay, step)
+        adam_(flat, mean, square, grad, lr, net_decay, step)
         return rows_grad
 
     short = full = step_models_, adam_
@@ -407,8 +411,8 @@ class Stack:
     """G models of one kind side by side, and their tables; `options` as for `build`.
 
     Its state is a dict of tensors [G, …]: `flat`, the parameters, one behind the other, and Adam's averages
-    of them; `table` [G, N, 3 W], the embeddings and Adam's averages; batch norm's statistics; `fields`, `lr`
-    and `weight_decay` of the members.
+    of them; `table` [G, N, 3 W], the embeddings and Adam's averages; batch norm's statistics; the members'
+    `fields`, `lr`, `weight_decay` and `net_decay`.
     """
 
     def __init__(self, options, members, rows, dropout=0.0, is_compiled=False):
@@ -419,7 +423,7 @@ class Stack:
         state = {key: torch.stack([one[key] for one in drawn]) for key in drawn[0]}
         state |= {key: torch.zeros_like(state["flat"]) for key in ("mean", "square")}
         state |= {key: torch.tensor([getattr(member, key) for member in members])[:, None]
-                  for key in ("fields", "lr", "weight_decay")}
+                  for key in ("fields", "lr", "weight_decay", "net_decay")}
         self.state = {key: value.to(self.device) for key, value in state.items()}
         self.total = torch.zeros_like(self.tables()[:, :self.width])
 
@@ -457,14 +461,13 @@ class Stack:
         step_models_, adam_ = self.full if is_full else self.short
         state, index = self.state, self.index(ids)
         self.steps += 1
-        options = state["lr"], state["weight_decay"], torch.tensor(float(self.steps), device=self.device)
+        lr, step = state["lr"], torch.tensor(float(self.steps), device=self.device)
         found = self.tables().index_select(0, index).view(len(ids), -1, 3 * self.width)  # [G, B F, 3 W]
         rows = found[..., :self.width].unflatten(1, ids.shape[1:])  # [G, B, F, W]
-        grad = step_models_(state["flat"], state["mean"], state["square"], *options, rows, self.buffers(),
+        grad = step_models_(state["flat"], state["mean"], state["square"], lr, state["net_decay"], step, rows, self.buffers(),
                             keep, seed_of, label, *vectors)
-        lr, weight_decay, step = options
         step_rows_(adam_, self.tables(), self.total, index, found, grad.flatten(1, 2), lr[..., None],
-                   weight_decay[..., None], step)
+                   state["weight_decay"][..., None], step)
 
     @torch.no_grad()
     def predict(self, rows, split, at_once=2**21):
