@@ -24,6 +24,7 @@ Example: python 04_train_ctr.py        (1 minute on two cores)
 """
 
 import argparse
+import ctypes
 import hashlib
 import io
 import itertools
@@ -51,7 +52,7 @@ from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
 GRID = {"lr": (0.005, 0.01), "weight_decay": (1e-3, 1e-2), "net_decay": (0.0, 1e-2)}  # of --tune
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
-HOBBY_SIZES, BACKGROUND_SIZES = (4, 16, 64, 256), (3, 9, 27, 81)  # of figures 5 and 6
+FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
 DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("codes", "cf"),
                ("codes", "leniency"), ("codes", "dense"), ("random", "none"), ("cf", "none"),
@@ -95,7 +96,7 @@ def parse_args(argv=None):
     add("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of the MLP")
     add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
     add("--lr", type=at_least(0, float), default=0.01, help="learning rate of Adam")
-    add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 penalty of the embeddings in a batch")
+    add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 penalty of a batch's embeddings")
     add("--net-decay", type=at_least(0, float), default=0.0, help="L2 penalty of all other parameters")
     grid = ", ".join(f"--{key.replace('_', '-')} {' or '.join(map(str, GRID[key]))}" for key in GRID)
     add("--tune", action="store_true", help=f"choose on valid, for each model and feature set, among {grid}")
@@ -104,8 +105,8 @@ def parse_args(argv=None):
     add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
     add("--compile", action="store_true",
         help="compile each model's step (10 s and a C++ compiler each, then about twice as fast)")
-    add("--codebook-sizes", action="store_true", help="figures 5 and 6: stage 3 and the first model for many K")
-    add("--bench", action="store_true", help="table 6: seconds per 10,000 rows of DCN, with bank, with vectors")
+    add("--codebook-sizes", action="store_true", help="figures 5 and 6: stage 3 and the first model, many K")
+    add("--bench", action="store_true", help="table 6: seconds per 10,000 rows: DCN, with bank, with vectors")
     args = parse_with_presets(parser, argv, paper=PAPER)
     for name in ("dropout", "id_dropout"):
         if getattr(args, name) >= 1:
@@ -125,7 +126,7 @@ STAGES = {"01_prepare.py": ("interactions.parquet", "items.parquet", "users.parq
 
 
 def further_run(args, name, stage, change):
-    """RUN_DIR/name, a run whose options are this one's but for `change` in one stage: made, unless it is there.
+    """RUN_DIR/name, a run with the options of this one but for `change` in one stage: made, or found.
 
     What earlier stages made is linked; later ones run again.
     """
@@ -156,7 +157,8 @@ def command_line(options):
     """The options of a sidecar as a command line: {"paper": True, "codes": [4, 3]} -> --paper --codes 4 3"""
     words = []
     for key, value in options.items():
-        if value not in (None, False, []) and key != "download":  # what was fetched is there
+        is_said = value is not None and value is not False and value != []  # 0 is a value, too
+        if is_said and key != "download":  # what was fetched is there
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{key.replace('_', '-')}", *map(str, values)]
     return words
@@ -174,13 +176,15 @@ def read_run(args, run_dir, features):
     labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid", "test")}
     for name, values in labels.items():
         if len(np.unique(values)) < 2:
-            fail(f"the {name} rows of {run_dir}/interactions.parquet have one label only, so AUC is undefined: "
-                 f"choose another --threshold in stage 1")
+            fail(f"the {name} rows of {run_dir}/interactions.parquet have one label only, so AUC is "
+                 f"undefined: choose another --threshold in stage 1")
     history = split["train"]["user"].value_counts().reindex(range(len(users)), fill_value=0).to_numpy()
+    prepared = {"split": "random", "dataset": "table", "interactions": len(interactions)} | prepared
     return SimpleNamespace(
-        run_dir=run_dir, inputs=inputs, prepared=prepared, split=split, labels=labels, users=users,
-        codes=bank[made["names"]].to_numpy(dtype=np.int64), code_sizes=made["codes"], names=made["names"],
-        vectors=vectors_of(*stored, made["names"]) if stored else [], history=history,
+        inputs=inputs, prepared=prepared, split_seed=prepared.get("split_seed", prepared["seed"]),
+        split=split, labels=labels, users=users, codes=bank[made["names"]].to_numpy(dtype=np.int64),
+        code_sizes=made["codes"], names=made["names"], history=history,
+        vectors=vectors_of(*stored, made["names"]) if stored else [],
         num_items=int(interactions["item"].max()) + 1,
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
 
@@ -260,7 +264,7 @@ def leniency_of(split, seed, num_codes=4, num_folds=5):
 
 
 def rows_of(args, run, features, seeds):
-    """Feature sets of one shape, F fields -> Rows for their models, and where each (feature, seed) is in it."""
+    """Feature sets of one shape, F fields -> Rows for their models, and the place of each (feature, seed)"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # a user without train rows is unknown to the models: one id for all of them, behind the others
     is_warm = run.history > 0
@@ -273,7 +277,7 @@ def rows_of(args, run, features, seeds):
             continue
         places[feature, seed] = len(num_rows)
         fields, sizes = fields_of(feature, run, seed)
-        first = np.cumsum([0, num_users, run.num_items, *sizes])  # each field has rows of its own in the table
+        first = np.cumsum([0, num_users, run.num_items, *sizes])  # each field has its own rows
         num_rows.append(int(first[-1]))
         for name in ids:
             frame = run.split[name]
@@ -282,7 +286,7 @@ def rows_of(args, run, features, seeds):
     rows = Rows({name: torch.stack(parts).to(device) for name, parts in ids.items()}, run.labels, num_rows,
                 unknown=num_users - 1)
     if features == ["dense"]:
-        users = {name: torch.from_numpy(run.split[name]["user"].to_numpy(copy=True)).to(device) for name in ids}
+        users = {name: torch.tensor(run.split[name]["user"].to_numpy(), device=device) for name in ids}
         rows = rows._replace(vectors=torch.cat(run.vectors, 1).to(device), users=users,
                              dims=tuple(part.shape[1] for part in run.vectors))
     return rows, places
@@ -301,7 +305,7 @@ def same_shape(features, num_profiles):
 
 
 def train_group(args, name, run, features, seeds):
-    """One model with feature sets of one shape, all seeds and candidates -> dict of figures by (feature, seed)
+    """One model with feature sets of one shape, all seeds and candidates -> figures by (feature, seed)
 
     The choice of rate and penalty is the best mean valid logloss over the seeds; test labels are looked at
     for the chosen only.
@@ -337,7 +341,7 @@ MOST_FLOATS = 2**27  # numbers in the embedding tables of one stack: 3 GB with A
 
 
 def score(run, probabilities):
-    """Figures on test: AUC, logloss, calibration error; AUC by history, nan where a group has one label only."""
+    """Figures on test: AUC, logloss, calibration error; AUC by history, nan where a group has one label."""
     labels = run.labels["test"]
     of_group = {}
     for group, mine in history_groups(run).items():
@@ -368,7 +372,9 @@ def key_of(args, run, model, feature, seed):
 def read_finished(path):
     """finished.jsonl -> dict of rows by key; a line that a kill cut short is no row."""
     rows = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text().split("\n") if path.exists() else []:
+        if not line:
+            continue
         try:
             row = json.loads(line)
             rows[row.pop("key")] = row
@@ -380,23 +386,26 @@ def read_finished(path):
 def train_run(args, run, models, features, seeds):
     """All rows of one run, trained or found finished; the base rate first: list of dicts"""
     path = Path(args.run_dir) / "finished.jsonl"
-    finished, split_seed = read_finished(path), run.prepared["split_seed"]
+    finished, told = read_finished(path), {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
+    is_cut = path.exists() and not path.read_text().endswith("\n")
     rate = float(run.labels["train"].mean())
-    rows = [{"model": "base rate", "features": "none", "split_seed": split_seed, "seed": 0, "auc": 0.5,
+    rows = [{"model": "base rate", "features": "none", **told, "seed": 0, "auc": 0.5,
              "logloss": logloss(run.labels["test"], rate),
              "calibration_error": abs(rate - float(run.labels["test"].mean()))}]
     for model, group in itertools.product(models, same_shape(features, len(run.names))):
-        keys = {(feature, seed): key_of(args, run, model, feature, seed) for feature in group for seed in seeds}
+        keys = {place: key_of(args, run, model, *place) for place in itertools.product(group, seeds)}
         missing = [place for place, key in keys.items() if key not in finished]
-        todo = [feature for feature in group if any(place[0] == feature for place in missing)]
-        of_seeds = seeds if args.tune else [seed for seed in seeds if any(place[1] == seed for place in missing)]
+        todo = [feature for feature in group if feature in {place[0] for place in missing}]
+        of_seeds = seeds if args.tune else sorted({seed for _, seed in missing})
         started = time.time()
         chosen = train_group(args, model, run, todo, of_seeds) if missing else {}
         seconds = (time.time() - started) / max(1, len(chosen))
         with open(path, "a") as file:
+            file.write("\n" * is_cut)  # a line that a kill cut short must not swallow the next
+            is_cut = False
             for (feature, seed), figures in chosen.items():
                 if (feature, seed) in missing:
-                    row = {"model": model, "features": feature, "split_seed": split_seed, "seed": seed}
+                    row = {"model": model, "features": feature, **told, "seed": seed}
                     finished[keys[feature, seed]] = row | figures | {"seconds": seconds}
                     line = {"key": keys[feature, seed], **finished[keys[feature, seed]]}
                     file.write(json.dumps(line) + "\n")
@@ -404,8 +413,9 @@ def train_run(args, run, models, features, seeds):
             row = finished[key]
             rows.append(row)
             was = f"{row['seconds']:.1f}s" if (feature, seed) in missing else "finished before"
-            print(f"{model:7} {feature:8} split {split_seed} seed {seed} | lr {row['lr']:g} decay "
-                  f"{row['weight_decay']:g} {row['net_decay']:g} epoch {row['best_epoch']:02d}/{args.epochs} | "
+            chosen_options = " ".join(f"{row[key]:g}" for key in GRID)
+            print(f"{model:7} {feature:8} split {run.split_seed} seed {seed} | lr, decays {chosen_options} | "
+                  f"epoch {row['best_epoch']:02d}/{args.epochs} | "
                   f"valid auc {row['valid_auc']:.4f} logloss {row['valid_logloss']:.4f} | "
                   f"test auc {row['auc']:.4f} logloss {row['logloss']:.4f} | {was}", flush=True)
     return rows
@@ -418,7 +428,7 @@ def train_run(args, run, models, features, seeds):
 
 def rela_impr_auc(auc, reference):
     """Relative improvement in percent (eq. 10): ((A - .5) / (A_ref - .5) - 1) · 100"""
-    return ((auc - 0.5) / (reference - 0.5) - 1) * 100
+    return ((auc - 0.5) / (reference - 0.5) - 1) * 100 if reference != 0.5 else float("nan")
 
 
 def rela_impr_logloss(loss, reference):
@@ -473,7 +483,7 @@ def by_run(results):
 
 
 def table_of_means(by):
-    """Every (model, features): means over splits and seeds, and eq. 10 and 11 against the same model without"""
+    """Every (model, features): means over splits and seeds; eq. 10 and 11 against the same model without"""
     header = ["model", "features", "AUC", "logloss", "calibration error", "RelaImpr AUC (%)",
               "RelaImpr logloss (%)"]
     lines = []
@@ -527,8 +537,8 @@ def paper_tables(by, prepared):
     tables = {
         "Table 2: overall performance": [*[(model, "none") for model in MODELS], ("dcn", "codes")],
         "Table 3: without vector quantization": [("dcn", "dense"), ("dcn", "codes")],
-        "Table 4: transfer to other recommenders": [(model, features) for model in ("dcn", "pnn", "onn", "dcnv2")
-                                                    for features in ("none", "codes")]}
+        "Table 4: transfer to other recommenders": list(itertools.product(("dcn", "pnn", "onn", "dcnv2"),
+                                                                          ("none", "codes")))}
     text = []
     if data:
         text = [f"The paper's columns are its figures on {data}, {PAPER_DATA[data]:,} interactions; here are "
@@ -562,17 +572,19 @@ def summarize(results, runs):
     overlap = len(first.labels["test"]) / len(first.labels["train"]) if num_splits > 1 else 0.0
     cold = int((first.history[first.split["test"]["user"]] == 0).sum())
     differences, gains = table_of_differences(by, overlap)
-    interval = ("t test over all of them, its variance corrected for the splits' overlap (Nadeau and Bengio, 2003)"
-                if num_splits > 1 else "t test over the seeds; the split is one and the same")
-    text = [f"# Click-through rate: {first.prepared['dataset']}, {len(first.labels['test']):,} test rows", "",
-            f"Split {first.prepared['split']}, {num_splits} of it, {num_seeds} seeds each; {cold:,} of the first "
-            f"one's test rows are of users without a train row, whom the models know as unknown. ± is the standard "
-            f"deviation over splits and seeds.", "",
+    interval = ("t test over splits and seeds, its variance corrected for the splits' overlap (Nadeau and "
+                "Bengio, 2003)" if num_splits > 1 else "t test over the seeds; the split is one and the same")
+    num_test = len(first.labels["test"])
+    text = [f"# Click-through rate: {first.prepared['dataset']}, {num_test:,} test rows", "",
+            f"Split: {first.prepared['split']}, drawn {num_splits} times, {num_seeds} seeds each; {cold:,} "
+            "of the first one's test rows are of users without a train row, whom the models know as unknown. "
+            "± is the standard deviation over splits and seeds.", "",
             *paper_tables(by, first.prepared),
             "## All figures", "", *table_of_means(by), "",
-            "## Paired differences", "", f"Mean ± half of the 95% interval: {interval}.", "", *differences, "",
-            "## AUC by history", "", "Test rows by the number of train rows that their user has (first split).",
-            "", *table_of_groups(by, first)]
+            "## Paired differences", "", f"Mean ± half of the 95% interval: {interval}.", "", *differences,
+            "", "## AUC by history", "",
+            "Test rows by the number of train rows that their user has (first split).", "",
+            *table_of_groups(by, first)]
     return "\n".join(text) + "\n", gains
 
 
@@ -604,14 +616,15 @@ def draw_figure(title, results, column, path_name, args):
 
 def codebook_figures(args, run, seeds):
     """Figures 5 and 6: the first model with the codes of smaller and larger codebooks, random ones beside"""
-    for place, (figure, sizes) in enumerate({"figure5.png": HOBBY_SIZES, "figure6.png": BACKGROUND_SIZES}.items()):
+    for place, (figure, sizes) in enumerate(FIGURES.items()):
         if place >= len(run.names):
             print(f"{figure}: there is no second profile to vary")
             continue
         rows = []
         for size in sizes:
             codes = [size if k == place else other for k, other in enumerate(run.code_sizes)]
-            folder = further_run(args, "codes-" + "-".join(map(str, codes)), "03_quantize.py", {"codes": codes})
+            name = "codes-" + "-".join(map(str, codes))
+            folder = further_run(args, name, "03_quantize.py", {"codes": codes})
             further = read_run(args, folder, ["codes"])
             rows += [row | {"size": size} for row in train_run(args, further, args.models[:1],
                                                                ["none", "codes", "random"], seeds)[1:]]
@@ -627,9 +640,9 @@ def codebook_figures(args, run, seeds):
 class FoldedDCN:
     """A DCN ready to serve: users and items keep the few numbers that it needs of them, the bank folded in.
 
-    By induction x_l = α_l x_0 + β_l with β_l = b_0 + … + b_{l-1} and α_{l+1} = α_l (1 + w_lᵀ x_0) + w_lᵀ β_l, so
-    that the model reads of x_0 only w_lᵀ x_0 [L], the head's part [1] and the MLP's first layer [H]. These add
-    up over the fields; those of a user, his codes included, are added once, when the bank is loaded.
+    By induction x_l = α_l x_0 + β_l with β_l = b_0 + … + b_{l-1}, α_{l+1} = α_l (1 + w_lᵀ x_0) + w_lᵀ β_l, so
+    that the model reads of x_0 only w_lᵀ x_0 [L], the head's part [1] and the MLP's first layer [H]. These
+    add up over the fields; those of a user, his codes included, are added once, when the bank is loaded.
     """
 
     def __init__(self, net, tables, codes):
@@ -661,8 +674,8 @@ class FoldedDCN:
 
 
 @torch.no_grad()
-def serving_table(num_users, num_items, codes, code_sizes, vectors, args, batches=(1, 10_000), rounds=(1000, 60)):
-    """Table 6: dict of figures by way of serving. Random weights: how long a DCN takes does not depend on them.
+def serving_table(args, num_users, num_items, codes, code_sizes, vectors, rounds={1: 1000, 10_000: 60}):
+    """Table 6: dict of figures by way of serving. Random weights: a DCN's time does not depend on them.
 
     codes int64 [N, P]; vectors [N, C], the profiles themselves. Each way answers the same requests in turn.
     """
@@ -679,7 +692,7 @@ def serving_table(num_users, num_items, codes, code_sizes, vectors, args, batche
     pair = lambda user, item: torch.stack([user, item], 1)
     ways = {
         "DCN": lambda user, item: plain(look_up(pair(user, item))),
-        "DCN + bank": lambda user, item: with_bank(look_up(torch.cat([pair(user, item), bank[user].long()], 1))),
+        "DCN + bank": lambda user, item: with_bank(look_up(torch.cat([pair(user, item), bank[user]], 1))),
         "DCN + vectors": lambda user, item: with_vectors(look_up(pair(user, item)), None, vectors[user]),
         "DCN, folded": FoldedDCN(plain.net, tables[:2], codes),
         "DCN + bank, folded": FoldedDCN(with_bank.net, tables, codes)}
@@ -691,7 +704,7 @@ def serving_table(num_users, num_items, codes, code_sizes, vectors, args, batche
             ids + model(with_vectors) + megabytes(vectors), *folded]
     figures = {name: {"megabytes": size} for name, size in zip(ways, held)}
     draw = torch.Generator().manual_seed(0)
-    for size, num in zip(batches, rounds):
+    for size, num in rounds.items():
         taken = {name: [] for name in ways}
         for _ in range(num):
             user, item = (torch.randint(most, (size,), generator=draw) for most in (num_users, num_items))
@@ -713,11 +726,12 @@ def peak_megabytes(function):
     status = lambda key: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status")
                               if line.startswith(key))
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed goes back first
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
         function()
         return max(0.0, status("VmHWM") - before)
-    except (OSError, StopIteration):
+    except (OSError, AttributeError, StopIteration):
         return None
 
 
@@ -752,16 +766,16 @@ def main(args):
     started = time.time()
     features = check_features(args, read_artifacts(args, "users.parquet")[0])
     runs = [read_run(args, args.run_dir, features)]
-    prepared = runs[0].prepared
-    if args.splits > 1 and prepared["split"] not in ("random", "cold-user"):
-        fail(f"--splits {args.splits}: a split {prepared['split']} is not drawn, so there is one only")
-    for split_seed in range(prepared["split_seed"] + 1, prepared["split_seed"] + args.splits):
+    if args.splits > 1 and (split := runs[0].prepared["split"]) not in ("random", "cold-user"):
+        fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
+    for split_seed in range(runs[0].split_seed + 1, runs[0].split_seed + args.splits):
         folder = further_run(args, f"split-{split_seed}", "01_prepare.py", {"split_seed": split_seed})
         runs.append(read_run(args, folder, features))
     models, seeds = list(dict.fromkeys(args.models)), range(args.seed, args.seed + args.seeds)
     rows = [row for run in runs for row in train_run(args, run, models, features, seeds)]
 
-    options = json.dumps({key: value for key, value in vars(args).items() if key != "run_dir"}, sort_keys=True)
+    told = {key: value for key, value in vars(args).items() if key != "run_dir"}
+    options = json.dumps(told, sort_keys=True)
     seconds = [row.get("seconds", 0.0) for row in rows]
     results = pd.DataFrame(rows).drop(columns="seconds").assign(options=options)
     text, gains = summarize(results, runs)
@@ -771,8 +785,8 @@ def main(args):
         codebook_figures(args, runs[0], seeds)
     if args.bench:
         profiles = read_artifacts(args, "profiles.pt")[0]["profiles"].flatten(1).float()
-        facts["serving"] = serving_table(len(runs[0].users), runs[0].num_items, torch.from_numpy(runs[0].codes),
-                                         [size + 1 for size in runs[0].code_sizes], profiles, args)
+        facts["serving"] = serving_table(args, len(profiles), runs[0].num_items, torch.tensor(runs[0].codes),
+                                         [size + 1 for size in runs[0].code_sizes], profiles)
         print("\n".join(print_serving(facts["serving"])))
     write_artifact(args, "results.md", text, runs[0].inputs, **facts)
     path = write_artifact(args, "results.parquet", results, runs[0].inputs, **facts)

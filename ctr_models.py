@@ -274,7 +274,7 @@ class DCNModel(nn.Module):
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
         self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
-        self.net = DCN(num_fields * field_dim, num_layers, hidden)
+        self.net = DCN(num_fields * field_dim, num_layers, hidden, dropout=0.0)  # `keep` is its dropout
 
     def forward(self, e, keep=None):
         return self.net(e.flatten(1), keep)
@@ -366,7 +366,7 @@ def step_rows_(adam_, table, total, index, found, grad, *options):
     gradient [G, n, W]; total [G N, W]: zeros, before and after.
     """
     total.index_put_((index,), grad.flatten(0, 1), accumulate=True)
-    grad = total.index_select(0, index).view(grad.shape)  # an id that the batch meets twice moves once, by the sum
+    grad = total.index_select(0, index).view(grad.shape)  # an id met twice moves once, by the sum
     total.index_fill_(0, index, 0.0)
     adam_(*found.chunk(3, 2), grad, *options)
     table.index_copy_(0, index, found.flatten(0, 1))
@@ -464,8 +464,8 @@ class Stack:
         lr, step = state["lr"], torch.tensor(float(self.steps), device=self.device)
         found = self.tables().index_select(0, index).view(len(ids), -1, 3 * self.width)  # [G, B F, 3 W]
         rows = found[..., :self.width].unflatten(1, ids.shape[1:])  # [G, B, F, W]
-        grad = step_models_(state["flat"], state["mean"], state["square"], lr, state["net_decay"], step, rows, self.buffers(),
-                            keep, seed_of, label, *vectors)
+        grad = step_models_(state["flat"], state["mean"], state["square"], lr, state["net_decay"], step,
+                            rows, self.buffers(), keep, seed_of, label, *vectors)
         step_rows_(adam_, self.tables(), self.total, index, found, grad.flatten(1, 2), lr[..., None],
                    state["weight_decay"][..., None], step)
 

@@ -1,5 +1,7 @@
-import argparse
+import itertools
+import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,62 +12,7 @@ from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from conftest import ctr, dies, run_stage
 
-def settings(**changes):
-    return argparse.Namespace(**vars(ctr.parse_args(["--epochs", "40", "--patience", "40"])) | changes)
-
-
-def pairwise_data(rows=6000, seed=0):
-    """Labels that no single field explains: sign of a product of factors of two fields; a third is noise."""
-    rng = np.random.default_rng(seed)
-    sizes = [12, 12, 4]
-    factor = [rng.choice([-1.0, 1.0], size=12) for _ in range(2)]
-    ids = np.stack([rng.integers(size, size=rows) for size in sizes], 1)
-    label = (factor[0][ids[:, 0]] * factor[1][ids[:, 1]] > 0).astype(np.int8)
-    parts = np.split(np.arange(rows), [rows * 8 // 10, rows * 9 // 10])
-    parts = dict(zip(("train", "valid", "test"), parts))
-    ids = {name: torch.from_numpy(ids[part]) for name, part in parts.items()}
-    return sizes, ids, {name: label[part] for name, part in parts.items()}
-
-
-@pytest.mark.parametrize("name", ctr.MODELS)
-def test_model_learns_a_planted_interaction(name):
-    sizes, ids, labels = pairwise_data()
-    assert ctr.train_one(settings(), name, sizes, ids, labels, seed=0)["auc"] > 0.9
-
-
-def test_no_model_beats_chance_on_labels_of_chance():
-    sizes, ids, labels = pairwise_data()
-    rng = np.random.default_rng(1)
-    labels = {key: rng.integers(2, size=len(value)).astype(np.int8) for key, value in labels.items()}
-    assert abs(ctr.train_one(settings(epochs=5), "dcn", sizes, ids, labels, seed=0)["auc"] - 0.5) < 0.08
-
-
-def test_test_labels_reach_neither_training_nor_the_choice_of_the_epoch():
-    sizes, ids, labels = pairwise_data(rows=1500)
-    poisoned = labels | {"test": 1 - labels["test"]}
-    first, second = (ctr.train_one(settings(epochs=6), "dcn", sizes, ids, each, seed=0)
-                     for each in (labels, poisoned))
-    assert first["auc"] == pytest.approx(1 - second["auc"])
-    for key in ("valid_auc", "valid_logloss", "best_epoch"):
-        assert first[key] == second[key]
-
-
-def test_the_best_epoch_is_restored_and_patience_stops():
-    sizes, ids, labels = pairwise_data(rows=1500)
-    options = lambda epochs: settings(epochs=epochs, patience=30, lr=0.05)
-    long = ctr.train_one(options(30), "dcn", sizes, ids, labels, seed=0)
-    cut = ctr.train_one(options(long["best_epoch"]), "dcn", sizes, ids, labels, seed=0)
-    # the figures are those of the best epoch's weights, not of the last
-    assert long["best_epoch"] < 30 and long == cut
-
-
-@pytest.mark.parametrize("change", [{"lr": 0.03}, {"weight_decay": 0.1}, {"dropout": 0.6}, {"hidden": [8, 4]},
-                                    {"layers": 1}, {"field_dim": 4}, {"batch_size": 64}, {"epochs": 1}])
-def test_every_option_moves_the_result(change):
-    sizes, ids, labels = pairwise_data(rows=1000)
-    base = settings(epochs=3, patience=1)
-    run = lambda args: ctr.train_one(args, "dcn", sizes, ids, labels, seed=0)["logloss"]
-    assert run(base) != run(argparse.Namespace(**vars(base) | change))
+SPLITS = "train", "valid", "test"
 
 
 def small_split(num_users=300, num_items=20, seed=0):
@@ -81,19 +28,154 @@ def small_split(num_users=300, num_items=20, seed=0):
     return {key: rows[name == key] for key in ("train", "valid", "test", "support")}, generous
 
 
+def small_run_of(split=None, codes_tell=True, seed=0):
+    """What read_run gives: users' codes decide, with the item's, whether they like it."""
+    rng = np.random.default_rng(seed)
+    split = split or small_split()[0]
+    num_users = 1 + max(int(frame["user"].max()) for frame in split.values())
+    codes = np.stack([rng.integers(4, size=num_users), rng.integers(3, size=num_users)], 1)
+    told = codes[:, 0] if codes_tell else rng.integers(4, size=num_users)
+    for name, frame in split.items():
+        likes = (told[frame["user"]] + frame["item"]) % 4 < 2
+        label = np.where(rng.random(len(frame)) < 0.1, ~likes, likes).astype(np.int8)
+        split[name] = frame.assign(label=label)
+    history = split["train"]["user"].value_counts().reindex(range(num_users), fill_value=0).to_numpy()
+    vectors = [torch.eye(4)[codes[:, 0]], torch.eye(3)[codes[:, 1]]]
+    return SimpleNamespace(
+        split=split, labels={name: split[name]["label"].to_numpy(copy=True) for name in SPLITS},
+        users=pd.DataFrame({"true_hobby": codes[:, 0], "true_background": codes[:, 1]}), codes=codes,
+        code_sizes=[4, 3], names=["hobby", "background"], vectors=vectors, history=history, num_items=20,
+        split_seed=0, digests={})
+
+
+def settings(*argv):
+    return ctr.parse_args(["--epochs", "3", "--batch-size", "128", "--lr", "0.003", *map(str, argv)])
+
+
+def group(run, *argv, name="dcn", features=("none",), seeds=(0,)):
+    return ctr.train_group(settings(*argv), name, run, list(features), list(seeds))
+
+
+def test_test_labels_reach_neither_training_nor_any_choice():
+    first, second = small_run_of(), small_run_of()
+    second.labels["test"] = 1 - second.labels["test"]
+    (one,), (two,) = (group(run, "--tune").values() for run in (first, second))
+    assert one["auc"] == pytest.approx(1 - two["auc"])
+    for key in ("valid_auc", "valid_logloss", "best_epoch", *ctr.GRID):
+        assert one[key] == two[key]
+
+
+def test_the_best_epoch_is_restored_and_patience_stops():
+    run = small_run_of()
+    argv = lambda epochs: ("--epochs", epochs, "--patience", 30, "--lr", 0.05)
+    long = group(run, *argv(30))[("none", 0)]
+    # the figures are those of the best epoch's weights, not of the last
+    assert long["best_epoch"] < 30 and long == group(run, *argv(long["best_epoch"]))[("none", 0)]
+    stopped = group(run, *argv(30), "--patience", 1)[("none", 0)]
+    assert stopped["best_epoch"] <= long["best_epoch"]
+
+
+@pytest.mark.parametrize("change", [
+    ("--lr", 0.03), ("--weight-decay", 0.1), ("--net-decay", 0.1), ("--dropout", 0.6), ("--hidden", 8, 4),
+    ("--layers", 1), ("--field-dim", 4), ("--batch-size", 64), ("--epochs", 1), ("--id-dropout", 0.3)])
+def test_every_option_moves_the_result(change):
+    run = small_run_of()
+    figure = lambda *argv: group(run, *argv)[("none", 0)]["logloss"]
+    assert figure() != figure(*change)
+
+
+def test_codes_that_tell_are_used_and_random_ones_are_not():
+    found = group(small_run_of(), "--epochs", 40, name="dcnv2", features=["codes", "random", "truth", "cf"])
+    auc = {feature: figures["auc"] for (feature, _), figures in found.items()}
+    assert min(auc["codes"], auc["truth"]) > auc["random"] + 0.05
+    dense = group(small_run_of(), "--epochs", 40, name="dcnv2", features=["dense"])[("dense", 0)]["auc"]
+    assert dense > auc["random"] + 0.05
+
+
+def test_the_choice_is_the_best_mean_on_valid_and_is_that_run():
+    run = small_run_of()
+    chosen = group(run, "--tune", features=["codes", "random"], seeds=[0, 1])
+    for feature in ("codes", "random"):
+        mean = {}
+        for values in itertools.product(*ctr.GRID.values()):
+            options = [f"--{key.replace('_', '-')}={value}" for key, value in zip(ctr.GRID, values)]
+            alone = group(run, *options, features=[feature], seeds=[0, 1])
+            mean[values] = np.mean([figures["valid_logloss"] for figures in alone.values()])
+            if values == tuple(chosen[feature, 0][key] for key in ctr.GRID):
+                for seed in (0, 1):
+                    assert chosen[feature, seed] == pytest.approx(alone[feature, seed], abs=1e-5, nan_ok=True)
+        for seed in (0, 1):
+            assert tuple(chosen[feature, seed][key] for key in ctr.GRID) == min(mean, key=mean.get)
+
+
+def test_a_finished_row_is_never_trained_twice_and_a_killed_run_ends_the_same(tmp_path, monkeypatch, capsys):
+    run, seeds, features = small_run_of(), range(2), ["none", "codes", "random", "leniency"]
+    rows = lambda folder, *more: [
+        {key: value for key, value in row.items() if key != "seconds"} for row in ctr.train_run(
+            settings("--run-dir", tmp_path / folder, *more), run, ["dcn", "pnn"], features, seeds)]
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    whole = rows("whole")
+    train, calls = ctr.train_group, []
+
+    def killed(*rest):
+        calls.append(rest)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(*rest)
+
+    monkeypatch.setattr(ctr, "train_group", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rows("killed")
+    path = tmp_path / "killed/finished.jsonl"
+    done = path.read_text()
+    path.write_text(done[:-20])  # the last line cut short
+    monkeypatch.setattr(ctr, "train_group", lambda *rest: calls.append(rest) or train(*rest))
+    again = rows("killed")
+    assert "unfinished line" in capsys.readouterr().out and len(calls) == 8  # the cut row, and 3 groups
+    same = lambda one, two: pd.testing.assert_frame_equal(pd.DataFrame(one), pd.DataFrame(two), atol=1e-6)
+    same(whole, again)
+    same(rows("killed"), again)
+    assert len(calls) == 8
+    rows("killed", "--lr", 0.02)
+    assert len(calls) == 14  # other options are other rows
+
+
+def test_history_groups_are_a_partition_by_train_rows():
+    run = small_run_of()
+    groups = ctr.history_groups(run)
+    assert (sum(mine.astype(int) for mine in groups.values()) == 1).all()
+    users = run.split["test"]["user"].to_numpy()
+    assert (groups["cold"] == (users >= 280)).all() and groups["cold"].any()
+    run.history = np.arange(300)
+    counts = [run.history[users][mine] for name, mine in ctr.history_groups(run).items() if name != "cold"]
+    assert counts[0].max() < counts[1].min() and counts[1].max() < counts[2].min()
+    sizes = [len(part) for part in counts]
+    assert max(sizes) < 1.3 * min(sizes)
+
+
 def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
-    rng = np.random.default_rng(0)
-    bank = pd.DataFrame({"user": range(300), "hobby": rng.integers(4, size=300),
-                         "background": rng.integers(3, size=300)})
-    names, sizes = ["hobby", "background"], [4, 3]
-    everyone = {"test": pd.DataFrame({"user": range(300)})}
-    fields = lambda name, seed=0: ctr.fields_of(name, everyone, bank, None, names, sizes, [], seed)
+    run = small_run_of()
+    run.split = {"test": pd.DataFrame({"user": range(300)})}
+    fields = lambda name, seed=0: ctr.fields_of(name, run, seed)
     codes, with_unknown = fields("codes")
-    assert with_unknown == [5, 4] and (codes["test"] == bank[names].to_numpy()).all()
+    assert with_unknown == [5, 4] and (codes["test"] == run.codes).all()
     first, second = (fields("random", seed)[0]["test"] for seed in (0, 1))
     assert (np.sort(first, 0) == np.sort(codes["test"], 0)).all() and (first != second).any()
     assert (first[:, 0] == codes["test"][:, 0]).mean() < 0.4
     assert fields("none")[0]["test"].shape == (300, 0)
+
+
+def test_every_field_has_rows_of_its_own_and_cold_users_are_unknown():
+    run = small_run_of()
+    rows, places = ctr.rows_of(settings(), run, ["codes", "random"], [0, 1])
+    assert len(set(places.values())) == 3 and places["codes", 0] == places["codes", 1]  # codes know no seed
+    first = rows.ids["test"][places["codes", 0]].numpy()
+    user = run.split["test"]["user"].to_numpy()
+    assert (first[:, 0] == np.where(user < 280, user, 300)).all() and rows.unknown == 300
+    ranges = np.cumsum([0, 301, 20, 5, 4])
+    assert (first[:, 1] == 301 + run.split["test"]["item"]).all()
+    assert (first[:, 2:] == run.codes[user] + ranges[2:4]).all() and rows.num_rows[0] == ranges[-1]
 
 
 def test_leniency_is_the_quartile_of_the_users_residual_also_of_cold_users():
@@ -157,43 +239,11 @@ def test_cf_finds_who_likes_the_same_items_and_folds_cold_users_in():
     assert (codes[198:] == 2).all()  # neither train nor support rows
 
 
-def test_dense_fields_are_mapped_linearly_and_learn():
-    sizes, ids, labels = pairwise_data()
-    vectors = torch.randn(12, 5)
-    rows = {name: part[:, [1, 2, 0]] for name, part in ids.items()}  # dense fields stand last
-    for name in ctr.MODELS:
-        model = ctr.MODELS[name]([*sizes[1:], vectors], 8, 2, (6, 4), 0.0).eval()
-        e = model.embed(rows["test"])
-        expected = model.embed.maps[0](vectors[ids["test"][:, 0]])
-        assert torch.equal(e[:, -1], expected) and model(rows["test"]).shape == labels["test"].shape
-    one_hot = torch.eye(12)
-    assert ctr.train_one(settings(), "dcnv2", [*sizes[1:], one_hot], rows, labels, seed=0)["auc"] > 0.9
-
-
-def test_id_dropout_shows_the_unknown_id_to_training_only_and_spares_the_rows(monkeypatch):
-    sizes, ids, labels = pairwise_data(rows=3000)
-    sizes = [sizes[0] + 1, *sizes[1:]]
-    before, seen = ids["train"].clone(), {True: [], False: []}
-
-    class Recorder(ctr.MODELS["dcn"]):
-        def forward(self, ids):
-            seen[self.training].append((ids[:, 0] == sizes[0] - 1).float())
-            return super().forward(ids)
-
-    monkeypatch.setitem(ctr.MODELS, "dcn", Recorder)
-    for share in (0.0, 0.3):
-        seen[True].clear()
-        ctr.train_one(settings(epochs=3, id_dropout=share), "dcn", sizes, ids, labels, seed=0)
-        assert float(torch.cat(seen[True]).mean()) == pytest.approx(share, abs=0.03)
-    assert not torch.cat(seen[False]).any() and torch.equal(ids["train"], before)
-
-
 def test_the_papers_relative_improvements_come_out():
     """Eq. 10 and 11 on table 2's printed figures; tolerance: what rounding to four digits can do."""
-    ours = {"clothing": (0.6269, 0.5126), "movies": (0.8184, 0.4566),
-            "games": (0.7393, 0.7285), "yelp": (0.7314, 0.5558)}
-    reference = {"clothing": (0.6214, 0.5322), "movies": (0.8167, 0.4582),
-                 "games": (0.7317, 0.7744), "yelp": (0.7287, 0.5574)}
+    figures = lambda *key: iter(ctr.PAPER_FIGURES[key])
+    pairs = lambda *key: dict(zip(ctr.PAPER_DATA, zip(*[figures(*key)] * 2)))
+    ours, reference = pairs("dcn", "codes"), pairs("dcn", "none") | {"yelp": pairs("pnn", "none")["yelp"]}
     printed = {"clothing": (4.5548, 3.8199), "movies": (0.5336, 0.3482),
                "games": (3.2755, 6.2992), "yelp": (1.1937, 0.2879)}
     for name, (auc, loss) in printed.items():
@@ -228,17 +278,6 @@ def test_calibration_error_is_zero_for_the_truth_and_the_shift_for_a_shift():
     assert ctr.calibration_error(np.array([0, 1]), np.array([0.25, 1.0])) == pytest.approx(0.125)
 
 
-def test_the_summary_pairs_by_seed():
-    planted = {"none": 0.0, "random": 0.01, "codes": 0.03, "truth": 0.05}
-    rows = [{"model": "dcn", "features": name, "seed": seed, "auc": 0.6 + 0.1 * seed + gain, "logloss": 0.6,
-             "calibration_error": 0.0}
-            for name, gain in planted.items() for seed in (1, 0)]
-    text, gains = ctr.summarize(pd.DataFrame(rows))
-    assert gains["dcn"]["auc_gain"] == pytest.approx(0.02)
-    assert gains["dcn"]["auc_half_interval"] == pytest.approx(0, abs=1e-9)
-    assert gains["dcn"]["share_of_oracle"] == pytest.approx(0.5) and "50%" in text
-
-
 def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
     results = pd.read_parquet(small_run[1] / "results.parquet")
     assert len(results) == 1 + 2 * 3 * 2 and set(results["features"]) == {"none", "codes", "random"}
@@ -265,5 +304,111 @@ def test_auc_counts_ties_as_half():
 
 
 def test_a_diverging_model_says_so(capsys):
-    sizes, ids, labels = pairwise_data(rows=600)
-    assert "--lr 1e+20" in dies(capsys, ctr.train_one, settings(lr=1e20), "dcn", sizes, ids, labels, 0)
+    assert "--lr 1e+20" in dies(capsys, group, small_run_of(), "--lr", 1e20)
+
+
+def frame_of(gain, splits=(0,), seeds=(1, 0), model="dcn"):
+    return pd.DataFrame([{"model": model, "features": name, "split_seed": split, "seed": seed,
+                          "auc": 0.6 + 0.1 * seed + 0.02 * split + value, "logloss": 0.6,
+                          "calibration_error": 0.0} for name, value in gain.items()
+                         for split in splits for seed in seeds])
+
+
+def test_the_differences_pair_by_split_and_seed():
+    results = frame_of({"none": 0.0, "random": 0.01, "codes": 0.03, "truth": 0.05}, splits=(3, 2))
+    lines, gains = ctr.table_of_differences(ctr.by_run(results.sample(frac=1, random_state=0)), 0.125)
+    assert gains["dcn"]["auc_gain"] == pytest.approx(0.02)
+    assert gains["dcn"]["auc_half_interval"] == pytest.approx(0, abs=1e-9)
+    assert gains["dcn"]["share_of_oracle"] == pytest.approx(0.5) and any("50%" in line for line in lines)
+
+
+def test_the_interval_over_splits_is_wider_by_their_overlap():
+    differences = np.random.default_rng(0).normal(size=9)
+    _, plain, p = ctr.paired_interval(differences)
+    _, wide, corrected = ctr.paired_interval(differences, overlap=0.125)
+    assert wide / plain == pytest.approx(np.sqrt((1 / 9 + 0.125) / (1 / 9))) and corrected > p
+    assert ctr.paired_interval([0.0, 0.0])[2] == 1 and ctr.paired_interval([1.0, 1.0])[2] == 0
+
+
+def test_the_papers_tables_stand_beside_ours_where_it_is_the_papers_data():
+    results = pd.concat([frame_of({"none": 0.0, "codes": 0.1, "dense": 0.05}),
+                         frame_of({"none": 0.0, "codes": 0.1}, model="pnn")])
+    by = ctr.by_run(results)
+    text = "\n".join(ctr.paper_tables(by, {"dataset": "games", "interactions": 27_024}))
+    assert "19,927 interactions; here are 27,024" in text
+    for line in ("| dcn | 0.6500 ± 0.0707 | 0.7317 | 0.6000 ± 0.0000 | 0.7744 |",  # table 2
+                 "| UserIP w.o. VQ, dcn | 0.7000 ± 0.0707 | 0.7340 |",  # table 3
+                 "| UserIP-pnn | 0.7500 ± 0.0707 | 0.7208 |"):  # table 4
+        assert line in text
+    other = "\n".join(ctr.paper_tables(by, {"dataset": "table", "interactions": 27_024}))
+    assert "0.7317" not in other and "| UserIP-pnn | 0.7500" in other
+    assert ctr.paper_name({"dataset": "nete", "interactions": 441_783}) == "movies"
+
+
+def test_a_folded_dcn_is_the_dcn_with_the_bank():
+    torch.manual_seed(0)
+    sizes = [7, 5, 4, 3]
+    tables = [torch.randn(size, 8) for size in sizes]
+    codes = torch.stack([torch.randint(size, (7,)) for size in sizes[2:]], 1)
+    net = ctr.MODELS["dcn"](4, 8, 3, [16, 16])
+    for value in net.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    user, item = torch.arange(7).repeat(5), torch.arange(5).repeat_interleave(7)
+    ids = [user, item, *codes[user].T]
+    with torch.no_grad():
+        expected = net(torch.stack([table[column] for table, column in zip(tables, ids)], 1))
+        assert torch.allclose(ctr.FoldedDCN(net.net, tables, codes)(user, item), expected, atol=1e-4)
+
+
+def test_table_6_tells_what_is_held_and_how_long_it_takes():
+    codes = torch.randint(3, (50, 2))
+    rounds = {1: 20, 10_000: 10}
+    figures = ctr.serving_table(settings(), 50, 20, codes, [4, 4], torch.randn(50, 256), rounds)
+    vectors = 50 * 256 * 4 / 2**20
+    assert figures["DCN + vectors"]["megabytes"] - figures["DCN"]["megabytes"] > vectors
+    assert figures["DCN + bank"]["megabytes"] - figures["DCN"]["megabytes"] < vectors / 2
+    assert all(row["p99_1"] >= row["median_1"] > row["median_10000"] > 0 for row in figures.values())
+    assert len(ctr.print_serving(figures)) == 2 + 2 + len(figures)
+
+
+def test_options_become_a_command_line_again():
+    options = {"run_dir": "x", "paper": True, "codes": [4, 3], "raw": None, "columns": [], "strict": False,
+               "beta": 0.0, "download": ""}
+    assert ctr.command_line(options) == ["--run-dir", "x", "--paper", "--codes", "4", "3", "--beta", "0.0"]
+
+
+def test_further_splits_are_made_by_the_stages_with_the_same_options(small_run, tmp_path):
+    """Another split has rows and codes of its own; it is made once, and again when the options differ."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    argv = ("04_train_ctr.py", "--run-dir", run, "--models", "dcn", "--seeds", 2, "--epochs", 1,
+            "--splits", 2)
+    printed = run_stage(*argv)
+    assert "split-1: 01_prepare.py" in printed and "split-1: 03_quantize.py" in printed
+    results = pd.read_parquet(run / "results.parquet")
+    assert set(results["split_seed"]) == {0, 1} and len(results) == 2 * (1 + 3 * 2)
+    first, second = (pd.read_parquet(folder / "interactions.parquet") for folder in (run, run / "split-1"))
+    assert first.drop(columns="split").equals(second.drop(columns="split"))
+    assert (first["split"] != second["split"]).any()
+    for name in ("interactions.parquet", "profiles.pt", "feature_bank.parquet"):
+        one, two = (json.loads((folder / f"{name}.json").read_text())["options"]
+                    for folder in (run, run / "split-1"))
+        assert {key for key in one if one[key] != two[key]} <= {"run_dir", "split_seed"}
+    again = run_stage(*argv)
+    assert "01_prepare.py" not in again and "finished before" in again
+    assert pd.read_parquet(run / "results.parquet").equals(results)
+    assert "Nadeau" in (run / "results.md").read_text()
+
+
+def test_figures_5_and_6_show_what_stage_3_makes_of_other_sizes(small_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    monkeypatch.setattr(ctr, "FIGURES", {"figure5.png": (2, 5), "figure6.png": (2,)})
+    ctr.main(ctr.parse_args(["--run-dir", str(run), "--models", "dcn", "--seeds", "2", "--epochs", "1",
+                             "--codebook-sizes"]))
+    for name, sizes in (("figure5.png", {2, 5}), ("figure6.png", {2})):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+        figures = json.loads((run / f"{name}.json").read_text())["figures"]
+        assert {row["size"] for row in figures} == sizes and len(figures) == 6 * len(sizes)
+    made = json.loads((run / "codes-5-2/feature_bank.parquet.json").read_text())
+    assert made["options"]["codes"] == [5, 2]

@@ -82,7 +82,7 @@ def test_dcn_equals_a_naive_loop():
             state = torch.stack([x[b, d] * product + bias[d] + state[d] for d in range(6)])
         assert torch.allclose(net.cross(x)[b], state, atol=1e-10)
         hidden = x[b]
-        for layer in (net.mlp[0], net.mlp[3]):
+        for layer in net.mlp.layers:
             hidden = (layer.weight @ hidden + layer.bias).clamp(min=0)
         logit = net.head.weight[0] @ torch.cat([state, hidden]) + net.head.bias[0]
         assert float(net(x)[b]) == pytest.approx(float(logit), abs=1e-10)
