@@ -314,7 +314,8 @@ def test_each_model_of_a_stack_is_the_one_trained_alone(name, double):
     together = stack.predict(rows, "test")
     for place, member in enumerate(members):
         (alone,), single = train_stack(args, name, [member], rows)
-        assert figures[place] == pytest.approx(alone, abs=1e-6)
+        assert figures[place]["valid_logloss"] == pytest.approx(alone["valid_logloss"], abs=1e-6)
+        assert figures[place]["best_epoch"] == alone["best_epoch"]
         assert single.predict(rows, "test")[0] == pytest.approx(together[place], abs=1e-6)
         assert torch.allclose(single.state["flat"][0], stack.state["flat"][place], atol=1e-6)
     assert len({figure["valid_logloss"] for figure in figures}) == 4
@@ -346,6 +347,15 @@ def test_a_step_is_that_of_torchs_adam_when_the_batch_meets_every_row(name, doub
     expected = model(table[rows.ids["test"][0]]).sigmoid()
     assert figures[0]["best_epoch"] > 1 or name == "afn"
     assert stack.predict(rows, "test")[0] == pytest.approx(expected.tolist(), abs=1e-9)
+
+
+def test_an_id_starts_the_larger_the_more_train_rows_have_it():
+    train = torch.cat([torch.full((count,), k) for k, count in enumerate((0, 5, 100, 20_000))])
+    rows = Rows({"train": train[None, :, None]}, {}, [4])
+    stack = Stack(("autoint", 1, 500, 1, (6, 4), ()), [Member(0, 0, 0.1, 0.0, 0.0)], rows)
+    deviation = stack.state["table"][0, :, :500].std(1).tolist()
+    assert deviation == pytest.approx([0, 0.5 * 5 / 105, 0.25, 0.5 * 20_000 / 20_100], rel=0.1)
+    assert not stack.state["table"][..., 500:].any()  # Adam's averages
 
 
 def test_only_rows_of_the_batch_move():
