@@ -30,6 +30,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -141,7 +142,10 @@ def further_run(args, name, stage, change):
                 if there.get("sha256") != mine["sha256"]:
                     is_new = True
                     (folder / file).unlink(missing_ok=True)
-                    os.link(own / file, folder / file)
+                    try:
+                        os.link(own / file, folder / file)
+                    except OSError:  # a file system without hard links
+                        shutil.copy2(own / file, folder / file)
             continue
         options = mine["options"] | {"run_dir": str(folder)} | (change if current == stage else {})
         if is_new or there.get("options") != options:
@@ -753,18 +757,24 @@ def print_serving(figures):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def check_features(args, users):
-    """The feature sets asked for; `truth` is there on planted data only."""
-    has_truth = any(column.startswith("true_") for column in users)
-    if "truth" in (args.features or []) and not has_truth:
-        fail("--features truth: users.parquet holds no true profiles; only planted data know the truth")
+def check_features(args):
+    """The feature sets asked for; `truth` is there on planted data only, and for its own profiles only."""
+    users = read_artifacts(args, "users.parquet")[0]
+    names = read_sidecar(args, "feature_bank.parquet")["names"]
+    missing = [f"true_{name}" for name in names if f"true_{name}" not in users]
+    has_truth = not missing
+    if "truth" in (args.features or []) and missing:
+        fail(f"--features truth: users.parquet holds no {missing[0]}; only planted data know the truth, of "
+             f"hobby and background")
     return list(dict.fromkeys(args.features or ["none", "codes", "random", *["truth"] * has_truth]))
 
 
 def main(args):
     start_stage(args)
     started = time.time()
-    features = check_features(args, read_artifacts(args, "users.parquet")[0])
+    if args.compile and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        fail("--compile: there is no C++ compiler (g++ or clang++) on this machine; leave it out")
+    features = check_features(args)
     runs = [read_run(args, args.run_dir, features)]
     if args.splits > 1 and (split := runs[0].prepared["split"]) not in ("random", "cold-user"):
         fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")

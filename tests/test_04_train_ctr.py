@@ -299,6 +299,20 @@ def test_truth_is_for_planted_data_only(small_run):
     assert "truth" in run_stage("04_train_ctr.py", "--run-dir", small_run[1], "--features", "truth", ok=False)
 
 
+def test_truth_is_asked_for_only_where_every_profile_has_one(monkeypatch):
+    users = pd.DataFrame({"true_hobby": [0], "true_background": [1]})
+    monkeypatch.setattr(ctr, "read_artifacts", lambda args, *names: [users])
+    for names, expected in ((["hobby", "background"], True), (["hobby", "budget", "taste"], False)):
+        monkeypatch.setattr(ctr, "read_sidecar", lambda args, name: {"names": names})
+        assert ("truth" in ctr.check_features(settings())) == expected
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(ctr.shutil, "which", lambda name: None)
+    assert "leave it out" in dies(capsys, ctr.main, settings("--compile"))
+
+
 def test_auc_counts_ties_as_half():
     assert roc_auc_score([0, 1, 1], [0.5, 0.5, 0.9]) == pytest.approx(0.75)
 
