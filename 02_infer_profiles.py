@@ -19,9 +19,11 @@ Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it 
   wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3804, shared 1.3835
 """
 
+import functools
 import hashlib
 import json
 import math
+import re
 import shutil
 import socket
 import time
@@ -29,22 +31,30 @@ from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+from scipy import sparse
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from common import (at_least, fail, fig4_mask, load_llm, options_text, parse_with_presets, read_artifacts,
-                    stage_parser, start_stage, write_artifact)
+                    read_sidecar, stage_parser, start_stage, write_artifact)
 
-FIELDS = ("title", "category", "brand", "price")
+FIELDS = ("title", "category", "brand", "price", "rating", "review")
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
 DEFAULT_ROUTE = ["title+category", "brand+price"]
+JUDGEMENT = "judgement=his judgement is"  # a third profile, told by ratings
 PAPER = {"method": "gradient", "evidence": "history", "route": ["none"], "start": "random", "lr": 0.001,
          "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none"}
+# the released code, but for its prompt, which holds brand and price of the target item (METHOD: not the text)
+RELEASED = {"method": "gradient", "evidence": "review", "route": ["none"], "mask": "causal", "start": "random",
+            "init": "uniform", "lr": 0.01, "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none",
+            "batch_size": 8, "profiles": ["likes=The user likes", "level=The consumption level of this user is"],
+            "task_text": "The user says"}
 
 
 def parse_args(argv=None):
@@ -52,13 +62,28 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--seed", type=at_least(0), default=0, help="seed of everything random in this stage")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
+    add("--released", action="store_true", help="the released code's recipe: " + options_text(RELEASED))
     add("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2, tiny, as at hand")
     add("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT", help="names N_k, their texts")
     add("--task-text", default="The user has bought", help="task text D before the evidence")
     add("--method", choices=["score", "gradient"], default="score", help="natural gradient, or AdamW by user")
-    add("--evidence", choices=["items", "history"], default="items", help="each item alone, or one sequence")
+    add("--evidence", choices=["items", "history", "review"], default="items",
+        help="each item alone, a user's items as one sequence (gradient only), or his reviews")
+    add("--ratings", choices=["none", "liked", "stars"], nargs="?", const="liked", default="none",
+        help="tell how the user rated an item, too: liked or disliked, or in stars (a third profile reads it)")
+    add("--folds", type=at_least(0), default=None, metavar="F",
+        help="infer also without each of F folds of the train rows (default: 5 with --ratings, else 0)")
     add("--route", nargs="+", default=None, metavar="FIELDS",
-        help="fields per profile (default for two profiles: title+category brand+price); none = all to all")
+        help="fields per profile (default: title+category brand+price, and rating); none = all to all")
+    add("--mask", choices=["fig4", "causal"], default="fig4", help="Fig. 4, or plain causal for the ablation")
+    add("--soft-tokens", type=at_least(1), default=1, metavar="S", help="soft tokens per profile, S")
+    add("--init", choices=["random", "names", "vocab", "uniform"], default="random",
+        help="first soft tokens: normal, the name's last word, words at random, U(-.1, .1)")
+    add("--prior", type=Path, metavar="CODEBOOK",
+        help="codebook.pt of this run: pull each user to his codeword (eq. 7) instead of θ̄; a round of EM")
+    add("--only-users", type=Path, metavar="FILE",
+        help="infer new users from a table user_id, item_id (and rating), with scores.pt as it is: no LLM runs")
+    add("--review-tokens", type=at_least(1), default=15, help="tokens of a review's first sentence at most")
     add("--max-history", type=at_least(1), default=20, help="latest items of a user in one history")
     add("--start", choices=["shared", "random"], default="shared", help="gradient: start at θ̄, or at random")
     add("--steps", type=at_least(1), default=40, help="gradient: AdamW steps per user at most")
@@ -73,7 +98,25 @@ def parse_args(argv=None):
     add("--batch-size", type=at_least(1), default=128, help="gradient: users per block")
     add("--tokens-per-batch", type=at_least(1), default=4096, help="tokens per forward pass, prompt included")
     add("--heldout", type=at_least(2), default=3000, help="validation rows to measure the NLL on, at most")
-    args = parse_with_presets(parser, argv, paper=PAPER)
+    args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
+    if args.paper and args.released:
+        parser.error("--paper and --released are two recipes: choose one")
+    if args.only_users:
+        given = [name for name in vars(args) if name not in ("run_dir", "seed", "only_users")
+                 and getattr(args, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"--only-users takes all options from the run: leave out --{given[0].replace('_', '-')}")
+        return args
+    if args.method == "score" and args.evidence == "history":
+        parser.error("--evidence history needs --method gradient: a history's score is no sum over items")
+    has_ratings = args.ratings != "none"
+    if has_ratings and args.evidence == "review":
+        parser.error("--ratings go with items: leave out --evidence review")
+    if has_ratings and args.profiles == DEFAULT_PROFILES and args.route is None:
+        args.profiles, args.route = [*DEFAULT_PROFILES, JUDGEMENT], [*DEFAULT_ROUTE, "rating"]
+    args.folds = (5 if has_ratings else 0) if args.folds is None else args.folds
+    if args.folds == 1:
+        parser.error("--folds 1 leaves no evidence: 0 for none, or 2 and more")
     if any("=" not in text or not all(text.split("=", 1)) for text in args.profiles):
         parser.error(f"--profiles takes NAME=TEXT, such as {DEFAULT_PROFILES[0]!r}, not {args.profiles}")
     names = [text.split("=", 1)[0] for text in args.profiles]
@@ -82,12 +125,19 @@ def parse_args(argv=None):
     if {"user", "user_id"} & set(names):
         parser.error("--profiles: user and user_id are columns of the feature bank; take another name")
     if args.route is None:
-        args.route = DEFAULT_ROUTE if len(names) == len(DEFAULT_ROUTE) else ["none"]
+        is_default = len(names) == len(DEFAULT_ROUTE) and args.evidence != "review"
+        args.route = DEFAULT_ROUTE if is_default else ["none"]
     if args.route != ["none"]:
-        unknown = set("+".join(args.route).split("+")) - set(FIELDS)
-        if len(args.route) != len(names) or unknown:
-            parser.error(f"--route takes one list of fields out of {'+'.join(FIELDS)} for each of "
-                         f"{len(names)} profiles, or none")
+        known = {*FIELDS[:4], *["rating"] * has_ratings}
+        asked = set("+".join(args.route).split("+"))
+        if len(args.route) != len(names) or asked - known:
+            parser.error(f"--route takes one list of fields out of {'+'.join(f for f in FIELDS if f in known)} "
+                         f"for each of {len(names)} profiles, or none"
+                         + "; rating needs --ratings" * ("rating" in asked - known))
+        if args.evidence == "review":
+            parser.error("--evidence review tells all profiles the same: --route none")
+        if has_ratings and "rating" not in asked:
+            parser.error("--ratings are told to no profile: name rating in --route")
     if not args.task_text.strip():
         parser.error("--task-text must hold a word: its last token predicts the first evidence token")
     return args
@@ -97,21 +147,68 @@ def parse_args(argv=None):
 # evidence: what users had, as streams of tokens of which each knows the field it comes from
 # ----------------------------------------------------------------------------------------------------------
 
-Texts = namedtuple("Texts", "ids field")  # ids [R, T] int64, field [R, T] int64 (index in FIELDS, -1 = pad)
-Stream = namedtuple("Stream", "fields sees texts")  # fields it tells, bool [P]: the θ it may read, Texts
+# ids, field [R, T] int64 (index in FIELDS of what is told; -1 = context or pad), length [R] int64
+Texts = namedtuple("Texts", "ids field length")
+# fields it tells; sees bool [P]: the θ it may read; texts by row: item · num_verdicts + verdict, or (reviews)
+# by interaction
+Stream = namedtuple("Stream", "fields sees num_verdicts texts")
+Events = namedtuple("Events", "user item verdict place fold")  # rows of interactions, int64 [R] each
 Pairs = namedtuple("Pairs", "user row")  # int64 [R] each: the texts of a stream that are evidence of a user
 
 
-def pieces_of(item, fields):
-    """Those fields of an item as (field, text) pieces: " Hiking: Rustic Boots One by Frugo for $22."
+def verdicts_of(args, interactions, train):
+    """How users rated, in words: int64 [rows], the words. Stars that no train row has become the nearest."""
+    if args.ratings == "none":
+        return np.zeros(len(interactions), dtype=np.int64), [""]
+    if args.ratings == "liked":
+        return interactions["label"].to_numpy().astype(np.int64), ["disliked", "liked"]
+    stars = np.sort(train["rating"].unique())
+    if len(stars) > 10:
+        fail(f"--ratings stars: the train rows hold {len(stars)} different ratings, too many for a word each: "
+             f"take --ratings liked")
+    distance = np.abs(interactions["rating"].to_numpy()[:, None] - stars)
+    return distance.argmin(1), [f"rated {value:g}" for value in stars]
+
+
+def folds_of(train, num_folds, seed):
+    """A fold for each train row, a user's rows dealt out evenly: int64 [rows]; all -1 without folds"""
+    if not num_folds:
+        return np.full(len(train), -1)
+    rng = np.random.default_rng([seed, 5])
+    order = rng.permutation(len(train))
+    user = train["user"].to_numpy()[order]
+    turn = pd.Series(user).groupby(user).cumcount().to_numpy() + rng.integers(num_folds, size=user.max() + 1)[user]
+    fold = np.empty(len(train), dtype=np.int64)
+    fold[order] = turn % num_folds
+    return fold
+
+
+def events_of(interactions, rows, verdict, fold=None):
+    """Those rows of interactions (bool [rows]) as Events; fold [R] (default: -1, in no fold)"""
+    place = np.flatnonzero(rows)
+    fold = np.full(len(place), -1) if fold is None else fold
+    columns = (interactions["user"].to_numpy()[place], interactions["item"].to_numpy()[place], verdict[place])
+    return Events(*(torch.tensor(column) for column in (*columns, place, fold)))
+
+
+def select(events, mask):
+    return type(events)(*(column[mask] for column in events))
+
+
+def pieces_of(item, fields, verdict=""):
+    """Those fields of an item as (field, text) pieces: " Hiking: Rustic Boots One by Frugo for $22 liked."
 
     A missing field is left out. Prices are told to two digits: the LLM would spend its likelihood on cents.
+    A rating without its title says nothing: the title then stands there as `context`, read but not told.
     """
     present = lambda value: value is not None and value == value and str(value).strip() not in ("", "<NA>")
     price = f"{float(f'{item.price:.2g}'):g}" if present(item.price) else ""
     texts = {"category": f" {item.category}:" if present(item.category) else "", "title": f" {item.title}",
-             "brand": f" by {item.brand}" if present(item.brand) else "", "price": price and f" for ${price}"}
-    pieces = [(field, text) for field, text in texts.items() if field in fields and text]
+             "brand": f" by {item.brand}" if present(item.brand) else "", "price": price and f" for ${price}",
+             "rating": verdict and f" {verdict}"}
+    shown = (*fields, "title") if "rating" in fields else fields
+    pieces = [(field if field in fields else "context", text) for field, text in texts.items()
+              if field in shown and text]
     return pieces[:-1] + [(field, text.rstrip(":") + ".") for field, text in pieces[-1:]]
 
 
@@ -119,22 +216,25 @@ def text_of(pieces):
     return "".join(text for _, text in pieces)
 
 
-def tokenize(tokenizer, rows):
-    """rows: lists of (field, text) pieces, maybe empty -> Texts, padded right: later tokens are not seen."""
+def tokenize(tokenizer, rows, most=None):
+    """rows: lists of (field, text) pieces, maybe empty -> Texts of `most` tokens at most, padded right: later
+    tokens are not seen.
+    """
     # a tokenizer of the Llama kind puts its own space before a text; GPT-2's needs it there
     first_token = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0]
     shift = 1 if first_token.startswith("▁") else 0
+    index = {field: place for place, field in enumerate(FIELDS)}
     ids, field = [], []
     for pieces in rows:
         encoded = tokenizer(text_of(pieces)[shift:], add_special_tokens=False, return_offsets_mapping=True)
-        last_letter = np.array([end for _, end in encoded["offset_mapping"]], dtype=int) + shift
+        last_letter = np.array([end for _, end in encoded["offset_mapping"]], dtype=int)[:most] + shift
         ends = np.cumsum([len(text) for _, text in pieces])
         piece = np.searchsorted(ends, last_letter)  # a token belongs where it ends
         piece = piece.clip(max=max(len(pieces) - 1, 0))
-        ids.append(torch.tensor(encoded["input_ids"], dtype=torch.long))
-        field.append(torch.tensor([FIELDS.index(pieces[p][0]) for p in piece], dtype=torch.long))
+        ids.append(torch.tensor(encoded["input_ids"][:most], dtype=torch.long))
+        field.append(torch.tensor([index.get(pieces[p][0], -1) for p in piece], dtype=torch.long))
     pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-    return Texts(pad(ids, 0), pad(field, -1))
+    return Texts(pad(ids, 0), pad(field, -1), torch.tensor([len(row) for row in ids]))
 
 
 def routes_of(args, items, names):
@@ -144,11 +244,15 @@ def routes_of(args, items, names):
     # brand's tokens would see title tokens that saw θ_hobby, and θ_background would learn what titles tell.
     A profile none of whose fields the data hold is told all fields: better than nothing, and said.
     """
-    known = [field for field in FIELDS if items[field].notna().any()]
+    everyone = torch.ones(len(names), dtype=torch.bool)
+    if args.evidence == "review":
+        return [(("review",), everyone)]
+    known = [field for field in FIELDS[:4] if items[field].notna().any()]
+    rating = ["rating"] * (args.ratings != "none")
     routes = {}
     for index, name in enumerate(names):
         asked = FIELDS if args.route == ["none"] else args.route[index].split("+")
-        fields = tuple(field for field in known if field in asked)
+        fields = tuple(field for field in known + rating if field in asked)
         if not fields:
             print(f"route: the data hold no {' or '.join(asked)}, so {name} reads {'+'.join(known)}")
             fields = tuple(known)
@@ -156,19 +260,55 @@ def routes_of(args, items, names):
     return list(routes.items())
 
 
-def lengths_of(texts):
+def first_sentences(run_dir, may_tell):
+    """The first sentence of each review as pieces; none where the row may not be told (bool [rows])."""
+    path = Path(run_dir) / "interactions.parquet"
+    reviews = pd.read_parquet(path, columns=["review"])["review"]
+    if not reviews[may_tell].notna().any():
+        fail(f"--evidence review: {path} holds no reviews; take --evidence items")
+    first = [re.split(r"(?<=[.!?])\s", text.strip())[0] if told and isinstance(text, str) else ""
+             for text, told in zip(reviews, may_tell)]
+    return [[("review", f" {text}")] if text else [] for text in first]
+
+
+def streams_of(args, routes, interactions, items, words):
+    """A stream for each route, its texts not made yet, and for each the (field, text) pieces of its rows.
+
+    words: of the verdicts. Items that only test rows have stay untold, and so do test rows' reviews.
+    """
+    may_tell = interactions["split"].isin(["train", "valid", "support"])
+    told = set(interactions.loc[may_tell, "item"])
+    streams, pieces = [], []
+    for fields, sees in routes:
+        verdicts = words if "rating" in fields else [""]
+        streams.append(Stream(fields, sees, len(verdicts), None))
+        pieces.append(first_sentences(args.run_dir, may_tell) if fields == ("review",) else
+                      [pieces_of(item, fields, verdict) if item.item in told else []
+                       for item in items.itertuples() for verdict in verdicts])
+    return streams, pieces
+
+
+def rows_of(stream, events):
+    """Which text of the stream an event is: int64 [R]"""
+    if "review" in stream.fields:
+        return events.place
+    return events.item * stream.num_verdicts + (events.verdict if stream.num_verdicts > 1 else 0)
+
+
+def told_of(texts):
+    """How many tokens of each text are told, context and pads left out: int64 [R]"""
     return (texts.field >= 0).sum(1)
 
 
 def cut(texts, rows):
     """Those rows of texts, without the columns that are padding in all of them."""
-    length = int((texts.field[rows] >= 0).sum(1).max())
-    return Texts(texts.ids[rows, :length], texts.field[rows, :length])
+    length = int(texts.length[rows].max())
+    return Texts(texts.ids[rows, :length], texts.field[rows, :length], texts.length[rows])
 
 
 def batches(prompt, texts, rows, max_tokens):
     """Split rows [R] into batches of texts of about equal length, longest first: yields places in `rows`."""
-    lengths = lengths_of(texts)[rows]
+    lengths = texts.length[rows]
     order, start = torch.argsort(lengths, descending=True, stable=True), 0
     while start < len(order):
         size = max(1, max_tokens // (len(prompt.segment) + int(lengths[order[start]])))
@@ -176,28 +316,25 @@ def batches(prompt, texts, rows, max_tokens):
         start += size
 
 
-def evidence_of(args, tokenizer, items, item_streams, told):
-    """What is evidence of whom: a list of (stream, pairs), one per route; `told`: the rows told, by time.
+def evidence_of(args, tokenizer, streams, pieces, events):
+    """What is evidence of whom: a list of (stream, pairs), one per route.
 
-    items: each item alone, one text per item, so that p(H | θ) = Π p(item | θ) as in Fig. 2; history: the
+    items, review: each alone, one text per row, so that p(H | θ) = Π p(item | θ) as in Fig. 2; history: the
     latest items of a user as one text, one text per user.
     """
-    if args.evidence == "items":
-        user, item = (torch.tensor(told[column].to_numpy()) for column in ("user", "item"))
-        has_text = [lengths_of(stream.texts)[item] > 0 for stream in item_streams]
-        return [(stream, Pairs(user[mask], item[mask])) for stream, mask in zip(item_streams, has_text)]
-    latest = told.groupby("user")["item"].agg(lambda rows: list(rows)[-args.max_history:])
-    evidence, records = [], list(items.itertuples())
-    for stream in item_streams:
-        pieces = [sum((pieces_of(records[item], stream.fields) for item in history), [])
-                  for history in latest]
-        texts, user = tokenize(tokenizer, pieces), torch.tensor(latest.index.to_numpy())
-        has_text = lengths_of(texts) > 0
+    if args.evidence != "history":
+        rows = [rows_of(stream, events) for stream in streams]
+        has_text = [told_of(stream.texts)[row] > 0 for stream, row in zip(streams, rows)]
+        return [(stream, Pairs(events.user[mask], row[mask]))
+                for stream, row, mask in zip(streams, rows, has_text)]
+    evidence = []
+    for stream, of_row in zip(streams, pieces):
+        frame = pd.DataFrame({"user": events.user.numpy(), "row": rows_of(stream, events).numpy()})
+        latest = frame.groupby("user")["row"].agg(lambda rows: list(rows)[-args.max_history:])
+        texts = tokenize(tokenizer, [sum((of_row[row] for row in history), []) for history in latest])
+        user, has_text = torch.tensor(latest.index.to_numpy()), told_of(texts) > 0
         pairs = Pairs(user[has_text], torch.arange(len(user))[has_text])
         evidence.append((stream._replace(texts=texts), pairs))
-    cut_short = int((told.groupby("user").size() > args.max_history).sum())
-    print(f"history: the latest {args.max_history} items of each user; "
-          f"{cut_short:,} of {len(latest):,} users had more")
     return evidence
 
 
@@ -207,39 +344,47 @@ def evidence_of(args, tokenizer, items, item_streams, told):
 
 
 class Prompt:
-    """[N_1 θ_1 N_2 θ_2 … D] H (eq. 3) around a frozen LLM, with the mask of Fig. 4."""
+    """[N_1 θ_1 N_2 θ_2 … D] H (eq. 3) around a frozen LLM, with the mask of Fig. 4; S soft tokens per θ_k."""
 
-    def __init__(self, model, tokenizer, names, name_texts, task_text):
-        self.names = names
+    def __init__(self, model, tokenizer, names, name_texts, task_text, num_soft=1, mask="fig4"):
+        self.names, self.num_soft, self.mask = names, num_soft, mask
         self.model, self.device, self.num_profiles = model, model.device, len(name_texts)
         # every stream that starts blind begins as the LLM was trained to begin: with its BOS, if it has one
         bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
-        encode = lambda text: bos + tokenizer(text, add_special_tokens=False).input_ids
-        blocks = [[*encode(text), 0] for text in name_texts]  # 0 holds the soft token's place
-        blocks.append(encode(task_text))
+        plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+        blocks = [[*bos, *plain(text), *[0] * num_soft] for text in name_texts]  # 0: a soft token's place
+        blocks.append([*bos, *plain(task_text)])
         # differs from the paper: positions start anew in each profile block, so that a profile cannot even
         # tell how long the other's name is; the task text goes on behind the longest block
         starts = [0] * len(name_texts) + [max(map(len, blocks[:-1]))]
+        if mask == "causal":  # one text like any other: the bos once, positions in a row
+            blocks = [blocks[0], *(block[len(bos):] for block in blocks[1:])]
+            starts = np.cumsum([0, *map(len, blocks[:-1])]).tolist()
         as_tensor = lambda rows: torch.tensor([value for row in rows for value in row], device=self.device)
         self.segment = as_tensor([index] * len(block) for index, block in enumerate(blocks))  # [L]
         spans = [range(start, start + len(block)) for start, block in zip(starts, blocks)]
         self.position = as_tensor(spans)  # [L]
-        self.soft_places = as_tensor([np.cumsum([len(block) for block in blocks[:-1]]) - 1])  # [P]
+        ends = np.cumsum([len(block) for block in blocks[:-1]])
+        self.soft_places = as_tensor([range(end - num_soft, end) for end in ends.tolist()])  # [P S]
         self.embed = model.get_input_embeddings()
         self.embedding = self.embed(as_tensor(blocks)).detach()  # [L, D]
+        self.name_embeddings = torch.stack([  # of the words that the profiles are named by [P, D]
+            self.embed(torch.tensor(plain(f" {name}"), device=self.device)).mean(0).detach() for name in names])
         # per dimension: GPT-2 .14, Llama-2 .02
         self.scale = float(self.embed.weight.float().square().mean().sqrt())
 
     def inputs(self, soft, ids, sees):
-        """soft [B, P, D], ids [B, T], sees [B, P] -> embeddings [B, L + T, D], mask [B, 1, L + T, L + T],
+        """soft [B, P, S D], ids [B, T], sees [B, P] -> embeddings [B, L + T, D], mask [B, 1, L + T, L + T],
         positions [1, L + T]"""
         (batch, num_tokens), start = ids.shape, int(self.position[-1]) + 1
         evidence = self.embed(ids)  # [B, T, D]
-        prefix = self.embedding.expand(batch, -1, -1).index_copy(1, self.soft_places, soft.to(evidence.dtype))
+        soft = soft.to(evidence.dtype).reshape(batch, len(self.soft_places), -1)  # [B, P S, D]
+        prefix = self.embedding.expand(batch, -1, -1).index_copy(1, self.soft_places, soft)
         segment = F.pad(self.segment, (0, num_tokens), value=self.num_profiles + 1)
         is_soft = torch.zeros_like(segment, dtype=torch.bool).index_fill(0, self.soft_places, True)
         position = torch.cat([self.position, torch.arange(start, start + num_tokens, device=self.device)])
-        return torch.cat([prefix, evidence], 1), fig4_mask(segment, is_soft, sees), position[None]
+        mask = fig4_mask(segment, is_soft, sees, self.mask == "causal")
+        return torch.cat([prefix, evidence], 1), mask, position[None]
 
     def nll(self, soft, texts, sees):
         """-log P(h_t | h_<t, N, θ, D) per evidence token (eq. 4): soft [B, P, D], texts [B, T], sees [B, P]
@@ -257,7 +402,7 @@ class Prompt:
     def check_context(self, texts, what, cure):
         """Exit when a text with its prompt is longer than the LLM's context."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
-        needed = int(self.position[-1]) + 1 + lengths_of(texts)
+        needed = int(self.position[-1]) + 1 + texts.length
         if needed.max() > limit:
             fail(f"{what} {int(needed.argmax())} needs {int(needed.max()):,} tokens with its prompt, "
                  f"but the LLM reads {limit:,} at most: {cure}")
@@ -347,14 +492,16 @@ def pretrain_tiny(folder, histories, name_texts, task_text, num_steps, seed):
     return loss.item()
 
 
-def make_tiny_llm(args, train, streams_pieces, name_texts):
+def make_tiny_llm(args, train, streams, pieces, name_texts):
     """run_dir/tiny_llm, made from this run's train rows; kept when the same texts and seed made it before.
 
-    streams_pieces: per route, each item's pieces; the LLM reads users' items as the prompts will tell them.
+    pieces: for each stream those of its rows; the LLM reads what users had as the prompts will tell it.
     """
-    of_user = train.groupby("user")["item"].agg(list)
-    histories = [[text_of(pieces[item]) for item in rows if pieces[item]]
-                 for pieces in streams_pieces for rows in of_user]
+    histories = []
+    for stream, of_row in zip(streams, pieces):
+        frame = pd.DataFrame({"user": train.user.numpy(), "row": rows_of(stream, train).numpy()})
+        histories += [[text_of(of_row[row]) for row in rows if of_row[row]]
+                      for rows in frame.groupby("user")["row"].agg(list)]
     recipe = json.dumps([histories, name_texts, args.task_text, args.tiny_steps, args.seed, TINY])
     made_from = hashlib.sha256(recipe.encode()).hexdigest()
     folder = Path(args.run_dir) / "tiny_llm"
@@ -373,7 +520,7 @@ def make_tiny_llm(args, train, streams_pieces, name_texts):
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         fail(f"cannot write {folder}: {error.strerror}; free some space or choose another --run-dir")
-    print(f"tiny LLM: pretrained on {len(train):,} train interactions in {time.time() - started:.0f} s, "
+    print(f"tiny LLM: pretrained on {len(train.user):,} train interactions in {time.time() - started:.0f} s, "
           f"loss {loss:.3f}")
 
 
@@ -382,18 +529,32 @@ def make_tiny_llm(args, train, streams_pieces, name_texts):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def first_soft(args, prompt, num, generator):
+    """Soft tokens to start from: [num, P, S D]"""
+    shape = num, prompt.num_profiles, prompt.num_soft, prompt.embedding.shape[1]
+    if args.init == "random":  # at the scale of the LLM's embeddings
+        soft = prompt.scale * torch.randn(shape, generator=generator)
+    elif args.init == "uniform":
+        soft = 0.2 * torch.rand(shape, generator=generator) - 0.1
+    elif args.init == "vocab":
+        table = prompt.embed.weight.detach().float().cpu()
+        soft = table[torch.randint(len(table), shape[:3], generator=generator)]
+    else:  # the word that the profile is named by, the same for all users
+        soft = prompt.name_embeddings[:, None].float().cpu().expand(shape)
+    return soft.flatten(2)
+
+
 def weighted_nll(prompt, soft, stream, rows, weights):
-    """Loss of those rows of a stream, tokens weighted by field (see field_weights): soft [B, P, D] -> []"""
+    """Loss of those rows of a stream, tokens weighted by field (see field_weights): soft [B, P, S D] -> []"""
     texts = cut(stream.texts, rows)
-    weights = F.pad(weights, (0, 1))  # the pad's field -1 takes the last, 0
+    weights = F.pad(weights, (0, 1))  # the field -1 of context and pads takes the last, 0
     weight = weights[texts.field].to(prompt.device)  # [B, T]
     return (prompt.nll(soft, texts, stream.sees) * weight).sum()
 
 
 def fit_shared(args, prompt, evidence, weights, generator, batch_size=64):
-    """One θ̄ for all users, by Adam on minibatches of their evidence -> float32 [P, D]"""
-    shape = 1, prompt.num_profiles, prompt.embedding.shape[1]
-    soft = (prompt.scale * torch.randn(shape, generator=generator)).to(prompt.device).requires_grad_()
+    """One θ̄ for all users, by Adam on minibatches of their evidence -> float32 [P, S D]"""
+    soft = first_soft(args, prompt, 1, generator).to(prompt.device).requires_grad_()
     optimizer = torch.optim.Adam([soft], lr=0.3 * prompt.scale)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.shared_steps)
     for _ in tqdm(range(args.shared_steps), desc="shared start", unit="step", mininterval=2):
@@ -409,7 +570,7 @@ def fit_shared(args, prompt, evidence, weights, generator, batch_size=64):
 
 
 def scores_of(prompt, stream, rows, shared, weights, max_tokens, desc):
-    """g_r = ∇_θ log P(text r | θ) at θ̄, one backward pass per text: rows [R] -> float32 [R, P, D]"""
+    """g_r = ∇_θ log P(text r | θ) at θ̄, one backward pass per text: rows [R] -> float32 [R, P, S D]"""
     scores = torch.empty(len(rows), *shared.shape)
     with tqdm(total=len(rows), desc=desc, unit="text", mininterval=2) as bar:
         for index in batches(prompt, stream.texts, rows, max_tokens):
@@ -420,21 +581,20 @@ def scores_of(prompt, stream, rows, shared, weights, max_tokens, desc):
     return scores
 
 
-def field_weights(args, prompt, item_streams, popularity, shared, generator, num_sample=512):
-    """Bring every field to the same noise: 1 / (root mean square of its score at θ̄ over a sample of items) ->
-    [len(FIELDS)]
+def field_weights(args, prompt, streams, counts, shared, generator, num_sample=512):
+    """Bring every field to the same noise: 1 / (root mean square of its score at θ̄ over a sample of texts) ->
+    [len(FIELDS)]. counts: for each stream how often train rows tell a text [R].
 
     # differs from the paper: fields speak at volumes of their own, which depend on the LLM and say nothing
     # about what they tell: a title's score has more variance than a category's and knows less of the hobby.
     # In a plain sum the loudest field drowns the others.
     """
     weights = torch.zeros(len(FIELDS))
-    for stream in item_streams:
-        told = (popularity * lengths_of(stream.texts)).nonzero()[:, 0]
+    for stream, count in zip(streams, counts):
+        told = (count * told_of(stream.texts)).nonzero()[:, 0]
         rows = told[torch.randperm(len(told), generator=generator)[:num_sample]]
         for field in stream.fields:
-            one_hot = F.one_hot(torch.tensor(FIELDS.index(field)), len(FIELDS)).float()
-            scores = scores_of(prompt, stream, rows, shared, one_hot, args.tokens_per_batch,
+            scores = scores_of(prompt, stream, rows, shared, only(field), args.tokens_per_batch,
                                f"volume of {field}")
             noise = (scores - scores.mean(0)).square().sum((1, 2)).mean()
             weights[FIELDS.index(field)] = noise.clamp(min=1e-20).rsqrt()
@@ -443,151 +603,325 @@ def field_weights(args, prompt, item_streams, popularity, shared, generator, num
     return weights
 
 
-def information_of(prompt, item_streams, popularity, told, shared, weights, max_tokens, shrinkage=1e-3):
-    """Scores of the items told [M], centred by popularity [M, P, D], and their covariance [P, D, D]: the
-    noise.
+def only(field):
+    """Weight 1 for one field, 0 for all others: [len(FIELDS)]"""
+    return F.one_hot(torch.tensor(FIELDS.index(field)), len(FIELDS)).float()
 
-    If users did not differ, a user's n items would be n draws by popularity, and the sum of their scores
-    would have n times this covariance. It is also the Fisher information of θ that one item brings.
+
+def audience(count, weight=3.0):
+    """How the others rated an item: count [M, L] of its verdicts in train rows -> share [M, L, L] for somebody
+    who gave the verdict of axis 1 and is one of them, and share [M, L] for a stranger.
+
+    An item that few have rated is judged as all items are: the prior weighs like `weight` votes.
     """
-    scores = torch.zeros(len(popularity), *shared.shape)
-    noise = torch.zeros(len(shared), shared.shape[1], shared.shape[1])
-    for stream in item_streams:
-        rows = (told * lengths_of(stream.texts)).nonzero()[:, 0]
-        own = scores_of(prompt, stream, rows, shared, weights, max_tokens,
-                        f"score of {'+'.join(stream.fields)}")
-        share = (popularity[rows] / popularity[rows].sum()).double()[:, None]
-        for k in stream.sees.nonzero()[:, 0].tolist():
-            centred = own[:, k].double() - (share * own[:, k].double()).sum(0)  # [R, D]
-            covariance = (share * centred).T @ centred
-            ridge = shrinkage * covariance.diagonal().mean().clamp(min=1e-20)
-            noise[k] = (covariance + ridge * torch.eye(len(covariance))).float()
-            scores[rows, k] = centred.float()
-    return scores, noise
+    prior = (count.sum(0) + 1) / (count + 0.0).sum().add(count.shape[1])
+    with_prior = count + weight * prior  # [M, L]
+    strangers = with_prior / with_prior.sum(1, keepdim=True)
+    others = (with_prior[:, None] - torch.eye(count.shape[1])).clamp(min=0)
+    return others / others.sum(2, keepdim=True), strangers
 
 
-def sum_by_user(stream, pairs, of_row, num_users):
-    """Σ of a user's texts: of_row [R, C] -> float64 [N, C], one sparse product"""
-    incidence = torch.sparse_coo_tensor(torch.stack(pairs), torch.ones(len(pairs.user), dtype=torch.float64),
-                                        (num_users, len(of_row)), check_invariants=True)
-    return torch.sparse.mm(incidence.coalesce(), of_row.double())
+def information_of(prompt, stream, count, known, shared, weights, max_tokens, shrinkage=1e-3):
+    """Centred scores of the texts of a stream, and their covariance, the noise: dict of k -> (own [R, D],
+    strangers' [R, D], which were taken [R], noise [D, D]), k the profiles that the stream tells of.
+
+    count [R]: how often train rows tell a text; known bool [R]: scores are needed. What item a user had is
+    centred by popularity; how he rated it, by how the others rated it, so that what remains is the user's
+    own: train rows without his own vote. If users did not differ, a user's n rows would be n draws, and the
+    sum of their scores would have n times the noise. It is also the Fisher information that one row brings.
+    """
+    rows = (known & (told_of(stream.texts) > 0)).nonzero()[:, 0]
+    is_rating = only("rating").bool()
+    share = (count[rows] / count[rows].sum()).double()[:, None]
+    parts = []
+    for mask in (~is_rating, is_rating):
+        part = torch.zeros(len(count), *shared.shape)
+        if any(mask[FIELDS.index(field)] for field in stream.fields):
+            what = "+".join(field for field in stream.fields if mask[FIELDS.index(field)])
+            part[rows] = scores_of(prompt, stream, rows, shared, weights * mask, max_tokens, f"score of {what}")
+        parts.append(part)
+    of_item, of_verdict = parts
+    shares = audience(count.view(-1, stream.num_verdicts))
+    result = {}
+    for k in stream.sees.nonzero()[:, 0].tolist():
+        mean = (share * of_item[rows, k].double()).sum(0)
+        centred = torch.zeros(len(count), shared.shape[1], dtype=torch.float64)
+        centred[rows] = of_item[rows, k].double() - mean
+        own = strangers = centred
+        if stream.num_verdicts > 1:
+            by_item = of_verdict[:, k].double().view(-1, stream.num_verdicts, shared.shape[1])  # [M, L, D]
+            own = own + (by_item - shares[0].double() @ by_item).flatten(0, 1)
+            strangers = strangers + (by_item - shares[1].double()[:, None] @ by_item).flatten(0, 1)
+        covariance = (share * own[rows]).T @ own[rows]
+        ridge = shrinkage * covariance.diagonal().mean().clamp(min=1e-20)
+        is_known = torch.zeros(len(count), dtype=torch.bool).index_fill(0, rows, True)
+        noise = (covariance + ridge * torch.eye(len(covariance))).float()
+        result[k] = own.float(), strangers.float(), is_known, noise
+    return result
 
 
-def project_scores(stream, pairs, of_row, noise, is_warm, rank=16):
+def sum_by_user(user, row, of_row, num_users):
+    """Σ of a user's texts: user, row int64 [R], of_row [R', C] -> float64 [N, C], one sparse product.
+
+    A user's sum has the same bits whoever else is in it.
+    """
+    order = np.lexsort((row.numpy(), user.numpy()))
+    incidence = sparse.csr_matrix((np.ones(len(order)), (user.numpy()[order], row.numpy()[order])),
+                                  shape=(num_users, len(of_row)))
+    return torch.from_numpy(incidence @ of_row.double().numpy())
+
+
+def project_scores(total, count, noise, is_warm, rank=16):
     """Whiten scores by the noise and keep the directions in which the warm users (is_warm [N]) differ most.
 
-    of_row [R, D], noise [D, D] -> of_row [R, C], its sums by user [N, C], eigenvalues [C]. A whitened sum
-    over n texts has variance n in every direction if users do not differ; an eigenvalue λ above 1 tells how
-    far they do.
+    total [N, D] over count [N] texts, noise [D, D] -> projection [D, C], eigenvalues [C]. A whitened sum over
+    n texts has variance n in every direction if users do not differ; an eigenvalue λ above 1 tells how far
+    they do.
     """
     values, vectors = torch.linalg.eigh(noise.double())
     whiten = vectors * values.rsqrt() @ vectors.T  # Σ^-½
-    count = torch.bincount(pairs.user, minlength=len(is_warm)).double()
-    z = sum_by_user(stream, pairs, of_row, len(is_warm)) @ whiten / count.clamp(min=1).sqrt()[:, None]
+    z = total.double() @ whiten / count.clamp(min=1).double().sqrt()[:, None]
     eigenvalues, directions = torch.linalg.eigh(torch.cov(z[is_warm & (count > 0)].T))
-    projection = whiten @ directions.flip(1)[:, :rank]  # [D, C]
-    of_row = of_row.double() @ projection
-    return of_row, sum_by_user(stream, pairs, of_row, len(is_warm)), eigenvalues.flip(0)[:rank]
+    return whiten @ directions.flip(1)[:, :rank], eigenvalues.flip(0)[:rank]
 
 
-# total [N, P, C], of_item [M, P, C], count [N, P], pull [P], unit [P]
-Coordinates = namedtuple("Coordinates", "total of_item count pull unit")
+# Users and rows in the few directions of the scores in which users differ. For each profile k: stream, its
+# place in `streams`; own and strangers' float32 [R, C], what a row adds for a user of the train rows, for
+# others; known bool [R]: its score was taken; pull, the prior's weight in rows
+Coordinates = namedtuple("Coordinates", "stream own strangers known pull")
 
 
-def coordinates_of(args, prompt, evidence, scores, noise, shared, weights, is_warm):
-    """Users in the few directions of their scores in which they differ (see project_scores).
+def totals_of(coordinates, streams, events, is_warm, num_users=None):
+    """Σ over a user's rows, and how many: float32 [N, P, C], [N, P]"""
+    num_users = len(is_warm) if num_users is None else num_users
+    totals, counts = [], []
+    for at in coordinates:
+        stream, mine = streams[at.stream], is_warm[events.user]
+        row = rows_of(stream, events)
+        told = told_of(stream.texts)[row] > 0
+        table = torch.cat([at.own, at.strangers])
+        row = torch.where(mine, row, row + len(at.own))[told]
+        totals.append(sum_by_user(events.user[told], row, table, num_users).float())
+        counts.append(torch.bincount(events.user[told], minlength=num_users).float())
+    return torch.stack(totals, 1), torch.stack(counts, 1)
+
+
+def coordinates_of(args, prompt, streams, information, events, is_warm):
+    """The coordinates of all profiles (see project_scores): list of Coordinates
 
     What is estimated over users, is so over warm ones (is_warm [N]: with train rows): cold ones are only
     placed.
     """
-    count, pulls, totals, of_items = torch.zeros(len(is_warm), len(shared)), [], [], []
-    for k in range(len(shared)):
-        stream, pairs = next((stream, pairs) for stream, pairs in evidence if stream.sees[k])
-        of_row = scores[:, k]
-        if args.evidence == "history":
-            of_row = scores_of(prompt, stream, pairs.row, shared, weights, args.tokens_per_batch,
-                               "score of histories")[:, k]
-            pairs = Pairs(pairs.user, torch.arange(len(pairs.row)))
-        projected, total, eigenvalues = project_scores(stream, pairs, of_row, noise[k], is_warm)
-        count[:, k] = torch.bincount(pairs.user, minlength=len(is_warm))
+    result = []
+    for k in range(prompt.num_profiles):
+        place = next(index for index, stream in enumerate(streams) if stream.sees[k])
+        own, strangers, known, noise = information[place][k]
+        (total,), (count,) = (part.unbind(1) for part in totals_of(
+            [Coordinates(place, own, strangers, known, 0.0)], streams, events, is_warm))
+        projection, eigenvalues = project_scores(total, count, noise, is_warm)
         # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
-        edge = (1 + math.sqrt(len(noise[k])
-                              / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
+        edge = (1 + math.sqrt(len(noise) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
         excess = float(eigenvalues[eigenvalues > edge].mean()) - 1 if (eigenvalues > edge).any() else 0.1
-        pulls.append(float(count[is_warm, k].mean()) / excess if args.pull is None else args.pull)
-        totals.append(total.float())
-        if args.evidence == "items":  # an item's own part, to be left out of its user's sum
-            of_items.append(projected.float())
-        else:  # a history does not come apart
-            of_items.append(torch.zeros(len(scores), projected.shape[1]))
+        pull = float(count[is_warm].mean()) / excess if args.pull is None else args.pull
+        result.append(Coordinates(place, *((part.double() @ projection).float() for part in (own, strangers)),
+                                  known, pull))
         leading = " ".join(f"{value:.2f}" for value in eigenvalues[:8])
-        print(f"{prompt.names[k]}: pull {pulls[-1]:.1f} items; "
+        print(f"{prompt.names[k]}: pull {pull:.1f} items; "
               f"eigenvalues of the whitened scores (noise 1, its edge {edge:.2f}): {leading}")
-    total, pull = torch.stack(totals, 1), torch.tensor(pulls)
-    unit = (total / (count + pull)[:, :, None])[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)
-    return Coordinates(total, torch.stack(of_items, 1), count, pull, unit)
+    return result
 
 
-def fit_map(args, prompt, item_streams, train, shared, at, generator, batch_size=64):
-    """The map B [P, C, D] from coordinates to soft tokens, one for all users, by Adam on their train items.
+def fit_map(args, prompt, streams, train, shared, coordinates, is_warm, generator, batch_size=64):
+    """The map B [P, C, D] from coordinates to soft tokens, one for all users, by Adam on their train rows.
 
-    Minimises -log P(item | θ̄ + B y_u) with the item itself left out of y_u: a profile must foretell others.
+    Minimises -log P(row | θ̄ + B y_u) with the row itself left out of y_u: a profile must foretell others.
     """
-    shape = len(shared), at.total.shape[2], shared.shape[1]
+    total, count = totals_of(coordinates, streams, train, is_warm)
+    pull = torch.tensor([at.pull for at in coordinates])
+    y = total / (count + pull)[:, :, None]
+    unit = y[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)
+    shape = len(shared), total.shape[2], shared.shape[1]
     lift = torch.zeros(shape, device=prompt.device, requires_grad=True)
     optimizer = torch.optim.Adam([lift], lr=0.1 * prompt.scale)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.map_steps)
-    user, item = (torch.tensor(train[column].to_numpy()) for column in ("user", "item"))
-    without = 1 if args.evidence == "items" else 0  # texts left out of the count
     ones = torch.ones(len(FIELDS))
     for _ in tqdm(range(args.map_steps), desc="map to soft tokens", unit="step", mininterval=2):
         optimizer.zero_grad()
-        for stream in item_streams:
-            told = (lengths_of(stream.texts)[item] > 0).nonzero()[:, 0]
-            rows = told[torch.randint(len(told), (batch_size,), generator=generator)]
-            count = (at.count[user[rows]] - without).clamp(min=0)
-            y = (at.total[user[rows]] - at.of_item[item[rows]]) / (count + at.pull)[:, :, None]
-            y = y / at.unit[:, None]  # [B, P, C]
-            for index in batches(prompt, stream.texts, item[rows], args.tokens_per_batch):
+        for place, stream in enumerate(streams):
+            row = rows_of(stream, train)
+            told = (told_of(stream.texts)[row] > 0).nonzero()[:, 0]
+            chosen = told[torch.randint(len(told), (batch_size,), generator=generator)]
+            row, user = row[chosen], train.user[chosen]
+            left = torch.stack([at.own[row] if at.stream == place else torch.zeros(batch_size, shape[1])
+                                for at in coordinates], 1)  # [B, P, C]
+            is_mine = torch.tensor([float(at.stream == place) for at in coordinates])
+            y = (total[user] - left) / (count[user] - is_mine + pull).clamp(min=1e-6)[:, :, None]
+            y = y / unit[:, None]
+            for index in batches(prompt, stream.texts, row, args.tokens_per_batch):
                 step = torch.einsum("bpc,pcd->bpd", y[index].to(prompt.device), lift)
                 soft = shared.to(prompt.device) + step
-                (weighted_nll(prompt, soft, stream, item[rows][index], ones) / batch_size).backward()
+                (weighted_nll(prompt, soft, stream, row[index], ones) / batch_size).backward()
         optimizer.step()
         schedule.step()
-    return lift.detach().cpu()
+    return lift.detach().cpu() / unit[:, None, None]
 
 
-def infer_by_score(args, prompt, evidence, item_streams, train, scores, noise, shared, weights, tune,
-                   is_warm, generator):
-    """One step from θ̄ for all users at once: profiles [N, P, D], their noise [P, D, D], gain [N, P], pull [P]
+def place_users(total, count, pull, lift):
+    """θ_u - θ̄ = B y_u with y_u = Σ_i g_i / (n_u + pull): total [N, P, C], count [N, P], pull [P], lift
+    [P, C, D] -> [N, P, D]. Sums by hand: a user gets the same bits in any company.
+    """
+    y = total / (count + pull)[:, :, None]  # [N, P, C]
+    step = torch.zeros(*total.shape[:2], lift.shape[2])
+    for c in range(y.shape[2]):
+        step += y[:, :, c, None] * lift[:, c]
+    return step
+
+
+def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune, is_warm, prior, generator):
+    """One step from θ̄ for all users at once: profiles [F + 1, N, P, S D], what anybody's needs (dict).
 
     θ_u = θ̄ + length · B y_u with y_u = Σ_i g_i / (n_u + pull), whitened: a natural-gradient step, shrunk by a
-    prior.
+    prior. With folds, the sum leaves out each fold in turn; the last profile has all of it. With a codebook
+    as prior, y_u = (Σ_i g_i + pull · y_c) / (n_u + pull): the E step takes the codeword c nearest to the
+    user's plain mean, the M step pulls to it (eq. 7).
     # differs from the paper: B is not the inverse Fisher information but fitted (fit_map). Between users the
     # LLM is far from linear: the plain natural-gradient step made held-out items less likely than θ̄ at every
     # length tried.
     """
-    at = coordinates_of(args, prompt, evidence, scores, noise, shared, weights, is_warm)
-    lift = fit_map(args, prompt, item_streams, train, shared, at, generator) / at.unit[:, None, None]
-    step = torch.einsum("npc,pcd->npd", at.total / (at.count + at.pull)[:, :, None], lift)
-    length = choose_length(args, prompt, item_streams, step, shared, *tune)
-    noise = length ** 2 * torch.einsum("pcd,pce->pde", lift, lift)  # whitened sums have unit noise per text
-    return shared + length * step, noise, (at.count + at.pull) / at.count.clamp(min=1).sqrt(), at.pull
+    pull = torch.tensor([at.pull for at in coordinates])
+    lift = fit_map(args, prompt, streams, train, shared, coordinates, is_warm, generator)
+    total, count = totals_of(coordinates, streams, own, is_warm)
+    length = choose_length(args, prompt, streams, place_users(total, count, pull, lift), shared, tune)
+    lift = length[:, None, None] * lift
+    centers = [center_coordinates(part, shared[k], lift[k]) for k, part in enumerate(prior)]
+    profiles = []
+    for left_out in [*range(args.folds), None]:
+        kept = own if left_out is None else select(own, own.fold != left_out)
+        total, count = totals_of(coordinates, streams, kept, is_warm)
+        total = total + pull[:, None] * nearest_centers(total, count, centers)
+        profiles.append(shared + place_users(total, count, pull, lift))
+    told = [at.known for at in coordinates]
+    return torch.stack(profiles), {"shared": shared, "lift": lift, "pull": pull, "told": told,
+                                   "tables": [at.strangers for at in coordinates], "centers": centers,
+                                   "own": [at.own for at in coordinates],
+                                   "num_verdicts": [streams[at.stream].num_verdicts for at in coordinates]}
 
 
-def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, num_steps, users,
-                      snapshots=()):
-    """The paper's way (Algorithm 1, line 4): AdamW on each user's own θ, in blocks: users [U] -> [U, P, D]
+# ----------------------------------------------------------------------------------------------------------
+# the codebook as a prior (eq. 7): EM, a round per turn of stages 2 and 3
+# ----------------------------------------------------------------------------------------------------------
 
-    start [N, P, D]: where each θ leaves from. The loss of a user is Σ -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ
-    (θ - θ̄): the prior weighs as much as `pull` items. With `snapshots` (S numbers of steps) the profiles
-    after each of these come back too, [S, U, P, D].
+
+def read_prior(args, names, shared, noise):
+    """codebook.pt as a prior: per profile transform T [D, C'], codewords [K, C'], θ̄ seen through T [C'], and
+    the noise's variance there, so that distances count in noise; an empty list without --prior.
     """
+    if not args.prior:
+        return []
+    if args.prior.resolve() != (Path(args.run_dir) / "codebook.pt").resolve():
+        fail(f"--prior {args.prior}: give the codebook of this run, {Path(args.run_dir) / 'codebook.pt'}")
+    (codebook,) = read_artifacts(args, "codebook.pt")
+    if list(codebook) != list(names):
+        fail(f"--prior {args.prior} knows the profiles {', '.join(codebook)}, not {', '.join(names)}")
+    prior = []
+    for k, part in enumerate(codebook.values()):
+        if len(part["transform"]) != shared.shape[1]:
+            fail(f"--prior {args.prior} is of profiles {len(part['transform'])} wide, not {shared.shape[1]}: take "
+                 f"the same --llm and --soft-tokens as before")
+        transform = part["transform"]
+        prior.append({"codebook": part["codebook"], "transform": transform, "mean": part["mean"],
+                      "shared": (shared[k] - part["mean"]) @ transform,
+                      "scale": (transform.T @ noise[k] @ transform).diagonal().mean()})
+    return prior
+
+
+def center_coordinates(part, shared, lift):
+    """Codewords in the coordinates of the score method: y_c [K, C] with θ̄ + y_c B nearest to codeword c"""
+    return (part["codebook"] - part["shared"]) @ torch.linalg.pinv(lift @ part["transform"])
+
+
+def nearest_centers(total, count, centers):
+    """E step: y_c of the codeword nearest to a user's mean, total [N, P, C] / count [N, P] -> [N, P, C]
+
+    Zero, that is θ̄, without a prior and for users without evidence.
+    """
+    result = torch.zeros_like(total)
+    for k, center in enumerate(centers):
+        inside = torch.linalg.pinv(center - center.mean(0)) @ (center - center.mean(0))  # where codewords differ
+        mean = total[:, k] / count[:, k].clamp(min=1)[:, None]
+        nearest = torch.cdist(mean @ inside, center @ inside).argmin(1)
+        result[:, k] = center[nearest] * (count[:, k] > 0)[:, None]
+    return result
+
+
+def anchors_of(part, shared, noise):
+    """Codewords as soft tokens [K, S D]: of all θ that T maps to a codeword, the nearest to θ̄ in the noise's
+    metric
+    """
+    inverse = torch.linalg.solve(noise, part["transform"])  # Σ^-1 T [D, C']
+    lift = torch.linalg.solve(part["transform"].T @ inverse, inverse.T)  # [C', D], T maps it to the identity
+    return shared + (part["codebook"] - part["shared"]) @ lift
+
+
+def nearest_anchors(soft, prior, anchors):
+    """E step of the gradient method: soft [B, P, S D] -> the codeword of each, as a soft token"""
+    chosen = []
+    for k, (part, anchor) in enumerate(zip(prior, anchors)):
+        z = (soft[:, k].cpu() - part["mean"]) @ part["transform"]
+        chosen.append(anchor[torch.cdist(z, part["codebook"]).argmin(1)])
+    return torch.stack(chosen, 1).to(soft.device)
+
+
+def prior_loss(profiles, prior, pull):
+    """Σ_u λ L_Q of eq. 7 in nats: pull/2 · squared distance to the nearest codeword, the noise as unit -> []"""
+    loss = torch.zeros(())
+    for k, part in enumerate(prior):
+        z = (profiles[:, k] - part["mean"]) @ part["transform"]
+        loss += pull[k] / 2 * torch.cdist(z, part["codebook"]).min(1).values.square().sum() / part["scale"]
+    return loss
+
+
+def descend(args, prompt, streams, train, profiles, prior, pull, num_sample=3000):
+    """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
+    far as it falls -> profiles [F + 1, N, P, S D], (L_LM, λ L_Q) per train row
+
+    L_LM is measured with the LLM on the same sample of train rows in every round.
+    """
+    path = Path(args.run_dir) / "profiles.pt"
+    before = torch.load(path, weights_only=True)["profiles"] if path.exists() else profiles
+    before = before if before.dim() == 4 else before[None]
+    if before.shape != profiles.shape:
+        fail(f"--prior goes on from {path}, which has other profiles: run stage 2 without --prior first")
+    sample = torch.randperm(len(train.user), generator=torch.Generator().manual_seed(args.seed))[:num_sample]
+    events = select(train, sample)
+    objective = {}
+    for length in (1.0, 0.5, 0.25, 0.0):
+        some = before[-1] + length * (profiles[-1] - before[-1])
+        nats, _ = heldout_nll(args, prompt, streams, some[events.user], events)
+        objective[length] = (float(nats.sum() / len(sample)),
+                             float(prior_loss(some, prior, pull) / len(train.user)))
+    best = min(objective, key=lambda length: sum(objective[length]))
+    told = lambda parts: f"L_LM {parts[0]:.4f} + prior {parts[1]:.4f} = {sum(parts):.4f}"
+    print(f"objective (eq. 7) in nats per train row: before {told(objective[0.0])}; after {told(objective[best])} "
+          f"({best:g} of the way to the new profiles)")
+    return before + best * (profiles - before), objective[best]
+
+
+def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, num_steps, users, prior=(),
+                      snapshots=()):
+    """The paper's way (Algorithm 1, line 4): AdamW on each user's own θ, in blocks: users [U] -> [U, P, S D]
+
+    start [N, P, S D]: where each θ leaves from. The loss of a user is Σ -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ
+    (θ - θ̄): the prior weighs as much as `pull` items. With a codebook as `prior`, θ̄ gives way to the codeword
+    nearest at each step, seen as a soft token (eq. 7). With `snapshots` (S numbers of steps) the profiles
+    after each of these come back too, [S, U, P, S D].
+    """
+    anchors = [anchors_of(part, shared[k], noise[k]) for k, part in enumerate(prior)]
     result = start[users].clone()
     history = torch.zeros(len(snapshots), *result.shape)
     length = torch.zeros(len(start))  # of all the evidence of a user, in tokens
     for stream, pairs in evidence:
-        length.index_add_(0, pairs.user, lengths_of(stream.texts)[pairs.row].float())
+        length.index_add_(0, pairs.user, stream.texts.length[pairs.row].float())
     shared, noise = shared.to(prompt.device), noise.to(prompt.device)
     lr = args.lr or 0.1 * prompt.scale
     with tqdm(total=len(users), desc="gradient", unit="user", mininterval=2) as bar:
@@ -600,7 +934,8 @@ def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pul
             # its state is the block's: users are independent
             optimizer = torch.optim.AdamW([soft], lr=lr, weight_decay=0.0)
             for step in range(1, num_steps + 1):
-                soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - shared, noise).contiguous()
+                anchor = nearest_anchors(soft.detach(), prior, anchors) if prior else shared
+                soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
                 for stream, rows, owner in work:
                     for index in batches(prompt, stream.texts, rows, args.tokens_per_batch):
                         weighted_nll(prompt, soft[owner[index]], stream, rows[index], weights).backward()
@@ -613,21 +948,22 @@ def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pul
 
 
 # ----------------------------------------------------------------------------------------------------------
-# proof: held-out items must be likelier under the user's own profile
+# proof: held-out rows must be likelier under the user's own profile
 # ----------------------------------------------------------------------------------------------------------
 
 
-def heldout_nll(args, prompt, item_streams, profiles, items, blind=False):
-    """NLL of held-out items under a profile each: profiles [R, P, D], items [R] -> nats [R], tokens [R]"""
-    nats, tokens = torch.zeros(len(items)), torch.zeros(len(items))
+def heldout_nll(args, prompt, streams, profiles, events, blind=False):
+    """NLL of held-out rows under a profile each: profiles [R, P, S D] -> nats, tokens [R, streams]"""
+    nats, tokens = (torch.zeros(len(events.user), len(streams)) for _ in range(2))
     with torch.no_grad():
-        for stream in item_streams:
-            told = (lengths_of(stream.texts)[items] > 0).nonzero()[:, 0]
+        for place, stream in enumerate(streams):
+            rows = rows_of(stream, events)
+            told = (told_of(stream.texts)[rows] > 0).nonzero()[:, 0]
             sees = torch.zeros_like(stream.sees) if blind else stream.sees
-            for index in batches(prompt, stream.texts, items[told], args.tokens_per_batch):
-                texts = cut(stream.texts, items[told[index]])
-                nats[told[index]] += prompt.nll(profiles[told[index]], texts, sees).sum(1).float().cpu()
-                tokens[told[index]] += lengths_of(texts)
+            for index in batches(prompt, stream.texts, rows[told], args.tokens_per_batch):
+                texts = cut(stream.texts, rows[told[index]])
+                nats[told[index], place] = prompt.nll(profiles[told[index]], texts, sees).sum(1).float().cpu()
+                tokens[told[index], place] = told_of(texts).float()
     return nats, tokens
 
 
@@ -638,53 +974,58 @@ def interval(difference, tokens):
     return float(mean), float(1.96 * residual.square().sum().sqrt() / tokens.sum())
 
 
-def report_heldout(args, prompt, item_streams, profiles, shared, user, item, generator):
+def report_heldout(args, prompt, streams, profiles, shared, events, generator):
     """The four NLLs (nats per token) on held-out rows: no profile, shared, shuffled, own; prints them."""
     other = torch.randperm(len(profiles), generator=generator)
     partner = torch.empty_like(other)
     partner[other] = other.roll(1)  # everybody gets the profile of somebody else
-    everyone = shared.expand(len(user), -1, -1)
-    told = {"none": everyone, "shared": everyone, "shuffled": profiles[partner[user]], "own": profiles[user]}
+    everyone = shared.expand(len(events.user), -1, -1)
+    told = {"none": everyone, "shared": everyone, "shuffled": profiles[partner[events.user]],
+            "own": profiles[events.user]}
     nats, tokens = {}, None
     for name, soft in told.items():
-        nats[name], tokens = heldout_nll(args, prompt, item_streams, soft, item, blind=name == "none")
+        nats[name], tokens = heldout_nll(args, prompt, streams, soft, events, blind=name == "none")
     means = {name: float(values.sum() / tokens.sum()) for name, values in nats.items()}
-    print(f"held-out NLL in nats per token ({len(user):,} validation rows that chose nothing): "
+    print(f"held-out NLL in nats per token ({len(events.user):,} validation rows that chose nothing): "
           + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
     for name in ("shared", "shuffled"):
-        mean, half = interval(nats["own"] - nats[name], tokens)
+        mean, half = interval((nats["own"] - nats[name]).sum(1), tokens.sum(1))
         means[f"own_minus_{name}"] = [mean, half]
         warning = "  <- not shown: the profiles tell nothing that is sure about their users"
-        print(f"  own - {name}: {mean:+.4f} ± {half:.4f} (95%){'' if mean + half < 0 else warning}")
+        parts = [interval((nats["own"] - nats[name])[:, place], tokens[:, place])
+                 for place in range(len(streams))]
+        by_route = "".join(f"  {'+'.join(stream.fields)} {part[0]:+.4f} ± {part[1]:.4f}"
+                           for stream, part in zip(streams, parts) if len(streams) > 1)
+        print(f"  own - {name}: {mean:+.4f} ± {half:.4f} (95%){'' if mean + half < 0 else warning}"
+              + f" |{by_route}" * bool(by_route))
     return means
 
 
-def choose_length(args, prompt, item_streams, step, shared, user, item, grid=(0.25, 0.5, 0.75, 1.0, 1.5)):
-    """The step length under which held-out items are likeliest: step [N, P, D] -> one of the grid"""
-    totals = []
-    for length in grid:
-        nats, _ = heldout_nll(args, prompt, item_streams, shared + length * step[user], item)
-        totals.append(float(nats.sum()))
-    best = grid[int(np.argmin(totals))]
-    print(f"step length chosen on {len(user):,} held-out rows: {best} (out of {', '.join(map(str, grid))})")
-    return best
+def choose_length(args, prompt, streams, step, shared, events, grid=(0.25, 0.5, 0.75, 1.0, 1.5)):
+    """The step lengths [P] under which held-out rows are likeliest: step [N, P, S D], out of the grid"""
+    totals = torch.stack([heldout_nll(args, prompt, streams, shared + length * step[events.user], events)[0]
+                          .sum(0) for length in grid])  # [lengths, streams]
+    best, chosen = torch.tensor(grid)[totals.argmin(0)], torch.ones(len(shared))
+    for stream, length in zip(streams, best):
+        chosen[stream.sees] = length
+    told = ", ".join(f"{name} {length:g}" for name, length in zip(prompt.names, chosen.tolist()))
+    print(f"step lengths chosen on {len(events.user):,} held-out rows: {told} (out of "
+          f"{', '.join(map(str, grid))})")
+    return chosen
 
 
-def choose_steps(args, prompt, item_streams, evidence, weights, start, shared, noise, pull, user, item):
-    """The number of AdamW steps under which held-out items are likeliest, on 256 users with some at most."""
-    pilot = user.unique()[:256]
-    chosen = torch.isin(user, pilot)
+def choose_steps(args, prompt, streams, evidence, weights, start, shared, noise, pull, events):
+    """The number of AdamW steps under which held-out rows are likeliest, on 256 users with some at most."""
+    pilot = events.user.unique()[:256]
+    events = select(events, torch.isin(events.user, pilot))
     grid = (1, 2, 4, 7, 10, 15, 20, 30, 40, 60, 80, 100)
     snapshots = sorted({step for step in grid if step < args.steps} | {args.steps})
     _, history = infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, args.steps,
-                                   pilot, snapshots)
-    place = torch.searchsorted(pilot, user[chosen])
-    totals = []
-    for soft in history:
-        nats, _ = heldout_nll(args, prompt, item_streams, soft[place], item[chosen])
-        totals.append(float(nats.sum()))
+                                   pilot, snapshots=snapshots)
+    place = torch.searchsorted(pilot, events.user)
+    totals = [float(heldout_nll(args, prompt, streams, soft[place], events)[0].sum()) for soft in history]
     best = snapshots[int(np.argmin(totals))]
-    print(f"steps chosen on {int(chosen.sum()):,} held-out rows of {len(pilot)} users: "
+    print(f"steps chosen on {len(events.user):,} held-out rows of {len(pilot)} users: "
           f"{best} (out of {snapshots})")
     return best
 
@@ -694,109 +1035,205 @@ def choose_steps(args, prompt, item_streams, evidence, weights, start, shared, n
 # ----------------------------------------------------------------------------------------------------------
 
 
-def heldout_rows(interactions, item_streams, limit, seed):
-    """Validation rows with any text, half the users to choose with, half to report: 2 x (user, item) [R]"""
-    rows = interactions[interactions["split"] == "valid"]
-    rows = rows.sample(min(limit, len(rows)), random_state=seed).sort_index()
-    user, item = torch.tensor(rows["user"].to_numpy()), torch.tensor(rows["item"].to_numpy())
-    told = sum(lengths_of(stream.texts)[item] for stream in item_streams) > 0
-    return [(user[told & (user % 2 == half)], item[told & (user % 2 == half)]) for half in (0, 1)]
+def heldout_rows(interactions, verdict, streams, limit, seed):
+    """Validation rows with any text, half the users to choose with, half to report: two Events"""
+    chosen = interactions[interactions["split"] == "valid"]
+    chosen = chosen.sample(min(limit, len(chosen)), random_state=seed)
+    events = events_of(interactions, interactions.index.isin(chosen.index), verdict)
+    told = sum(told_of(stream.texts)[rows_of(stream, events)] for stream in streams) > 0
+    return [select(events, told & (events.user % 2 == half)) for half in (0, 1)]
 
 
-def parts_of(interactions, num_users):
-    """Train rows; those and cold users' support rows; who has train rows, bool [N]; items that may be told.
+def parts_of(args, interactions, num_users):
+    """Train rows as Events, those and cold users' support rows, who has train rows (bool [N]), verdicts.
 
-    What a support row tells is evidence of its user's profile and of nothing else. Items that only test rows
-    have stay untold.
+    What a support row tells is evidence of its user's profile and of nothing else.
     """
-    split = interactions["split"]
-    train, own = interactions[split == "train"], interactions[split.isin(["train", "support"])]
+    split = interactions["split"].to_numpy()
+    train = interactions[split == "train"]
+    verdict, words = verdicts_of(args, interactions, train)
+    fold = np.full(len(interactions), -1)
+    fold[split == "train"] = folds_of(train, args.folds, args.seed)
+    is_own = np.isin(split, ["train", "support"])
+    own = events_of(interactions, is_own, verdict, fold[is_own])
+    is_train = torch.tensor((split == "train")[is_own])
     is_warm = torch.zeros(num_users, dtype=torch.bool)
-    is_warm[train["user"].unique()] = True
-    if cold := len(set(own["user"]) - set(train["user"])):
+    is_warm[torch.tensor(train["user"].unique())] = True
+    if cold := len(own.user.unique()) - int(is_warm.sum()):
         print(f"{cold:,} users are known by support rows only: these move their own profile and nothing else")
-    return train, own, is_warm, set(interactions.loc[split.isin(["train", "valid", "support"]), "item"])
+    return select(own, is_train), own, is_warm, verdict, words
+
+
+def evidence_counts(evidence, num_users, num_profiles):
+    """How many texts tell of a user's profile: int64 [N, P]"""
+    count = torch.zeros(num_users, num_profiles, dtype=torch.long)
+    for stream, pairs in evidence:
+        count += torch.bincount(pairs.user, minlength=num_users)[:, None] * stream.sees
+    return count
+
+
+def read_new_users(args, words, items):
+    """The rows of --only-users' table as item and verdict, int64 [R] each, whose they are, and the user ids."""
+    read = pd.read_parquet if args.only_users.suffix == ".parquet" else functools.partial(
+        pd.read_csv, sep=None, engine="python", dtype={"user_id": str, "item_id": str})
+    try:
+        table = read(args.only_users)
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"--only-users {args.only_users}: {str(error).splitlines()[0]}; give a table (csv, tsv, parquet) of "
+             f"user_id, item_id and, where ratings are told, rating")
+    needed = ["user_id", "item_id", *["rating"] * (len(words) > 1)]
+    if missing := [name for name in needed if name not in table]:
+        fail(f"--only-users {args.only_users} has no column {missing[0]}; it needs {', '.join(needed)}")
+    table = table.drop_duplicates(["user_id", "item_id"], keep="last")
+    place = pd.Series(items["item"].to_numpy(), index=items["item_id"].astype(str))
+    item = place.reindex(table["item_id"].astype(str)).to_numpy()
+    user, user_ids = pd.factorize(table["user_id"].astype(str), sort=True)
+    verdict = np.zeros(len(table), dtype=np.int64)
+    if len(words) > 1:
+        rating = pd.to_numeric(table["rating"], errors="coerce").to_numpy(dtype=float)
+        item = np.where(np.isfinite(rating), item, np.nan)
+        if words[-1] == "liked":
+            threshold = read_sidecar(args, "interactions.parquet")["options"]["threshold"]
+            verdict = (rating > threshold).astype(np.int64)
+        else:
+            stars = np.array([float(word.split()[-1]) for word in words])
+            verdict = np.abs(np.nan_to_num(rating)[:, None] - stars).argmin(1)
+    known = np.isfinite(item)
+    as_tensor = lambda values: torch.tensor(values[known].astype(np.int64))
+    return as_tensor(item), as_tensor(verdict), as_tensor(user), list(user_ids)
+
+
+def infer_only(args):
+    """Profiles of new users from scores.pt: a sparse sum each, the same bits as in the run itself."""
+    if "scores.pt" not in read_sidecar(args, "profiles.pt")["inputs"]:
+        fail(f"--only-users: {args.run_dir}/profiles.pt was inferred by gradient; new users need --method score")
+    needs, _, items = read_artifacts(args, "scores.pt", "profiles.pt", "items.parquet")
+    item, verdict, user, user_ids = read_new_users(args, needs["words"], items)
+    totals, counts = [], []
+    for table, told, num_verdicts in zip(needs["tables"], needs["told"], needs["num_verdicts"]):
+        row = item * num_verdicts + (verdict if num_verdicts > 1 else 0)
+        mine = told[row]
+        totals.append(sum_by_user(user[mine], row[mine], table, len(user_ids)).float())
+        counts.append(torch.bincount(user[mine], minlength=len(user_ids)).float())
+    total, count = torch.stack(totals, 1), torch.stack(counts, 1)
+    total = total + needs["pull"][:, None] * nearest_centers(total, count, needs["centers"])
+    profiles = needs["shared"] + place_users(total, count, needs["pull"], needs["lift"])
+    value = {"profiles": profiles, "user_id": user_ids, "num_evidence": count.long(), "names": needs["names"],
+             "has_evidence": (count > 0).any(1)}
+    path = write_artifact(args, "new_profiles.pt", value, ["scores.pt", "items.parquet"], users=len(user_ids))
+    print(f"wrote {path}: {len(user_ids):,} new users, {int((count > 0).any(1).sum()):,} of them with evidence "
+          f"among {len(item):,} rows of items that the run knows")
 
 
 def main(args):
     start_stage(args)
     started = time.time()
+    if args.only_users:
+        return infer_only(args)
     interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
     num_users = int(interactions["user"].max()) + 1
-    train, own, is_warm, told = parts_of(interactions, num_users)
+    train, own, is_warm, verdict, words = parts_of(args, interactions, num_users)
     names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm = args.llm
     if llm == "auto":
         llm, reason = choose_llm()
         print(f"--llm auto: {llm}, because {reason}")
-    routes = routes_of(args, items.iloc[train["item"].unique()], names)
-    streams_pieces = [[pieces_of(item, fields) if item.item in told else [] for item in items.itertuples()]
-                      for fields, _ in routes]
+    routes = routes_of(args, items.iloc[train.item.unique().numpy()], names)
+    streams, pieces = streams_of(args, routes, interactions, items, words)
     if llm == "tiny":
-        make_tiny_llm(args, train, streams_pieces, name_texts)
+        make_tiny_llm(args, train, streams, pieces, name_texts)
     model, tokenizer = load_llm(args, llm, device)
-    prompt = Prompt(model, tokenizer, names, name_texts, args.task_text)
+    prompt = Prompt(model, tokenizer, names, name_texts, args.task_text, args.soft_tokens, args.mask)
     print(f"LLM: {sum(p.numel() for p in model.parameters()):,} parameters, D {prompt.embedding.shape[1]}, "
           f"{prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} on {device}; "
           f"prompt of {len(prompt.segment)} tokens")
 
-    item_streams = [Stream(fields, sees, tokenize(tokenizer, pieces))
-                    for (fields, sees), pieces in zip(routes, streams_pieces)]
-    evidence = evidence_of(args, tokenizer, items, item_streams, own)
+    most = args.review_tokens if args.evidence == "review" else None
+    streams = [stream._replace(texts=tokenize(tokenizer, of_row, most))
+               for stream, of_row in zip(streams, pieces)]
+    evidence = evidence_of(args, tokenizer, streams, pieces, own)
     warm_evidence = [(stream, Pairs(*(column[is_warm[pairs.user]] for column in pairs)))
                      for stream, pairs in evidence]
-    evidence_streams = [stream for stream, _ in evidence]
-    for streams, what, cure in ((item_streams, "item", "shorten its text"),
-                                (evidence_streams, "the history of user", "lower --max-history")):
-        for stream in streams:
+    for some, what, cure in ((streams, "text", "shorten it"),
+                             ([stream for stream, _ in evidence], "history", "lower --max-history")):
+        for stream in some:
             prompt.check_context(stream.texts, what, f"{cure} or take a LLM with a longer context")
+    if args.evidence == "history":
+        longer = int((torch.bincount(own.user) > args.max_history).sum())
+        print(f"history: the latest {args.max_history} rows of each user; {longer:,} users had more")
     generator = torch.Generator().manual_seed(args.seed)
-    popularity, mentions = (
-        torch.bincount(torch.tensor(rows["item"].to_numpy()), minlength=len(items)).float()
-        for rows in (train, own))
-    tune, report = heldout_rows(interactions, item_streams, args.heldout, args.seed)
+    counts, mentions = ([torch.bincount(rows_of(stream, events), minlength=len(stream.texts.ids)).float()
+                         for stream in streams] for events in (train, own))
+    tune, report = heldout_rows(interactions, verdict, streams, args.heldout, args.seed)
 
     inference_started = time.time()
     weights = torch.ones(len(FIELDS))
     shared = fit_shared(args, prompt, warm_evidence, weights, generator)
     if args.field_weights == "noise":
-        weights = field_weights(args, prompt, item_streams, popularity, shared, generator)
-    scores, noise = information_of(prompt, item_streams, popularity, mentions, shared, weights,
-                                   args.tokens_per_batch)
+        weights = field_weights(args, prompt, streams, counts, shared, generator)
+    known = [(mention.view(-1, stream.num_verdicts).sum(1) > 0).repeat_interleave(stream.num_verdicts)
+             for stream, mention in zip(streams, mentions)]
+    information = [information_of(prompt, *parts, shared, weights, args.tokens_per_batch)
+                   for parts in zip(streams, counts, known)]
+    noise = torch.stack([next(of_stream[k][-1] for of_stream in information if k in of_stream)
+                         for k in range(len(names))])
+    gain, needs, prior = torch.ones(num_users, len(names)), None, read_prior(args, names, shared, noise)
     if args.method == "score":
-        profiles, noise, gain, pull = infer_by_score(args, prompt, evidence, item_streams, train, scores,
-                                                     noise, shared, weights, tune, is_warm, generator)
+        coordinates = coordinates_of(args, prompt, streams, information, own, is_warm)
+        profiles, needs = infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune, is_warm,
+                                         prior, generator)
+        noise = torch.einsum("pcd,pce->pde", needs["lift"], needs["lift"])  # whitened sums: 1 per text
+        count = evidence_counts(evidence, num_users, len(names))
+        gain, pull = (count + needs["pull"]) / count.clamp(min=1).sqrt(), needs["pull"].tolist()
     else:
         pull = 10.0 if args.pull is None else args.pull
         start = shared.expand(num_users, -1, -1)
         if args.start == "random":
-            start = prompt.scale * torch.randn(num_users, *shared.shape, generator=generator)
+            start = first_soft(args, prompt, num_users, generator)
         num_steps = args.steps
         if args.stop == "heldout":
-            num_steps = choose_steps(args, prompt, item_streams, evidence, weights, start, shared, noise,
-                                     pull, *tune)
-        profiles = infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, num_steps,
-                                     torch.arange(num_users))
-        gain = torch.ones(num_users, len(names))
+            num_steps = choose_steps(args, prompt, streams, evidence, weights, start, shared, noise, pull,
+                                     tune)
+        kept = [select(own, own.fold != left_out) for left_out in range(args.folds)]
+        profiles = torch.stack([
+            infer_by_gradient(args, prompt, part, weights, start, shared, noise, pull, num_steps,
+                              torch.arange(num_users), prior)
+            for part in (*(evidence_of(args, tokenizer, streams, pieces, events) for events in kept), evidence)])
+    objective = None
+    if prior:
+        of_profile = pull if isinstance(pull, list) else [pull] * len(names)
+        profiles, objective = descend(args, prompt, streams, train, profiles, prior, of_profile)
     seconds = time.time() - inference_started
     print(f"inferred {num_users:,} users in {seconds:.1f} s, the shared start included: "
           f"{num_users / seconds:,.0f} users per second")
 
-    count = torch.zeros(num_users, len(names), dtype=torch.long)
-    for stream, pairs in evidence:
-        count += torch.bincount(pairs.user, minlength=num_users)[:, None] * stream.sees
-    has_evidence = (count > 0).any(1)
-    figures = report_heldout(args, prompt, item_streams, profiles, shared, *report, generator)
+    count = torch.stack([evidence_counts(evidence_of(args, tokenizer, streams, pieces, events), num_users,
+                                         len(names))
+                         for events in (*(select(own, own.fold != left_out) for left_out in range(args.folds)),
+                                        own)])  # [F + 1, N, P]
+    has_evidence = (count[-1] > 0).any(1)
+    figures = report_heldout(args, prompt, streams, profiles[-1], shared, report, generator)
 
-    value = {"profiles": profiles, "shared": shared, "noise": noise, "gain": gain, "num_evidence": count,
-             "has_evidence": has_evidence, "names": list(names), "texts": list(name_texts), "llm": llm,
+    plain = (lambda value: value) if args.folds else (lambda value: value[0])  # without folds no axis of them
+    value = {"profiles": plain(profiles), "shared": shared, "noise": noise, "gain": gain,
+             "num_evidence": plain(count), "has_evidence": has_evidence, "names": list(names),
+             "texts": list(name_texts), "llm": llm, "num_soft": args.soft_tokens,
              "tiny_llm": (Path(args.run_dir) / TINY_STAMP).read_text() if llm == "tiny" else ""}
-    path = write_artifact(args, "profiles.pt", value, inputs=["interactions.parquet", "items.parquet"],
-                          names=names, llm=llm, users=num_users, users_with_evidence=int(has_evidence.sum()),
-                          pull=pull, field_weights=dict(zip(FIELDS, weights.tolist())), heldout_nll=figures,
+    if args.folds:
+        value["fold"] = train.fold  # of each train row, in the order of interactions.parquet
+    if prior:  # stage 3 goes on from it
+        value["prior"] = {name: {key: part[key] for key in ("codebook", "transform", "mean")}
+                          for name, part in zip(names, prior)}
+    inputs = ["interactions.parquet", "items.parquet"]
+    facts = {"names": names, "llm": llm, "users": num_users, "users_with_evidence": int(has_evidence.sum())}
+    if needs:
+        write_artifact(args, "scores.pt", needs | {"names": list(names), "words": words}, inputs, **facts)
+        inputs = [*inputs, "scores.pt"]
+    path = write_artifact(args, "profiles.pt", value, inputs, **facts, pull=pull,
+                          field_weights=dict(zip(FIELDS, weights.tolist())), heldout_nll=figures, objective=objective,
                           seconds=time.time() - started, inference_seconds=seconds)
-    print(f"wrote {path}: {num_users:,} users x {len(names)} profiles x {profiles.shape[2]} | "
+    print(f"wrote {path}: {num_users:,} users x {len(names)} profiles x {profiles.shape[-1]} | "
           f"held-out NLL own {figures['own']:.4f}, shared {figures['shared']:.4f}")
 
 

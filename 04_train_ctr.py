@@ -126,6 +126,9 @@ STAGES = {"01_prepare.py": ("interactions.parquet", "items.parquet", "users.parq
           "02_infer_profiles.py": ("profiles.pt",), "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
 
 
+SWITCHES = ("whiten", "revive")  # on unless switched off by --no-…
+
+
 def further_run(args, name, stage, change):
     """RUN_DIR/name, a run with the options of this one but for `change` in one stage: made, or found.
 
@@ -161,6 +164,8 @@ def command_line(options):
     """The options of a sidecar as a command line: {"paper": True, "codes": [4, 3]} -> --paper --codes 4 3"""
     words = []
     for key, value in options.items():
+        if key in SWITCHES and value is False:
+            words.append(f"--no-{key}")
         is_said = value is not None and value is not False and value != []  # 0 is a value, too
         if is_said and key != "download":  # what was fetched is there
             values = [] if value is True else value if isinstance(value, list) else [value]
@@ -175,6 +180,10 @@ def read_run(args, run_dir, features):
     at = argparse.Namespace(run_dir=run_dir)
     interactions, bank, users, *stored = read_artifacts(at, *inputs)
     made, prepared = (read_sidecar(at, name) for name in ("feature_bank.parquet", "interactions.parquet"))
+    of_train = None  # with folds, a train row's codes are those that have not seen it
+    if made.get("has_folds"):
+        inputs.append("train_codes.parquet")
+        of_train = read_artifacts(at, "train_codes.parquet")[0][made["names"]].to_numpy(dtype=np.int64)
     split = {name: interactions[interactions["split"] == name]
              for name in ("train", "valid", "test", "support")}
     labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid", "test")}
@@ -187,8 +196,9 @@ def read_run(args, run_dir, features):
     return SimpleNamespace(
         inputs=inputs, prepared=prepared, split_seed=prepared.get("split_seed", prepared["seed"]),
         split=split, labels=labels, users=users, codes=bank[made["names"]].to_numpy(dtype=np.int64),
-        code_sizes=made["codes"], names=made["names"], history=history,
+        train_codes=of_train, code_sizes=made["codes"], names=made["names"], history=history,
         vectors=vectors_of(*stored, made["names"]) if stored else [],
+        fold=stored[0].get("fold") if stored else None,
         num_items=int(interactions["item"].max()) + 1,
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
 
@@ -212,13 +222,17 @@ def fields_of(feature, run, seed):
     if feature == "random":  # the same codes, dealt anew: sizes and usage stay, meaning goes
         deal = lambda k: np.random.default_rng([seed, k]).permutation(codes[:, k])
         codes = np.stack([deal(k) for k in range(len(sizes))], 1)
-    return {name: codes[frame["user"]] for name, frame in run.split.items()}, sizes
+    fields = {name: codes[frame["user"]] for name, frame in run.split.items()}
+    if feature == "codes" and run.train_codes is not None:
+        fields["train"] = run.train_codes
+    return fields, sizes
 
 
 def vectors_of(profiles, codebook, names):
-    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [N, C] per name"""
+    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [(F + 1) N, C] per name"""
     parts = [codebook[name] for name in names]
-    return [(profiles["profiles"][:, k] - part["mean"]) @ part["transform"] for k, part in enumerate(parts)]
+    return [((profiles["profiles"][..., k, :] - part["mean"]) @ part["transform"]).flatten(0, -2)
+            for k, part in enumerate(parts)]
 
 
 def cf_of(split, num_users, sizes, seed, rank=8):
@@ -290,7 +304,12 @@ def rows_of(args, run, features, seeds):
     rows = Rows({name: torch.stack(parts).to(device) for name, parts in ids.items()}, run.labels, num_rows,
                 unknown=num_users - 1)
     if features == ["dense"]:
-        users = {name: torch.tensor(run.split[name]["user"].to_numpy(), device=device) for name in ids}
+        users = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in ids}
+        if run.fold is not None:  # the vectors of fold after fold, the last those with all evidence
+            num_folds = len(run.vectors[0]) // len(run.users) - 1
+            users = {name: user + len(run.users) * (run.fold if name == "train" else num_folds)
+                     for name, user in users.items()}
+        users = {name: user.to(device) for name, user in users.items()}
         rows = rows._replace(vectors=torch.cat(run.vectors, 1).to(device), users=users,
                              dims=tuple(part.shape[1] for part in run.vectors))
     return rows, places
@@ -794,7 +813,8 @@ def main(args):
     if args.codebook_sizes:
         codebook_figures(args, runs[0], seeds)
     if args.bench:
-        profiles = read_artifacts(args, "profiles.pt")[0]["profiles"].flatten(1).float()
+        stored = read_artifacts(args, "profiles.pt")[0]
+        profiles = stored["profiles"][-1 if "fold" in stored else ...].flatten(1).float()
         facts["serving"] = serving_table(args, len(profiles), runs[0].num_items, torch.tensor(runs[0].codes),
                                          [size + 1 for size in runs[0].code_sizes], profiles)
         print("\n".join(print_serving(facts["serving"])))

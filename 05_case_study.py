@@ -252,6 +252,8 @@ def main(args):
     interactions, items, users, stored, codebook, bank, _, results_text = artifacts
     sidecars = {name: read_sidecar(args, name) for name in names_of_inputs}
     names, sizes = stored["names"], sidecars["feature_bank.parquet"]["codes"]
+    if "fold" in stored:  # the last profile is the one with all evidence
+        stored |= {key: stored[key][-1] for key in ("profiles", "num_evidence")}
     train = interactions[interactions["split"] == "train"]
     had = np.zeros((len(bank), len(items)), dtype=np.float32)
     had[train["user"], train["item"]] = 1
@@ -288,7 +290,8 @@ def main(args):
     known = np.flatnonzero(stored["has_evidence"])
     chosen = np.sort(rng.choice(known, min(args.num_users, len(known)), replace=False))
     other = rng.choice(np.setdiff1d(known, chosen) if len(known) > len(chosen) else known, len(chosen))
-    words_of = lambda group: [nearest_words(deviation[group], embeddings, words, args.num_words)
+    one_token = lambda rows: rows.unflatten(1, (-1, embeddings.shape[1])).mean(1)  # of several soft tokens
+    words_of = lambda group: [nearest_words(one_token(deviation[group]), embeddings, words, args.num_words)
                               for deviation in deviations]
     nearest, control = words_of(chosen), words_of(other)
 

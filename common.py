@@ -99,8 +99,12 @@ MADE_BY = {
     "items.parquet": "01_prepare.py",
     "users.parquet": "01_prepare.py",
     "prepare.json": "01_prepare.py",
+    "scores.pt": "02_infer_profiles.py",
     "profiles.pt": "02_infer_profiles.py",
+    "new_profiles.pt": "02_infer_profiles.py --only-users FILE",
     "codebook.pt": "03_quantize.py",
+    "train_codes.parquet": "03_quantize.py",
+    "new_codes.parquet": "03_quantize.py --apply",
     "feature_bank.parquet": "03_quantize.py",
     "results.parquet": "04_train_ctr.py",
     "results.md": "04_train_ctr.py",
@@ -281,20 +285,21 @@ def load_llm(args, llm, device="cpu"):
     return model, tokenizer
 
 
-def fig4_mask(segment, is_soft, sees):
+def fig4_mask(segment, is_soft, sees, is_causal=False):
     """Who may attend to whom (Fig. 4): segment [T], is_soft [T], sees [B, P] -> bool [B, 1, T, T], True: may.
 
     segment: k in 0..P-1 for the name and soft tokens of profile k, P for the task text, P + 1 for evidence.
     Always causal; name and soft tokens of one profile see only each other; the task text sees only itself,
     but for its last token, which predicts the first evidence token; the evidence sees everything before it.
-    sees[b, k]: may row b read θ_k at all? (routing; all True = the figure as printed)
+    sees[b, k]: may row b read θ_k at all? (routing; all True = the figure as printed). is_causal: plain causal
+    instead, for the ablation.
     """
     num_profiles, length = sees.shape[1], len(segment)
     query, key = segment[:, None], segment[None, :]  # [T, 1], [1, T]
     reader = segment > num_profiles
     reader[(segment == num_profiles).nonzero().max()] = True  # the last task token
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-    allowed = causal & ((query == key) | reader[:, None])  # [T, T]
+    allowed = causal & ((query == key) | reader[:, None] | is_causal)  # [T, T]
     # [T, P]: which profile each place belongs to, if any
     owner = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]
     hidden = is_soft & (sees.float() @ owner.T.float() == 0)  # [B, T] soft tokens this row may not read

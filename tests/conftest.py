@@ -98,10 +98,13 @@ SMALL = {  # the same code path as ever, with small numbers
 }
 
 
-def run_pipeline(run_dir, raw, stages=5, run=run_stage, split=("random",)):
+RATINGS = {"02_infer_profiles.py": ["--ratings", "--folds", 2], "03_quantize.py": ["--codes", 2, 2, 2]}
+
+
+def run_pipeline(run_dir, raw, stages=5, run=run_stage, split=("random",), ratings=False):
     run("01_prepare.py", "--dataset", "table", "--raw", raw, "--run-dir", run_dir, "--split", *split)
     for script in list(SMALL)[:stages - 1]:
-        run(script, "--run-dir", run_dir, *SMALL[script])
+        run(script, "--run-dir", run_dir, *SMALL[script], *(RATINGS.get(script, []) if ratings else []))
 
 
 @pytest.fixture(scope="session")

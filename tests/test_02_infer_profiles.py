@@ -23,21 +23,38 @@ def llm(llm_folder):
     return common.load_llm(argparse.Namespace(run_dir="unused"), str(llm_folder))
 
 
-def prompt_of(llm, names=tuple(NAME_TEXTS), task=TASK_TEXT):
-    return infer.Prompt(*llm, [f"n{k}" for k in range(len(names))], names, task)
+def prompt_of(llm, names=tuple(NAME_TEXTS), task=TASK_TEXT, **options):
+    return infer.Prompt(*llm, [f"n{k}" for k in range(len(names))], names, task, **options)
 
 
-def texts_of(llm, fields=infer.FIELDS):
-    return infer.tokenize(llm[1], [infer.pieces_of(item, fields) for item in ITEMS.itertuples()])
+def texts_of(llm, fields=infer.FIELDS, words=("",)):
+    return infer.tokenize(llm[1], [infer.pieces_of(item, fields, word) for item in ITEMS.itertuples()
+                                   for word in words])
 
 
 def streams_of(llm, fields=FIELD_SETS):
     sees = torch.eye(2, dtype=torch.bool) if len(fields) == 2 else [torch.ones(2, dtype=torch.bool)]
-    return [infer.Stream(each, seen, texts_of(llm, each)) for each, seen in zip(fields, sees)]
+    return [infer.Stream(each, seen, 1, texts_of(llm, each)) for each, seen in zip(fields, sees)]
+
+
+WORDS = ["disliked", "liked"]
+
+
+def rating_stream(llm, num_profiles=2):
+    """The second profile is told how users rated."""
+    sees = torch.arange(num_profiles) == num_profiles - 1
+    return infer.Stream(("rating",), sees, 2, texts_of(llm, ("rating",), WORDS))
+
+
+def events_of(users, items, verdicts=None, folds=None):
+    column = lambda values: torch.tensor(values)
+    rows = len(users)
+    return infer.Events(column(users), column(items), column(verdicts or [0] * rows), torch.arange(rows),
+                        column(folds or [-1] * rows))
 
 
 def soft_for(prompt, rows, seed=0):
-    shape = rows, prompt.num_profiles, prompt.embedding.shape[1]
+    shape = rows, prompt.num_profiles, prompt.num_soft * prompt.embedding.shape[1]
     return prompt.scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -61,29 +78,71 @@ def test_every_token_knows_its_field_and_the_texts_are_whole(llm):
         decode = lambda mask: tokenizer.decode(texts.ids[row][mask]).strip()
         assert decode(field == infer.FIELDS.index("title")) == item.title
         assert decode(field >= 0) == infer.text_of(infer.pieces_of(item, infer.FIELDS)).strip()
-        present = {name for name in infer.FIELDS if infer.text_of(infer.pieces_of(item, (name,)))}
+        present = {name for name in infer.FIELDS[:4] if infer.text_of(infer.pieces_of(item, (name,)))}
         assert {infer.FIELDS[index] for index in set(field.tolist()) - {-1}} == present
 
 
+def test_a_rating_is_told_behind_its_title_which_is_context_only(llm):
+    item = next(ITEMS.itertuples())
+    pieces = infer.pieces_of(item, ("rating",), "liked")
+    assert pieces == [("context", " red racer 1"), ("rating", " liked.")]
+    assert infer.text_of(infer.pieces_of(item, infer.FIELDS, "rated 4")) == (
+        " Games: red racer 1 by Acme for $3 rated 4.")
+    stream = rating_stream(llm)
+    rows = infer.rows_of(stream, events_of([0, 1], [2, 0], [1, 0]))
+    assert rows.tolist() == [5, 0]
+    prompt = prompt_of(llm)
+    nll = prompt.nll(soft_for(prompt, 2), infer.cut(stream.texts, rows), stream.sees)
+    told = infer.cut(stream.texts, rows).field >= 0
+    assert (nll[told] > 0).all() and nll[~told].abs().sum() == 0 and 0 < told.sum() < told.numel()
+    assert infer.told_of(stream.texts)[rows].tolist() == told.sum(1).tolist()
+
+
+def test_verdicts_are_labels_or_stars_of_the_train_rows():
+    rows = pd.DataFrame({"rating": [1.0, 4.0, 5.0, 2.4], "label": [0, 1, 1, 0],
+                         "split": ["train", "train", "train", "test"]})
+    train = rows[rows["split"] == "train"]
+    of = lambda ratings: infer.verdicts_of(argparse.Namespace(ratings=ratings), rows, train)
+    assert of("none")[0].tolist() == [0, 0, 0, 0] and of("none")[1] == [""]
+    assert of("liked")[0].tolist() == [0, 1, 1, 0] and of("liked")[1] == WORDS
+    assert of("stars")[0].tolist() == [0, 1, 2, 0]  # 2.4 is nearest to 1
+    assert of("stars")[1] == ["rated 1", "rated 4", "rated 5"]
+
+
+def test_folds_deal_out_each_users_rows_evenly():
+    train = pd.DataFrame({"user": np.random.default_rng(0).integers(40, size=1000)})
+    fold = infer.folds_of(train, 4, seed=1)
+    counts = pd.crosstab(train["user"], fold)
+    assert set(fold) == {0, 1, 2, 3} and (counts.max(axis=1) - counts.min(axis=1)).max() <= 1
+    assert (fold == infer.folds_of(train, 4, seed=1)).all() and (fold != infer.folds_of(train, 4, seed=2)).any()
+    assert (infer.folds_of(train, 0, seed=1) == -1).all()
+
+
 def test_routes_follow_the_option_and_the_data():
-    args = argparse.Namespace(route=["title+category", "brand+price"])
+    args = argparse.Namespace(route=["title+category", "brand+price"], evidence="items", ratings="none")
     routes = lambda items: {key: sees.tolist() for key, sees in infer.routes_of(args, items, ["a", "b"])}
     assert routes(ITEMS) == {("title", "category"): [True, False], ("brand", "price"): [False, True]}
     bare = ITEMS.assign(brand=None, price=None, category=None)  # titles only: both are told the titles
     assert routes(bare) == {("title",): [True, True]}
     args.route = ["none"]
-    assert routes(ITEMS) == {infer.FIELDS: [True, True]}
+    assert routes(ITEMS) == {infer.FIELDS[:4]: [True, True]}
+    args.route, args.ratings = ["title", "title+rating"], "liked"
+    assert routes(ITEMS) == {("title",): [True, False], ("title", "rating"): [False, True]}
+    args.evidence = "review"
+    assert routes(ITEMS) == {("review",): [True, True]}
 
 
-def test_only_train_rows_are_evidence_and_histories_keep_the_latest(llm):
-    train = pd.DataFrame({"user": [0, 0, 0, 2], "item": [0, 1, 2, 4]})
+def test_items_are_evidence_one_by_one_and_histories_keep_the_latest(llm):
+    events = events_of([0, 0, 0, 2], [0, 1, 2, 4])
     streams = streams_of(llm)
+    pieces = [[infer.pieces_of(item, fields) for item in ITEMS.itertuples()] for fields in FIELD_SETS]
     args = argparse.Namespace(evidence="items", max_history=2)
-    (_, first), (_, second) = infer.evidence_of(args, llm[1], ITEMS, streams, train)
+    (_, first), (_, second) = infer.evidence_of(args, llm[1], streams, pieces, events)
     assert first.user.tolist() == [0, 0, 0, 2] and first.row.tolist() == [0, 1, 2, 4]
     assert second.row.tolist() == [0, 1, 2, 4]
+    assert infer.evidence_counts([(streams[0], first)], 3, 2).tolist() == [[3, 0], [0, 0], [1, 0]]
     args.evidence = "history"
-    (stream, pairs), _ = infer.evidence_of(args, llm[1], ITEMS, streams, train)
+    (stream, pairs), _ = infer.evidence_of(args, llm[1], streams, pieces, events)
     assert pairs.user.tolist() == [0, 2]
     told = llm[1].decode(stream.texts.ids[0][stream.texts.field[0] >= 0])
     assert told.strip() == "Kitchen: iron skillet 2. Games: café racer 3."
@@ -146,6 +205,47 @@ def test_the_first_evidence_token_depends_on_the_profile(llm):
     assert (nll[0] - nll[1]).abs().min() > 1e-6
 
 
+def test_the_causal_mask_lets_profiles_see_what_stands_before_them(llm):
+    """The ablation: the second profile sees the first, never the other way round; positions in a row."""
+    texts, sees = texts_of(llm), torch.ones(2, dtype=torch.bool)
+    prompt = prompt_of(llm, mask="causal")
+    assert prompt.position.tolist() == list(range(len(prompt.segment)))
+    soft = soft_for(prompt, 5)
+    for block in range(2):
+        other = soft.clone()
+        other[:, 1 - block] += 1.0
+        hidden = [hidden_of_block(llm, prompt, part, block, texts, sees) for part in (soft, other)]
+        assert torch.equal(*hidden) == (block == 0)
+
+
+@pytest.mark.parametrize("num_soft", [2, 3])
+def test_each_of_several_soft_tokens_counts_and_none_sees_the_other_profile(llm, num_soft):
+    prompt, streams = prompt_of(llm, num_soft=num_soft), streams_of(llm)
+    dim = prompt.embedding.shape[1]
+    soft = soft_for(prompt, 5).requires_grad_()
+    assert soft.shape[2] == num_soft * dim and len(prompt.soft_places) == 2 * num_soft
+    (gradient,) = torch.autograd.grad(prompt.nll(soft, streams[0].texts, streams[0].sees).sum(), soft)
+    assert (gradient[:, 0].unflatten(1, (num_soft, dim)).abs().amax((0, 2)) > 0).all()
+    assert gradient[:, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("init", ["random", "names", "vocab", "uniform"])
+def test_soft_tokens_start_as_asked(llm, init):
+    prompt = infer.Prompt(*llm, ["hobby", "job"], NAME_TEXTS, TASK_TEXT, num_soft=2)
+    args = argparse.Namespace(init=init)
+    soft = infer.first_soft(args, prompt, 50, torch.Generator().manual_seed(0)).unflatten(2, (2, -1))
+    table = prompt.embed.weight.detach()
+    if init == "names":
+        ids = llm[1](" hobby", add_special_tokens=False).input_ids
+        assert torch.allclose(soft[7, 0, 1], table[ids].mean(0)) and torch.equal(soft[0], soft[1])
+    elif init == "vocab":
+        assert (soft[3, 1, 0] == table).all(1).any() and not torch.equal(soft[0], soft[1])
+    else:
+        expected = {"random": prompt.scale, "uniform": 0.2 / 12**0.5}[init]
+        assert float(soft.std()) == pytest.approx(expected, rel=0.1)
+        assert soft.abs().max() <= 0.1 or init == "random"
+
+
 def test_padding_changes_nothing(llm):
     prompt, (first, _) = prompt_of(llm), streams_of(llm)
     soft = soft_for(prompt, 5)
@@ -155,7 +255,7 @@ def test_padding_changes_nothing(llm):
         nll = prompt.nll(soft[row:row + 1], alone, first.sees)[0]
         assert torch.allclose(together[row, :len(nll)], nll, atol=1e-5)
         assert together[row, len(nll):].abs().sum() == 0
-    junk = infer.Texts(torch.where(first.texts.field < 0, 7, first.texts.ids), first.texts.field)
+    junk = first.texts._replace(ids=torch.where(first.texts.field < 0, 7, first.texts.ids))
     assert torch.equal(prompt.nll(soft, junk, first.sees), together)
 
 
@@ -191,7 +291,7 @@ def test_scores_are_the_gradients_of_single_items(llm):
     prompt, weights = prompt_of(llm), weights_of()
     shared = soft_for(prompt, 1)[0]
     for stream in streams_of(llm):
-        rows = (infer.lengths_of(stream.texts) > 0).nonzero()[:, 0]
+        rows = (infer.told_of(stream.texts) > 0).nonzero()[:, 0]
         scores = infer.scores_of(prompt, stream, rows, shared, weights, 100, "test")
         for place, row in enumerate(rows):
             soft = shared[None].clone().requires_grad_()
@@ -203,15 +303,145 @@ def test_scores_are_the_gradients_of_single_items(llm):
             assert torch.allclose(scores[place], gradient[0], atol=1e-5)
 
 
-def test_sums_by_user_equal_a_double_loop():
-    stream = infer.Stream((), None, infer.Texts(torch.zeros(4, 1), None))
-    pairs = infer.Pairs(torch.tensor([0, 0, 2, 2, 2]), torch.tensor([1, 3, 0, 1, 2]))
-    of_row = torch.randn(4, 3)
-    total = infer.sum_by_user(stream, pairs, of_row, 3)
-    expected = torch.zeros(3, 3, dtype=torch.float64)
-    for user, row in zip(pairs.user, pairs.row):
-        expected[user] += of_row[row].double()
+def test_sums_by_user_equal_a_double_loop_and_have_the_same_bits_in_any_company():
+    generator = torch.Generator().manual_seed(0)
+    user, row = torch.randint(9, (200,), generator=generator), torch.randint(20, (200,), generator=generator)
+    of_row = torch.randn(20, 16, generator=generator)
+    total = infer.sum_by_user(user, row, of_row, 9)
+    expected = torch.zeros(9, 16, dtype=torch.float64)
+    for one, text in zip(user, row):
+        expected[one] += of_row[text].double()
     assert torch.allclose(total, expected)
+    order = torch.randperm(200, generator=generator)
+    assert torch.equal(infer.sum_by_user(user[order], row[order], of_row, 9), total)
+    mine = user == 4
+    assert torch.equal(infer.sum_by_user(torch.zeros_like(user[mine]), row[mine], of_row, 1)[0], total[4])
+    count, pull, lift = torch.bincount(user).float()[:, None], torch.ones(1), torch.randn(1, 16, 32)
+    placed = infer.place_users(total.float()[:, None], count, pull, lift)
+    alone = infer.place_users(total.float()[4:5, None], count[4:5], pull, lift)
+    assert torch.equal(alone[0], placed[4])
+    assert torch.allclose(placed[:, 0], (total.float() / (count + 1)) @ lift[0], atol=1e-5)
+
+
+def test_an_audience_is_all_others_and_a_prior():
+    """A double loop: who gave the verdict is not among the others; strangers meet all of them."""
+    count = torch.tensor([[3.0, 1.0], [0.0, 2.0], [0.0, 0.0]])
+    others, strangers = infer.audience(count, weight=2.0)
+    prior = [(3 + 1) / (6 + 2), (3 + 1) / (6 + 2)]
+    for item in range(3):
+        for verdict in range(2):
+            total = float(count[item].sum()) + 2.0
+            assert float(strangers[item, verdict]) == pytest.approx(
+                (float(count[item, verdict]) + 2 * prior[verdict]) / total)
+            if count[item, verdict]:
+                for other in range(2):
+                    votes = float(count[item, other]) - (other == verdict)
+                    assert float(others[item, verdict, other]) == pytest.approx(
+                        (votes + 2 * prior[other]) / (total - 1))
+
+
+def test_ratings_are_centred_by_the_items_audience_and_items_by_popularity(llm):
+    """Score by score: what is left of a rating is its score less the audience's mean; of an item, less all."""
+    prompt, weights = prompt_of(llm), weights_of()
+    shared = soft_for(prompt, 1)[0]
+    stream, count = rating_stream(llm), torch.tensor([3.0, 1, 0, 2, 0, 0, 1, 1, 0, 0])
+    known = torch.arange(10) < 8  # item 4 is unknown
+    result = infer.information_of(prompt, stream, count, known, shared, weights, 500, shrinkage=0.0)
+    own, strangers, taken, noise = result[1]
+    assert set(result) == {1} and taken.tolist() == known.tolist()
+    score = lambda row: infer.scores_of(prompt, stream, torch.tensor([row]), shared, weights, 500, "")[0, 1]
+    others, audience = infer.audience(count.view(5, 2))
+    expected = torch.zeros_like(noise)
+    for item in range(4):
+        both = torch.stack([score(2 * item), score(2 * item + 1)])
+        for verdict in range(2):
+            row = 2 * item + verdict
+            mine = both[verdict] - others[item, verdict] @ both
+            assert torch.allclose(own[row], mine, atol=1e-5)
+            assert torch.allclose(strangers[row], both[verdict] - audience[item] @ both, atol=1e-5)
+            expected += count[row] / count.sum() * torch.outer(mine, mine)
+    assert torch.allclose(noise, expected, atol=1e-6) and own[8:].abs().max() == 0
+    (title, _), share = streams_of(llm), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0])
+    own, strangers, _, _ = infer.information_of(prompt, title, share, share > 0, shared, weights, 500)[0]
+    mean = sum(share[row] * infer.scores_of(prompt, title, torch.tensor([row]), shared, weights, 500, "")[0, 0]
+               for row in range(4))
+    first = infer.scores_of(prompt, title, torch.tensor([0]), shared, weights, 500, "")[0, 0]
+    assert torch.allclose(own[0], first - mean, atol=1e-5) and torch.equal(own, strangers)
+
+
+def score_case(llm, events, is_warm, **changes):
+    """Profiles of a few users by the score method, all that is shared held fixed: a function of the events."""
+    prompt, streams = prompt_of(llm), [streams_of(llm)[0], rating_stream(llm)]
+    args = argparse.Namespace(**{"folds": 0, "pull": 2.0, "map_steps": 3, "tokens_per_batch": 500} | changes)
+    shared = soft_for(prompt, 1)[0]
+    counts = [torch.bincount(infer.rows_of(stream, events), minlength=len(stream.texts.ids)).float()
+              for stream in streams]
+    information = [infer.information_of(prompt, stream, count, torch.ones(len(count), dtype=torch.bool), shared,
+                                        weights_of(), 500) for stream, count in zip(streams, counts)]
+
+    coordinates = infer.coordinates_of(args, prompt, streams, information, events, is_warm)
+
+    def infer_users(own, prior=()):
+        return infer.infer_by_score(args, prompt, streams, events, own, coordinates, shared, events, is_warm,
+                                    list(prior), torch.Generator().manual_seed(0))
+
+    return infer_users, prompt, streams
+
+
+EVENTS = ([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3], [0, 1, 2, 1, 3, 4, 0, 2, 4, 3, 0],
+          [0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1], [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0])
+
+
+def test_the_score_profile_is_the_shrunken_sum_of_single_items(llm, capsys):
+    """A double loop over users and items: Σ over what they had, / (n + pull), mapped by B; folds left out."""
+    events = events_of(*EVENTS)
+    infer_users, _, streams = score_case(llm, events, torch.ones(4, dtype=torch.bool), folds=2)
+    profiles, needs = infer_users(events)
+    assert profiles.shape[:3] == (3, 4, 2)
+    for place, left_out in enumerate([0, 1, None]):
+        for user in range(4):
+            for k, stream in enumerate(streams):
+                total, number = torch.zeros(16), 0
+                for index in range(11):
+                    if EVENTS[0][index] == user and EVENTS[3][index] != left_out:
+                        if infer.told_of(stream.texts)[infer.rows_of(stream, events)[index]]:
+                            total += needs["own"][k][infer.rows_of(stream, events)[index]]
+                            number += 1
+                expected = needs["shared"][k] + (total / (number + 2.0)) @ needs["lift"][k]
+                assert torch.allclose(profiles[place, user, k], expected, atol=1e-4)
+
+
+def test_evidence_of_the_left_out_fold_changes_nothing(llm, monkeypatch):
+    """What all users share (directions, map, step length) held fixed."""
+    monkeypatch.setattr(infer, "choose_length", lambda *arguments: torch.ones(2))
+    events = events_of(*EVENTS)
+    infer_users, _, _ = score_case(llm, events, torch.ones(4, dtype=torch.bool), folds=2)
+    before = infer_users(events)[0]
+    flipped = events._replace(verdict=torch.where(events.fold == 0, 1 - events.verdict, events.verdict))
+    after = infer_users(flipped)[0]
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1]) and not torch.equal(before[2], after[2])
+    assert torch.equal(before[:, :, 0], after[:, :, 0])  # a profile that no rating tells of stays
+
+
+def test_a_codebook_as_prior_pulls_each_user_to_the_codeword_nearest_to_him(llm, capsys):
+    events = events_of(*EVENTS)
+    infer_users, _, _ = score_case(llm, events, torch.ones(4, dtype=torch.bool), pull=1e6)
+    plain, needs = infer_users(events)
+    prior = []
+    for k in range(2):
+        transform = torch.linalg.pinv(needs["lift"][k])[:, :2]  # the first two coordinates
+        prior.append({"codebook": 0.3 * torch.tensor([[1.0, 0], [-1, 1], [0, -1]]), "transform": transform,
+                      "mean": needs["shared"][k], "shared": torch.zeros(2), "scale": torch.tensor(1.0)})
+    pulled, _ = infer_users(events, prior)
+    for k, part in enumerate(prior):
+        z = (pulled[-1, :, k] - part["mean"]) @ part["transform"]
+        distance = torch.cdist(z, part["codebook"]).min(1).values
+        assert distance.max() < 1e-2  # so strong a pull leaves all at a codeword
+        plain_z = (plain[-1, :, k] - part["mean"]) @ part["transform"]
+        assert torch.cdist(plain_z, part["codebook"]).min(1).values.min() > 0.05
+    assert len(set(torch.cdist((pulled[-1, :, 0] - prior[0]["mean"]) @ prior[0]["transform"],
+                               prior[0]["codebook"]).argmin(1).tolist())) > 1
 
 
 def test_field_weights_bring_all_fields_to_the_same_noise(llm):
@@ -219,12 +449,12 @@ def test_field_weights_bring_all_fields_to_the_same_noise(llm):
     prompt, streams = prompt_of(llm), streams_of(llm)
     shared = soft_for(prompt, 1)[0]
     generator = torch.Generator().manual_seed(0)
-    weights = infer.field_weights(args, prompt, streams, torch.ones(5), shared, generator)
+    weights = infer.field_weights(args, prompt, streams, [torch.ones(5)] * 2, shared, generator)
     for stream in streams:
         for field in stream.fields:
             only = torch.zeros(len(infer.FIELDS))
             only[infer.FIELDS.index(field)] = weights[infer.FIELDS.index(field)]
-            rows = (infer.lengths_of(stream.texts) > 0).nonzero()[:, 0]
+            rows = (infer.told_of(stream.texts) > 0).nonzero()[:, 0]
             scores = infer.scores_of(prompt, stream, rows, shared, only, 500, "test")
             noise = float((scores - scores.mean(0)).square().sum((1, 2)).mean())
             assert noise == pytest.approx(1, rel=1e-3)
@@ -280,7 +510,7 @@ def test_the_shared_point_and_personal_steps_lower_the_nll_and_leave_the_llm_unt
     prompt, streams = prompt_of(llm), streams_of(llm)
     pairs = infer.Pairs(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 4, 2, 3]))
     evidence = [(stream, pairs) for stream in streams]
-    args = argparse.Namespace(shared_steps=25, tokens_per_batch=2000, lr=0.02, batch_size=8)
+    args = argparse.Namespace(shared_steps=25, tokens_per_batch=2000, lr=0.02, batch_size=8, init="random")
     ones = torch.ones(len(infer.FIELDS))
     nll = lambda soft: float(sum(infer.weighted_nll(prompt, soft[pairs.user], stream, pairs.row, ones)
                                  for stream in streams))
@@ -296,24 +526,27 @@ def test_the_shared_point_and_personal_steps_lower_the_nll_and_leave_the_llm_unt
 def test_the_map_never_sees_the_item_that_it_foretells(llm):
     """Users of a single item: with it left out nothing is known of them, and the map cannot learn."""
     prompt, streams = prompt_of(llm), streams_of(llm)
-    train = pd.DataFrame({"user": range(5), "item": range(5)})
-    of_item = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
-    args = argparse.Namespace(map_steps=3, tokens_per_batch=500, evidence="items")
-    shared = soft_for(prompt, 1)[0]
+    train = events_of(list(range(5)), list(range(5)))
+    args = argparse.Namespace(map_steps=3, tokens_per_batch=500)
+    shared, is_warm = soft_for(prompt, 1)[0], torch.ones(5, dtype=torch.bool)
 
-    def fitted(total):
-        at = infer.Coordinates(total, of_item, torch.ones(5, 2), torch.ones(2), torch.ones(2))
-        return infer.fit_map(args, prompt, streams, train, shared, at, torch.Generator().manual_seed(0))
+    def fitted(twice):
+        events = events_of([*range(5)] * 2, [*range(5), *([1, 2, 3, 4, 0] if twice else range(5))])
+        events = events if twice else train
+        tables = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+        known = torch.ones(5, dtype=torch.bool)
+        at = [infer.Coordinates(k, tables[k], tables[k], known, 1.0) for k in range(2)]
+        return infer.fit_map(args, prompt, streams, events, shared, at, is_warm, torch.Generator().manual_seed(0))
 
-    assert fitted(of_item).abs().max() == 0 and fitted(3 * of_item).abs().max() > 0
+    assert fitted(False).abs().max() == 0 and fitted(True).abs().max() > 0
 
 
 def test_users_who_choose_and_users_who_report_are_not_the_same(llm):
     rows = pd.DataFrame({"user": [0, 1, 2, 3, 3, 4], "item": [0, 1, 2, 3, 4, 0]})
     rows["split"] = 5 * ["valid"] + ["test"]
-    tune, report = infer.heldout_rows(rows, streams_of(llm), 100, seed=0)
-    assert sorted(tune[0].tolist()) == [0, 2] and sorted(report[0].tolist()) == [1, 3, 3]
-    assert report[1].tolist() == [1, 3, 4]
+    tune, report = infer.heldout_rows(rows, np.zeros(6, dtype=np.int64), streams_of(llm), 100, seed=0)
+    assert sorted(tune.user.tolist()) == [0, 2] and sorted(report.user.tolist()) == [1, 3, 3]
+    assert report.item.tolist() == [1, 3, 4] and report.place.tolist() == [1, 3, 4]
 
 
 def test_a_user_interval_is_that_of_the_ratio():
@@ -355,13 +588,103 @@ def test_profiles_hold_what_the_readme_says(small_run):
 THREE_PROFILES = ("--profiles", "hobby=This user's hobby is", "job=her job is", "sport=This user's sport is")
 
 
-@pytest.mark.parametrize("options", [("--paper",), ("--method", "gradient"), ("--evidence", "history"),
-                                     THREE_PROFILES])
-def test_methods_evidence_and_any_number_of_profiles_run(small_run, tmp_path, options):
+@pytest.mark.parametrize("options, num_profiles", [
+    (("--paper",), 2), (("--method", "gradient"), 2), (("--method", "gradient", "--evidence", "history"), 2),
+    (("--released", "--evidence", "items"), 2), (("--soft-tokens", 2), 2), (THREE_PROFILES, 3),
+    (("--ratings",), 3), (("--ratings", "stars", "--folds", 2, "--method", "gradient"), 3),
+    (("--ratings", "--route", "title+rating", "brand+price"), 2)], ids=lambda value: str(value)[:60])
+def test_methods_evidence_and_any_number_of_profiles_run(small_run, tmp_path, options, num_profiles):
     _, stored, sidecar = infer_run(small_run, tmp_path, "--llm", "tiny", *options)
-    assert stored["profiles"].shape[1] == len(stored["names"]) == (3 if "--profiles" in options else 2)
-    assert torch.isfinite(stored["profiles"]).all() and (stored["profiles"].std(0) > 0).any()
+    profiles, folds = stored["profiles"], sidecar["options"]["folds"]
+    assert profiles.shape[:-3] == ((folds + 1,) if folds else ()) and ("fold" in stored) == bool(folds)
+    assert profiles.shape[-2] == len(stored["names"]) == num_profiles
+    assert profiles.shape[-1] == 128 * sidecar["options"]["soft_tokens"]
+    assert torch.isfinite(profiles).all() and (profiles.std(-3) > 0).any()
+    assert stored["num_evidence"].shape == profiles.shape[:-1]
     assert np.isfinite(sidecar["heldout_nll"]["own"])
+
+
+def test_reviews_are_evidence_their_first_sentence_only(small_run, tmp_path):
+    """Reviews that say what group a user is of; those of test rows, and second sentences, move nothing."""
+    interactions = pd.read_parquet(small_run[1] / "interactions.parquet")
+    profiles = []
+    for poison in ("plain", "poison"):
+        run = tmp_path / poison
+        run.mkdir()
+        for name in ("items", "users"):
+            for suffix in (".parquet", ".parquet.json"):
+                (run / f"{name}{suffix}").write_bytes((small_run[1] / f"{name}{suffix}").read_bytes())
+        text = np.where(interactions["user"] % 2, "I race all day. ", "I cook all day. ").astype(object) + poison
+        text[(interactions["split"] == "test").to_numpy()] = poison
+        options = argparse.Namespace(run_dir=str(run), seed=0)
+        common.write_artifact(options, "interactions.parquet", interactions.assign(review=text))
+        printed = run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--evidence", "review",
+                            "--tiny-steps", 6, "--shared-steps", 4, "--map-steps", 4, "--heldout", 60)
+        profiles.append((run / "profiles.pt").read_bytes())
+    assert profiles[0] == profiles[1] and "field weights: review" in printed
+    line = infer_run(small_run, tmp_path, "--evidence", "review", "--llm", "tiny", ok=False)
+    assert "holds no reviews" in line and "--evidence items" in line
+
+
+def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
+    """Cold users of the run come again, later and alone: same profiles, same codes; others are told apart."""
+    from conftest import SMALL, run_pipeline, write_table
+
+    write_table(tmp_path / "raw")
+    run = tmp_path / "run"
+    run_pipeline(run, tmp_path / "raw", stages=1, split=["cold-user"])
+    for script in list(SMALL)[:2]:
+        codes = ["--codes", 2, 2, 2] if script.startswith("03") else []
+        run_stage(script, "--run-dir", run, *SMALL[script], *codes, *["--ratings"] * script.startswith("02"))
+    options = argparse.Namespace(run_dir=str(run))
+    rows, items, users, stored, bank = common.read_artifacts(
+        options, "interactions.parquet", "items.parquet", "users.parquet", "profiles.pt", "feature_bank.parquet")
+    rows = rows[rows["split"] == "support"].sample(frac=1, random_state=0)
+    table = pd.DataFrame({"user_id": users["user_id"].to_numpy()[rows["user"]], "rating": rows["rating"],
+                          "item_id": items["item_id"].to_numpy()[rows["item"]]})
+    cold = users[users["user"].isin(rows["user"])]
+    for chosen in (cold["user_id"], cold["user_id"].iloc[2:3]):
+        file = tmp_path / f"new{len(chosen)}.csv"
+        stranger = pd.DataFrame({"user_id": ["zz"], "item_id": ["no such item"], "rating": [3]})
+        pd.concat([table[table["user_id"].isin(chosen)], stranger]).to_csv(file, index=False)
+        told = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file)
+        assert f"{len(chosen) + 1} new users, {len(chosen)} of them with evidence" in told
+        run_stage("03_quantize.py", "--run-dir", run, "--apply")
+        new, codes = common.read_artifacts(options, "new_profiles.pt", "new_codes.parquet")
+        place = users.set_index("user_id")["user"].reindex(new["user_id"][:-1]).to_numpy().astype(int)
+        assert new["user_id"][-1] == "zz" and len(place) == len(chosen)
+        assert torch.equal(new["profiles"][:-1], stored["profiles"][-1][place])
+        assert (codes[stored["names"]].to_numpy()[:-1] == bank[stored["names"]].to_numpy()[place]).all()
+        assert codes[stored["names"]].to_numpy()[-1].tolist() == [2, 2, 2]
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", tmp_path / "none.csv", ok=False)
+    assert "--only-users" in line and "user_id, item_id" in line
+    table.drop(columns="rating").to_csv(file, index=False)
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+    assert "no column rating" in line
+
+
+def test_rounds_of_em_never_raise_the_objective(small_run, tmp_path):
+    llm = save_llm(tmp_path / "llm", "gpt2")
+    infer_run(small_run, tmp_path, "--llm", llm)
+    run = tmp_path / "run"
+    run_stage("03_quantize.py", "--run-dir", run, *("--codes", 2, 3, "--epochs", 2))
+    totals = []
+    for _ in range(2):
+        printed, stored, sidecar = infer_run(small_run, tmp_path, "--llm", llm, "--prior", run / "codebook.pt")
+        line = next(line for line in printed.splitlines() if line.startswith("objective"))
+        before, after = (float(part.split(" = ")[1].split()[0].rstrip(";")) for part in line.split("after"))
+        assert after <= before and sum(sidecar["objective"]) == pytest.approx(after, abs=1e-3)
+        totals += [before, after]
+        told = run_stage("03_quantize.py", "--run-dir", run)
+        for line in told.splitlines():
+            if "quantization loss" in line:
+                first, second = (float(part.split()[0]) for part in line.split("loss ")[1].split("-> "))
+                assert second <= first
+    assert totals == sorted(totals, reverse=True)
+    codes = pd.read_parquet(run / "feature_bank.parquet")
+    assert set(codes["hobby"]) <= {0, 1} and set(codes["background"]) <= {0, 1, 2}
+    line = infer_run(small_run, tmp_path, "--llm", llm, "--prior", tmp_path / "other.pt", ok=False)
+    assert "--prior" in line and "codebook.pt" in line
 
 
 def test_a_saved_llm_of_either_architecture_runs(small_run, tmp_path, llm_folder):
@@ -377,7 +700,8 @@ def test_task_text_route_and_names_move_the_profiles(small_run, tmp_path):
     llm = save_llm(tmp_path / "llm", "gpt2")
     base = infer_run(small_run, tmp_path, "--llm", llm)[1]["profiles"]
     for options in (("--task-text", "a job"), ("--route", "none"), ("--route", "title", "price"),
-                    ("--field-weights", "none"), ("--pull", 500),
+                    ("--field-weights", "none"), ("--pull", 500), ("--mask", "causal"), ("--init", "names"),
+                    ("--init", "vocab"),
                     ("--profiles", "hobby=This user's hobby is", "job=her job is"), ("--seed", 1)):
         profiles = infer_run(small_run, tmp_path, "--llm", llm, *options)[1]["profiles"]
         assert not torch.equal(profiles, base), options
@@ -433,7 +757,10 @@ def test_a_text_longer_than_the_context(llm, capsys):
     (["--profiles", "hobby"], "NAME=TEXT"), (["--profiles", "a=x", "a=y"], "differ"),
     (["--route", "colour", "price"], "--route"), (["--route", "title"], "--route"),
     (["--task-text", " "], "--task-text"), (["--method", "magic"], "--method"),
-    (["--meth", "score"], "--meth")])
+    (["--meth", "score"], "--meth"), (["--evidence", "history"], "--method gradient"),
+    (["--paper", "--released"], "two recipes"), (["--folds", "1"], "--folds"),
+    (["--ratings", "--evidence", "review"], "--ratings"), (["--ratings", "--route", "title", "price"], "rating"),
+    (["--route", "title", "rating"], "--ratings"), (["--only-users", "x.csv", "--steps", "3"], "--steps")])
 def test_options_that_make_no_sense_are_refused(options, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         infer.parse_args(options)

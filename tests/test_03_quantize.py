@@ -46,21 +46,25 @@ def test_dims_and_most_bind_the_number_of_directions():
 def losses_with(**changes):
     """Train two small profiles for an epoch and return the weights that moved."""
     torch.manual_seed(0)
-    defaults = {"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0}
+    defaults = {"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0,
+                "codebook": "gradient", "revive": False}
     options = argparse.Namespace(**defaults | changes)
     deviation = torch.randn(40, 5)
-    quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.randn(3, 2), changes.get("beta", 0.25))
+    codebook = torch.randn(3, 2) + torch.tensor([[0.0], [0.0], [99.0]]) * (options.revive is not False)
+    decay = 0.9 if options.codebook == "ema" else None
+    quantizer = quantize.Quantizer(torch.eye(5)[:, :2], codebook, changes.get("beta", 0.25), decay)
     surrogate = quantize.Surrogate([2], 10)
     rows = torch.randint(40, (100,)), torch.randint(10, (100,)), torch.randint(2, (100,)).float()
+    fold = torch.zeros(100, dtype=torch.long)
     torch.manual_seed(1)
-    quantize.train(options, torch.nn.ModuleList([quantizer]), surrogate, [deviation], *rows)
+    quantize.train(options, torch.nn.ModuleList([quantizer]), surrogate, [deviation[None]], *rows, fold)
     return {"transform": quantizer.transform.detach(), "codebook": quantizer.vq.codebook.detach(),
             "item": surrogate.item.weight.detach()}
 
 
 @pytest.mark.parametrize("change, moves", [
     ({"vq_weight": 0.1}, "codebook"), ({"rec_weight": 0.1}, "transform"),
-    ({"beta": 2.0}, "transform"), ({"rec_weight": 0.0}, "item")])
+    ({"beta": 2.0}, "transform"), ({"rec_weight": 0.0}, "item"), ({"codebook": "ema"}, "codebook")])
 def test_every_weight_reaches_the_loss(change, moves):
     assert not torch.equal(losses_with()[moves], losses_with(**change)[moves])
 
@@ -70,6 +74,129 @@ def test_without_rec_weight_the_surrogate_stands_still():
     torch.randn(40, 5), torch.randn(3, 2)
     untouched = quantize.Surrogate([2], 10).item.weight.detach()
     assert torch.equal(losses_with(rec_weight=0.0)["item"], untouched)
+
+
+def test_a_dead_codeword_is_revived_at_a_user_and_only_if_so_wished():
+    far = lambda revive: float(losses_with(revive=revive)["codebook"][2].abs().max())
+    assert far(None) > 50 > 10 > far(True)
+
+
+def test_the_moving_average_is_that_of_what_each_codeword_was_given():
+    """Three batches by hand: counts and sums decay, codewords are their ratio (van den Oord et al., 2017)."""
+    torch.manual_seed(0)
+    quantizer = quantize.Quantizer(torch.eye(2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0.25, decay=0.8)
+    count, total = np.ones(2), np.array([[1.0, 0.0], [-1.0, 0.0]])
+    for _ in range(3):
+        z = torch.randn(30, 2)
+        codes = torch.cdist(z, torch.tensor(total / count[:, None], dtype=torch.float32)).argmin(1).numpy()
+        quantizer(z)
+        for code in range(2):
+            count[code] = 0.8 * count[code] + 0.2 * (codes == code).sum()
+            total[code] = 0.8 * total[code] + 0.2 * z.numpy()[codes == code].sum(0)
+        assert np.allclose(quantizer.vq.codebook.detach(), total / count[:, None], atol=1e-5)
+    quantizer.eval()
+    before = quantizer.vq.codebook.clone()
+    quantizer(torch.randn(30, 2))
+    assert torch.equal(before, quantizer.vq.codebook)
+
+
+def test_a_train_row_is_told_by_the_fold_that_has_not_seen_it():
+    """Deviations of the row's own fold reach the losses; those of the other folds do not."""
+    def loss_of(poisoned):
+        torch.manual_seed(0)
+        deviation = torch.randn(3, 40, 5)
+        user, fold = torch.arange(40), torch.arange(40) % 2
+        if poisoned == "own":
+            deviation[0, 4] += 5.0
+        else:
+            deviation[1, 4] += 5.0  # user 4's row is in fold 0
+            deviation[2, 4] += 5.0
+        options = argparse.Namespace(epochs=1, batch_size=8, lr=0.01, vq_weight=1.0, rec_weight=1.0,
+                                     codebook="gradient", revive=False)
+        quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.zeros(2, 2), 0.25)
+        quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10), [deviation], user,
+                       torch.arange(40) % 10, (torch.arange(40) % 3 > 0).float(), fold)
+        return quantizer.vq.codebook.detach()
+
+    torch.manual_seed(0)
+    clean = loss_of("other")
+    assert torch.equal(clean, loss_of("other")) and not torch.equal(clean, loss_of("own"))
+
+
+def test_the_released_start_collapses_where_kmeans_finds_all_kinds():
+    """METHOD: runs of the released start end with one code, where k-means++ on the same vectors finds the
+    clusters: in many dimensions all users are alike, seen from codewords far outside.
+    """
+    from common import usage_of
+
+    rng = np.random.default_rng(0)
+    kind = rng.integers(4, size=400)
+    deviation = torch.tensor(3 * np.eye(64)[kind] + rng.standard_normal((400, 64)), dtype=torch.float32)
+    rows = torch.arange(400), torch.zeros(400, dtype=torch.long), torch.zeros(400), torch.zeros(400).long()
+    told, start = [torch.ones(400, dtype=torch.bool)], torch.eye(64) / deviation.std()
+    for options in (["--released"], ["--rec-weight", "0", "--no-revive"]):
+        args = quantize.parse_args([*options, "--codes", "4", "--epochs", "25", "--batch-size", "16"])
+        for seed in range(3):
+            (quantizer,), _ = quantize.fit(args, [start], [deviation[None] - deviation.mean(0)], told, 1, rows,
+                                           seed, quiet=True)
+            z = (deviation - deviation.mean(0)) @ quantizer.transform
+            codes = torch.cdist(z, quantizer.vq.codebook).argmin(1).detach().numpy()
+            perplexity = usage_of(codes, 4)[1]
+            assert (perplexity < 1.2) if args.released else (perplexity > 3), (seed, perplexity)
+            assert args.released or adjusted_rand_score(kind, codes) > 0.4
+
+
+def test_the_directions_that_matter_to_what_users_like_are_kept():
+    """Users differ most in a direction that says nothing of their likes; the second decides them."""
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.randint(2, (2, 600), generator=generator) * 2.0 - 1
+    deviation = torch.stack([3 * kind[0], 2 * kind[1]], 1) + 0.2 * torch.randn(600, 2, generator=generator)
+    user, item = torch.arange(600).repeat(10), torch.randint(6, (6000,), generator=generator)
+    evidence = torch.ones(1, 600)
+
+    def kept(likes):
+        label = (likes[user] * (item % 2 * 2 - 1) > 0).float()
+        rows = [column[:5000] for column in (user, item, label)] + [torch.zeros(5000).long()]
+        valid = [column[5000:] for column in (user, item, label)]
+        args = argparse.Namespace(seed=0)
+        return quantize.choose_dims(args, torch.eye(2), deviation[None], torch.ones(600).bool(), evidence, 2,
+                                    rows, valid, 6)
+
+    assert kept(kind[0]) == 1
+    generator.manual_seed(1)
+    assert quantize.rec_loss_of((kind[:1] > 0).long(), 2, *[
+        [user[:5000], item[:5000], (kind[0][user] * (item % 2 * 2 - 1) > 0).float()[:5000],
+         torch.zeros(5000).long()],
+        [user[5000:], item[5000:], (kind[0][user] * (item % 2 * 2 - 1) > 0).float()[5000:]]], 6, 0) < 0.2
+
+
+def test_codes_of_train_rows_are_those_without_their_own_fold(small_run, tmp_path):
+    import shutil
+
+    import common
+
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4, "--shared-steps", 3,
+              "--map-steps", 3, "--heldout", 60, "--ratings", "--folds", 3)
+    told = run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 3, 2, "--epochs", 1, "--stability", 2)
+    assert told.count("ARI between seeds") == 3
+    options = argparse.Namespace(run_dir=str(run), seed=0)
+    stored, bank, codebook, of_train, rows = common.read_artifacts(
+        options, "profiles.pt", "feature_bank.parquet", "codebook.pt", "train_codes.parquet",
+        "interactions.parquet")
+    rows = rows[rows["split"] == "train"]
+    assert (of_train[["user", "item"]].to_numpy() == rows[["user", "item"]].to_numpy()).all()
+    assert list(bank.columns[2:]) == list(of_train.columns[2:]) == ["hobby", "background", "judgement"]
+    differs = 0
+    for k, name in enumerate(stored["names"]):
+        part = codebook[name]
+        for row in range(0, len(of_train), 37):
+            user, fold = of_train["user"][row], int(stored["fold"][row])
+            z = (stored["profiles"][fold, user, k] - part["mean"]) @ part["transform"]
+            assert of_train[name][row] == int((part["codebook"] - z).square().sum(1).argmin())
+        differs += (of_train[name].to_numpy() != bank[name].to_numpy()[of_train["user"]]).sum()
+    assert differs > 0
 
 
 def test_the_recommendation_loss_reaches_encoder_and_items_through_the_codewords():

@@ -9,22 +9,24 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, SMALL, STAGES, run_pipeline, run_process, run_stage, write_table
+from conftest import RATINGS, ROOT, SMALL, STAGES, run_pipeline, run_process, run_stage, write_table
 
 
 def test_the_same_seed_gives_the_same_bits(small_run, tmp_path):
     raw, run = small_run
     run_pipeline(tmp_path / "again", raw)
-    names = [name for name in common.MADE_BY if not name.startswith("figure")]
-    assert len(names) == 10
+    extra = ("figure", "new_", "train_codes")  # made on demand
+    names = [name for name in common.MADE_BY if not name.startswith(extra)]
+    assert len(names) == 11
     again = tmp_path / "again"
     different = [name for name in names if (run / name).read_bytes() != (again / name).read_bytes()]
     assert not different
 
 
-@pytest.mark.parametrize("split", [["random"], ["temporal"], ["temporal", "--ensure-train"], ["cold-user"],
-                                   ["published"]], ids=" ".join)
-def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split):
+@pytest.mark.parametrize("split, ratings", [
+    (["random"], False), (["random"], True), (["temporal"], False), (["temporal", "--ensure-train"], False),
+    (["cold-user"], True), (["published"], False)], ids=str)
+def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split, ratings):
     """Poison the rating and review of every test row, and the title of each item that only test rows have."""
     interactions, items = write_table(tmp_path / "raw")
     rows = np.random.default_rng(1).permutation(len(interactions))
@@ -58,10 +60,10 @@ def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split):
     write("poisoned", poisoned, " poison")
     first, second = tmp_path / "run_clean", tmp_path / "run_poisoned"
     for run, name in ((first, "clean"), (second, "poisoned")):
-        run_pipeline(run, tmp_path / name, stages=4, split=split)
+        run_pipeline(run, tmp_path / name, stages=4, split=split, ratings=ratings)
     assert (first / "interactions.parquet").read_bytes() != (second / "interactions.parquet").read_bytes()
     for name in ("profiles.pt", "codebook.pt", "feature_bank.parquet", "tiny_llm/model.safetensors",
-                 "tiny_llm/tokenizer.json"):
+                 "tiny_llm/tokenizer.json", "scores.pt", *["train_codes.parquet"] * ratings):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     results = [pd.read_parquet(path / "results.parquet") for path in (first, second)]
     same = ["model", "features", "seed", "rows", "valid_auc", "valid_logloss", "best_epoch"]
@@ -69,8 +71,9 @@ def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split):
     assert (results[0]["auc"] != results[1]["auc"]).any()  # only the final score sees the test labels
 
 
+@pytest.mark.parametrize("ratings", [False, True])
 @pytest.mark.parametrize("poisoned", ["support", "test"])
-def test_support_rows_move_their_own_users_profile_and_test_rows_nothing(tmp_path, poisoned):
+def test_support_rows_move_their_own_users_profile_and_test_rows_nothing(tmp_path, poisoned, ratings):
     """Other items in cold users' rows: no codeword moves, nor any profile but, by support rows, their own."""
     import argparse
 
@@ -88,10 +91,12 @@ def test_support_rows_move_their_own_users_profile_and_test_rows_nothing(tmp_pat
     stored, results = [], []
     for name in ("one", "two"):
         for script in list(SMALL)[:3]:
-            run_stage(script, "--run-dir", tmp_path / name, *SMALL[script])
+            run_stage(script, "--run-dir", tmp_path / name, *SMALL[script],
+                      *(RATINGS.get(script, []) if ratings else []))
         stored.append(torch.load(tmp_path / name / "profiles.pt", weights_only=True))
         results.append(pd.read_parquet(tmp_path / name / "results.parquet").query("features != 'random'"))
-    moved = (stored[0]["profiles"] != stored[1]["profiles"]).any(2).any(1)
+    moved = (stored[0]["profiles"] != stored[1]["profiles"]).any(-1).any(-1)
+    moved = moved.any(0) if ratings else moved
     assert moved.nonzero()[:, 0].tolist() == (cold[1:] if poisoned == "support" else [])
     assert stored[0]["has_evidence"].all()
     for name in ("codebook.pt", "tiny_llm/model.safetensors"):
