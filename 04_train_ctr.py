@@ -123,7 +123,7 @@ def parse_args(argv=None):
 
 
 STAGES = {"01_prepare.py": ("interactions.parquet", "items.parquet", "users.parquet", "prepare.json"),
-          "02_infer_profiles.py": ("profiles.pt",), "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
+          "02_infer_profiles.py": ("profiles.pt", "scores.pt"), "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
 
 
 SWITCHES = ("whiten", "revive")  # on unless switched off by --no-…
@@ -142,6 +142,8 @@ def further_run(args, name, stage, change):
         there = json.loads(path.read_text()) if path.exists() else {}
         if current < stage:
             for file in (f"{artifact}{end}" for artifact in artifacts for end in ("", ".json")):
+                if not (own / file).exists():  # scores.pt: not all methods make it
+                    continue
                 if there.get("sha256") != mine["sha256"]:
                     is_new = True
                     (folder / file).unlink(missing_ok=True)

@@ -45,7 +45,7 @@ def small_run_of(split=None, codes_tell=True, seed=0):
         split=split, labels={name: split[name]["label"].to_numpy(copy=True) for name in SPLITS},
         users=pd.DataFrame({"true_hobby": codes[:, 0], "true_background": codes[:, 1]}), codes=codes,
         code_sizes=[4, 3], names=["hobby", "background"], vectors=vectors, history=history, num_items=20,
-        split_seed=0, digests={})
+        split_seed=0, digests={}, train_codes=None, fold=None)
 
 
 def settings(*argv):
@@ -164,6 +164,26 @@ def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
     assert (np.sort(first, 0) == np.sort(codes["test"], 0)).all() and (first != second).any()
     assert (first[:, 0] == codes["test"][:, 0]).mean() < 0.4
     assert fields("none")[0]["test"].shape == (300, 0)
+
+
+def test_train_rows_read_the_codes_and_vectors_that_have_not_seen_them():
+    """With folds: codes of train_codes, vectors of the row's fold; valid and test those with all evidence."""
+    run = small_run_of()
+    train, num_users = run.split["train"], len(run.users)
+    rng = np.random.default_rng(0)
+    run.train_codes = np.stack([rng.integers(4, size=len(train)), rng.integers(3, size=len(train))], 1)
+    fields, sizes = ctr.fields_of("codes", run, 0)
+    assert sizes == [5, 4] and (fields["train"] == run.train_codes).all()
+    for name in ("valid", "test"):
+        assert (fields[name] == run.codes[run.split[name]["user"]]).all()
+    run.fold = torch.tensor(rng.integers(2, size=len(train)))
+    told = torch.arange(3 * num_users).float()[:, None]  # a vector tells whose it is, and of which fold
+    run.vectors = [told, -told]
+    rows, _ = ctr.rows_of(settings(), run, ["dense"], [0])
+    of_train = rows.vectors_of("train", torch.arange(len(train))[None])[0][0, :, 0]
+    assert of_train.tolist() == (run.fold.numpy() * num_users + train["user"].to_numpy()).tolist()
+    of_test = rows.vectors_of("test", torch.arange(len(run.split["test"]))[None])[0][0, :, 0]
+    assert of_test.tolist() == (2 * num_users + run.split["test"]["user"].to_numpy()).tolist()
 
 
 def test_every_field_has_rows_of_its_own_and_cold_users_are_unknown():
@@ -383,6 +403,15 @@ def test_table_6_tells_what_is_held_and_how_long_it_takes():
     assert figures["DCN + bank"]["megabytes"] - figures["DCN"]["megabytes"] < vectors / 2
     assert all(row["p99_1"] >= row["median_1"] > row["median_10000"] > 0 for row in figures.values())
     assert len(ctr.print_serving(figures)) == 2 + 2 + len(figures)
+
+
+def test_a_switch_that_is_off_stays_off_on_a_command_line():
+    import importlib
+
+    quantize = importlib.import_module("03_quantize")
+    for argv in ([], ["--no-whiten"], ["--released"], ["--no-revive", "--codes", "3", "4"]):
+        options = vars(quantize.parse_args(argv))
+        assert vars(quantize.parse_args(ctr.command_line(options))) == options
 
 
 def test_options_become_a_command_line_again():
