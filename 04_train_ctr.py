@@ -51,7 +51,7 @@ from common import (at_least, fail, logloss, options_text, parse_with_presets, r
 from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
 
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
-GRID = {"lr": (0.005, 0.01), "weight_decay": (1e-3, 1e-2), "net_decay": (0.0, 1e-2)}  # of --tune
+GRID = {"lr": (0.003, 0.01), "weight_decay": (3e-3, 3e-2), "net_decay": (0.0,), "start": (0.5, 0.05)}  # --tune
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
@@ -98,6 +98,10 @@ def parse_args(argv=None):
     add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
     add("--lr", type=at_least(0, float), default=0.01, help="learning rate of Adam")
     add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 penalty of a batch's embeddings")
+    add("--decay", choices=["met", "dense"], default="met",
+        help="that penalty once per batch that meets an embedding, or for the steps it rested, too")
+    add("--start", type=at_least(0, float), default=0.5,
+        help="standard deviation of the first embeddings of ids that many rows have")
     add("--net-decay", type=at_least(0, float), default=0.0, help="L2 penalty of all other parameters")
     grid = ", ".join(f"--{key.replace('_', '-')} {' or '.join(map(str, GRID[key]))}" for key in GRID)
     add("--tune", action="store_true", help=f"choose on valid, for each model and feature set, among {grid}")
@@ -337,7 +341,7 @@ def train_group(args, name, run, features, seeds):
     """
     rows, places = rows_of(args, run, features, seeds)
     grid = list(itertools.product(*GRID.values())) if args.tune else [
-        (args.lr, args.weight_decay, args.net_decay)]
+        (args.lr, args.weight_decay, args.net_decay, args.start)]
     # candidates of one rate stop at about the same epoch, so that few wait for the last
     todo = [(feature, seed, *candidate) for candidate in grid for feature in features for seed in seeds]
     members = [Member(places[feature, seed], seed, *candidate) for feature, seed, *candidate in todo]
@@ -439,7 +443,7 @@ def train_run(args, run, models, features, seeds):
             rows.append(row)
             was = f"{row['seconds']:.1f}s" if (feature, seed) in missing else "finished before"
             chosen_options = " ".join(f"{row[key]:g}" for key in GRID)
-            print(f"{model:7} {feature:8} split {run.split_seed} seed {seed} | lr, decays {chosen_options} | "
+            print(f"{model:7} {feature:8} split {run.split_seed} seed {seed} | lr, decays, start {chosen_options} | "
                   f"epoch {row['best_epoch']:02d}/{args.epochs} | "
                   f"valid auc {row['valid_auc']:.4f} logloss {row['valid_logloss']:.4f} | "
                   f"test auc {row['auc']:.4f} logloss {row['logloss']:.4f} | {was}", flush=True)

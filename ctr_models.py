@@ -314,7 +314,8 @@ MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, 
 class Member(NamedTuple):
     """One model of a stack: which set of fields it reads, its seed (start, batches, noise), Adam's options.
 
-    weight_decay: L2 penalty of the embeddings that a batch meets; net_decay: of all other parameters.
+    weight_decay: L2 penalty of the embeddings that a batch meets; net_decay: of all other parameters; start:
+    standard deviation at which the embeddings of frequent ids begin (see Stack.draw).
     """
 
     fields: int
@@ -322,6 +323,7 @@ class Member(NamedTuple):
     lr: float
     weight_decay: float
     net_decay: float
+    start: float = 0.5
 
 
 class Rows(NamedTuple):
@@ -415,36 +417,51 @@ class Stack:
     `fields`, `lr`, `weight_decay` and `net_decay`.
     """
 
-    def __init__(self, options, members, rows, dropout=0.0, is_compiled=False):
+    def __init__(self, options, members, rows, dropout=0.0, is_compiled=False, batch_size=None):
         self.model, self.logits, self.full, self.short = functions_of(options, dropout, is_compiled)
         self.device, self.width, self.steps = rows.ids["train"].device, self.model.width, 0
-        drawn = [self.draw(options, member.seed, rows.ids["train"][member.fields],
+        drawn = [self.draw(options, member, rows.ids["train"][member.fields],
                            rows.num_rows[member.fields], max(rows.num_rows)) for member in members]
         state = {key: torch.stack([one[key] for one in drawn]) for key in drawn[0]}
         state |= {key: torch.zeros_like(state["flat"]) for key in ("mean", "square")}
         state |= {key: torch.tensor([getattr(member, key) for member in members])[:, None]
                   for key in ("fields", "lr", "weight_decay", "net_decay")}
+        state["rest"] = torch.stack([self.rest_of(rows, member.fields, max(rows.num_rows), batch_size)
+                                     for member in members])
         self.state = {key: value.to(self.device) for key, value in state.items()}
         self.total = torch.zeros_like(self.tables()[:, :self.width])
 
-    def draw(self, options, seed, ids, num_rows, most):
+    def draw(self, options, member, ids, num_rows, most):
         """One member's start; it does not depend on the other members.
 
-        The standard deviation of an id that n of the train rows have is 0.5 n / (n + 100): products of small
+        The standard deviation of an id that n of the train rows have is start · n / (n + 100): products of small
         embeddings start on a saddle, and codes, which thousands share, must leave it; but the start of a rare
         id is noise that its few rows never wash out (0.08 of AUC on sparse data), and an unknown one tells
         nothing.
         """
-        torch.manual_seed(seed)
+        torch.manual_seed(member.seed)
         model = build(*options)
         table = torch.zeros(most, 3 * self.width)
         met = ids.flatten().bincount(minlength=num_rows).cpu()
-        scale = 0.5 * met / (met + 100)
+        scale = member.start * met / (met + 100)
         table[:num_rows, :self.width] = scale[:, None] * torch.randn(num_rows, self.width)
         if model.first_order:
             table[:, self.width - 1] = 0.0
         return {"flat": parameters_to_vector(model.parameters()).detach(), "table": table,
                 **dict(model.named_buffers())}
+
+    def rest_of(self, rows, fields, most, batch_size):
+        """How many steps pass, on average, from one batch that meets a row of the table to the next: [N]
+
+        A penalty that every step should bring, but that moves the rows of the batch only, is as many times
+        as large there: or rare ids, which have the least to say, would be the least penalised. 1 without a
+        batch size.
+        """
+        ids = rows.ids["train"][fields]
+        met = ids.flatten().bincount(minlength=most).cpu()
+        if batch_size is None:
+            return torch.ones(most)
+        return (len(ids) / (met.clamp(min=1) * batch_size)).clamp(min=1) * (met > 0) + 1.0 * (met == 0)
 
     def keep(self, members):
         """Drop all but these members [bool G]."""
@@ -474,8 +491,9 @@ class Stack:
         rows = found[..., :self.width].unflatten(1, ids.shape[1:])  # [G, B, F, W]
         grad = step_models_(state["flat"], state["mean"], state["square"], lr, state["net_decay"], step,
                             rows, self.buffers(), keep, seed_of, label, *vectors)
+        rest = state["rest"].flatten().index_select(0, index).view(len(ids), -1, 1)  # [G, B F, 1]
         step_rows_(adam_, self.tables(), self.total, index, found, grad.flatten(1, 2), lr[..., None],
-                   state["weight_decay"][..., None], step)
+                   state["weight_decay"][..., None] * rest, step)
 
     @torch.no_grad()
     def predict(self, rows, split, at_once=2**21):
@@ -500,7 +518,8 @@ def train_stack(args, name, members, rows, is_compiled=False):
     """
     options = name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers, \
         tuple(args.hidden), rows.dims
-    stack = Stack(options, members, rows, args.dropout, is_compiled)
+    stack = Stack(options, members, rows, args.dropout, is_compiled,
+                  args.batch_size if args.decay == "dense" else None)
     best = [{"valid_logloss": float("inf"), "best_epoch": 0} for _ in members]
     saved = {key: value.clone() for key, value in stack.state.items()}
     running = np.arange(len(members))

@@ -29,7 +29,7 @@ ctr = importlib.import_module("04_train_ctr")
 from ctr_models import Member, Rows, Stack, train_epoch  # noqa: E402
 
 USERS, ITEMS, ROWS = 7_000, 7_000, 45_000
-SETTINGS = dict(field_dim=8, layers=3, hidden=[16, 16], dropout=0.2, id_dropout=0.0)
+SETTINGS = dict(decay="met", field_dim=8, layers=3, hidden=[16, 16], dropout=0.2, id_dropout=0.0)
 
 
 def drawn(num_rows, sizes, seed=0):

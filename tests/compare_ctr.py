@@ -43,7 +43,7 @@ def library_model(name, sizes, l2, seed):
         "dcnv2": lambda: DCN(columns, columns, cross_num=3, cross_parameterization="matrix", **deep, **linear),
         "pnn": lambda: PNN(columns, **deep, **penalties),
         "deepfm": lambda: DeepFM(columns, columns, **deep, **linear),
-        "autoint": lambda: AutoInt(columns, columns, att_layer_num=3, att_head_num=2, **deep, **linear),
+        "autoint": lambda: AutoInt(columns, columns, att_layer_num=3, att_head_num=2, **deep, **penalties),
         "afm": lambda: AFM(columns, columns, attention_factor=8, afm_dropout=0.2, **linear),
         "fibinet": lambda: FiBiNET(columns, columns, **deep, **linear)}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES, help="which of them")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of start and batches")
     own = parser.parse_args()
-    args = ctr.parse_args(["--run-dir", own.run_dir, "--batch-size", "1024", "--patience", "4"])
+    args = ctr.parse_args(["--run-dir", own.run_dir, "--batch-size", "1024", "--patience", "4", "--decay", "dense"])
     run, seeds, told = ctr.read_run(args, args.run_dir, ["none"]), list(range(own.seeds)), {}
     print("| model | ours | rate, penalties | DeepCTR-Torch | rate, penalty | difference | standard error |\n"
           "|---|---|---|---|---|---|---|")

@@ -283,7 +283,7 @@ def double():
 
 def settings(**changes):
     return SimpleNamespace(**dict(field_dim=4, layers=3, hidden=[6, 4], dropout=0.2, id_dropout=0.0,
-                                  batch_size=64, epochs=3, patience=9) | changes)
+                                  batch_size=64, epochs=3, patience=9, decay="met") | changes)
 
 
 def pairwise_rows(batch=6000, num_sets=1, seed=0, noise=0.0):
@@ -352,10 +352,50 @@ def test_a_step_is_that_of_torchs_adam_when_the_batch_meets_every_row(name, doub
 def test_an_id_starts_the_larger_the_more_train_rows_have_it():
     train = torch.cat([torch.full((count,), k) for k, count in enumerate((0, 5, 100, 20_000))])
     rows = Rows({"train": train[None, :, None]}, {}, [4])
-    stack = Stack(("autoint", 1, 500, 1, (6, 4), ()), [Member(0, 0, 0.1, 0.0, 0.0)], rows)
-    deviation = stack.state["table"][0, :, :500].std(1).tolist()
-    assert deviation == pytest.approx([0, 0.5 * 5 / 105, 0.25, 0.5 * 20_000 / 20_100], rel=0.1)
+    members = [Member(0, 0, 0.1, 0.0, 0.0), Member(0, 0, 0.1, 0.0, 0.0, start=0.1)]
+    stack = Stack(("autoint", 1, 500, 1, (6, 4), ()), members, rows)
+    for table, start in zip(stack.state["table"], (0.5, 0.1)):
+        deviation = table[:, :500].std(1).tolist()
+        assert deviation == pytest.approx([0, start * 5 / 105, start / 2, start * 20_000 / 20_100], rel=0.1)
     assert not stack.state["table"][..., 500:].any()  # Adam's averages
+
+
+def test_a_row_that_rests_pays_its_penalty_when_it_is_met():
+    """--decay dense: as many times the penalty as batches pass between two that meet the row, 1 at least."""
+    train = torch.cat([torch.full((count,), k) for k, count in enumerate((0, 5, 100, 895))])
+    rows = Rows({"train": train[None, :, None]}, {}, [4])
+    member = Member(0, 0, 0.1, 1e-2, 0.0)
+    rest = lambda size: Stack(("autoint", 1, 8, 1, (6, 4), ()), [member], rows, batch_size=size).state["rest"][0]
+    assert rest(None).tolist() == [1, 1, 1, 1]
+    assert rest(50).tolist() == pytest.approx([1, 1000 / (5 * 50), 1, 1])
+    assert rest(5).tolist() == pytest.approx([1, 40, 2, 1])
+
+
+@pytest.mark.parametrize("decay", ["met", "dense"])
+def test_the_penalty_of_a_single_step_is_the_rows_own(decay, double):
+    """One batch of one Adam step: torch.optim.Adam with a group per row, its penalty times its rest."""
+    rows, member = pairwise_rows(300), Member(0, 3, 0.02, 1e-2, 0.0)
+    args = settings(batch_size=8, epochs=1, dropout=0.0, decay=decay)
+    start = Stack(("dcn", 3, 4, 3, (6, 4), ()), [member], rows, batch_size=8 if decay == "dense" else None)
+    table = start.state["table"][0, :, :4].clone()
+    rest = start.state["rest"][0]
+    assert (rest > 1).any() == (decay == "dense")
+    torch.manual_seed(3)
+    model = ctr_models.build("dcn", 3, 4, 3, (6, 4))
+    leaves = [row.clone().requires_grad_() for row in table]
+    optimizer = torch.optim.Adam([{"params": [row], "weight_decay": 1e-2 * float(times)}
+                                  for row, times in zip(leaves, rest)], lr=0.02)
+    ids, label = rows.ids["train"][0, :8], torch.from_numpy(rows.labels["train"][:8]).double()
+    torch.nn.functional.binary_cross_entropy_with_logits(model(torch.stack(leaves)[ids]), label).backward()
+    met = ids.unique()
+    for k in range(len(leaves)):
+        if k not in met:
+            leaves[k].grad = None
+    optimizer.step()
+    with torch.no_grad():
+        start.train_step(ids[None], torch.ones(1, 8, 10, dtype=torch.bool), torch.zeros(1, dtype=torch.long),
+                         label[None], [], False)
+    assert torch.allclose(start.state["table"][0, :, :4], torch.stack(leaves).detach(), atol=1e-9)
 
 
 def test_only_rows_of_the_batch_move():
