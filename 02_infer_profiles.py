@@ -5,14 +5,20 @@ had (paper, section 2.3, eq. 3). The LLM is frozen; only the θ are fitted, to m
 (eq. 4), under the mask of Fig. 4. `--method score` (default) fits one θ̄ for all, takes the score (the
 gradient of the log-likelihood at θ̄) of each catalogue item once, and moves each user along the whitened sum
 of his items' scores: the cost grows with the catalogue, not with the users. `--method gradient` is the
-paper's: AdamW on each user's own θ. `--route` lets each field of an item tell of its own profile only. Only
-train rows are evidence; half of the users' validation rows choose step lengths, the other half report.
-`--paper` = the paper's text.
+paper's: AdamW on each user's own θ. `--route` lets each field of an item tell of its own profile only;
+`--ratings` tells how it was rated, too. Evidence with labels must not tell a train row its own: `--folds F`
+infers each user F times more, without each fold. Only train rows are evidence (and a cold user's support rows,
+of his own profile); half of the users' validation rows choose step lengths, the other half report. `--prior`
+pulls each user to his codeword instead of θ̄ (eq. 7). `--paper` = the paper's text, `--released` = the released
+code's recipe. `--only-users` places new users by scores.pt, with no LLM.
 
-Reads   interactions.parquet, items.parquet
-Writes  profiles.pt: profiles float32 [N, P, D], shared float32 [P, D] (θ̄), noise float32 [P, D, D]
-        (covariance of gain · (θ - θ̄) if users did not differ), gain float32 [N, P], num_evidence int64
-        [N, P], has_evidence bool [N], names, texts, llm
+Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
+Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
+        shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did not
+        differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N], names,
+        texts, llm; with folds fold int64 [train rows]; with --prior the codebook that it was
+        scores.pt: with --method score all that a new user's profile needs
+        new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names
         tiny_llm/: the LLM, where --llm is tiny
 
 Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it to pretrain the tiny LLM)

@@ -1,17 +1,19 @@
 """Stage 4 of 5: train click-through models with and without the codes, and say whether the codes help.
 
 Every model reads user id and item id (features `none`), and more sparse fields where asked: the `codes` of
-the feature bank (eq. 8), `random` codes (the same codes dealt to users at random: more parameters, no
-information), and on planted data the `truth` (the upper bound). More controls: `cf` (k-means of the users'
-factors of a SVD of the train rows), `leniency` (quartile of how generously the user rates, out of fold),
-`dense` (the profiles themselves, without VQ: table 3). With --id-dropout cold users meet a trained unknown
-id. Adam on binary cross-entropy (eq. 9), early stopping on valid logloss, the best epoch's weights restored,
-test scored once. Seeds and controls of a model train side by side (ctr_models.py). With --splits the stages 1
-to 3 run again for each further split, into RUN_DIR/split-SEED: no profile may have read the rows it is
-judged by. With --tune, rate and penalty are chosen on valid from a grid, for each model and feature set
-alike. A gain counts only against `random`. A killed run goes on where it stood.
+the feature bank (eq. 8; of codes inferred in folds, a train row reads those that have not seen it), `random`
+codes (the same codes dealt to users at random: more parameters, no information), and on planted data the
+`truth` (the upper bound). More controls: `cf` (k-means of the users' factors of a SVD of the train rows),
+`leniency` (quartile of how generously the user rates, out of fold), `dense` (the profiles themselves, without
+VQ: table 3). With --id-dropout cold users meet a trained unknown id. Adam on binary cross-entropy (eq. 9),
+early stopping on valid logloss, the best epoch's weights restored, test scored once. Seeds and controls of a
+model train side by side (ctr_models.py). With --splits the stages 1 to 3 run again for each further split,
+into RUN_DIR/split-SEED: no profile may have read the rows it is judged by. With --tune, rate, penalty and
+start are chosen on valid from a grid, for each model and feature set alike. A gain counts only against
+`random`. A killed run goes on where it stood.
 
-Reads   interactions.parquet, feature_bank.parquet, users.parquet; with `dense` profiles.pt, codebook.pt
+Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds train_codes.parquet; with
+        `dense` profiles.pt, codebook.pt
 Writes  results.parquet: one row per (model, features, split seed, seed): auc, logloss, calibration error, auc
         by how much history the user has, valid figures, what was chosen, options
         results.md: tables 2, 3, 4 beside the paper's, paired differences; seconds stand in the sidecars

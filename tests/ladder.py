@@ -67,7 +67,7 @@ def climb(folder, data, options, llm):
 def em_rounds(folder, score, num_rounds=2):
     """The rung EM: from the rung `score`, stages 2 and 3 in turn."""
     if not (folder / "results.parquet").exists():
-        shutil.copytree(score, folder, dirs_exist_ok=True)
+        shutil.copytree(score, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("results*", "finished*"))
         for _ in range(num_rounds):
             run("02_infer_profiles.py", folder, "--prior", folder / "codebook.pt", "--llm",
                 score / "tiny_llm")
