@@ -7,16 +7,16 @@ gradient of the log-likelihood at θ̄) of each catalogue item once, and moves e
 of his items' scores: the cost grows with the catalogue, not with the users. `--method gradient` is the
 paper's: AdamW on each user's own θ. `--route` lets each field of an item tell of its own profile only;
 `--ratings` tells how it was rated, too. Evidence with labels must not tell a train row its own: `--folds F`
-infers each user F times more, without each fold. Only train rows are evidence (and a cold user's support rows,
-of his own profile); half of the users' validation rows choose step lengths, the other half report. `--prior`
-pulls each user to his codeword instead of θ̄ (eq. 7). `--paper` = the paper's text, `--released` = the released
-code's recipe. `--only-users` places new users by scores.pt, with no LLM.
+infers each user F times more, without each fold. Only train rows are evidence (and a cold user's support
+rows, of his own profile); half of the users' validation rows choose step lengths, the other half report.
+`--prior` pulls each user to his codeword instead of θ̄ (eq. 7). `--paper` = the paper's text, `--released` =
+the released code's recipe. `--only-users` places new users by scores.pt, with no LLM.
 
 Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
-        shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did not
-        differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N], names,
-        texts, llm; with folds fold int64 [train rows]; with --prior the codebook that it was
+        shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did
+        not differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N],
+        names, texts, llm; with folds fold int64 [train rows]; with --prior the codebook that it was
         scores.pt: with --method score all that a new user's profile needs
         new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names
         tiny_llm/: the LLM, where --llm is tiny
@@ -57,9 +57,10 @@ JUDGEMENT = "judgement=his judgement is"  # a third profile, told by ratings
 PAPER = {"method": "gradient", "evidence": "history", "route": ["none"], "start": "random", "lr": 0.001,
          "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none"}
 # the released code, but for its prompt, which holds brand and price of the target item (METHOD: not the text)
-RELEASED = {"method": "gradient", "evidence": "review", "route": ["none"], "mask": "causal", "start": "random",
-            "init": "uniform", "lr": 0.01, "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none",
-            "batch_size": 8, "profiles": ["likes=The user likes", "level=The consumption level of this user is"],
+RELEASED = {"method": "gradient", "evidence": "review", "route": ["none"], "mask": "causal",
+            "start": "random", "init": "uniform", "lr": 0.01, "steps": 10, "pull": 0.0, "stop": "none",
+            "field_weights": "none", "batch_size": 8,
+            "profiles": ["likes=The user likes", "level=The consumption level of this user is"],
             "task_text": "The user says"}
 
 
@@ -76,7 +77,8 @@ def parse_args(argv=None):
     add("--evidence", choices=["items", "history", "review"], default="items",
         help="each item alone, a user's items as one sequence (gradient only), or his reviews")
     add("--ratings", choices=["none", "liked", "stars"], nargs="?", const="liked", default="none",
-        help="tell how the user rated an item, too: liked or disliked, or in stars (a third profile reads it)")
+        help="tell how the user rated an item, too: liked or disliked, or in stars "
+             "(a third profile reads it)")
     add("--folds", type=at_least(0), default=None, metavar="F",
         help="infer also without each of F folds of the train rows (default: 5 with --ratings, else 0)")
     add("--route", nargs="+", default=None, metavar="FIELDS",
@@ -88,14 +90,16 @@ def parse_args(argv=None):
     add("--prior", type=Path, metavar="CODEBOOK",
         help="codebook.pt of this run: pull each user to his codeword (eq. 7) instead of θ̄; a round of EM")
     add("--only-users", type=Path, metavar="FILE",
-        help="infer new users from a table user_id, item_id (and rating), with scores.pt as it is: no LLM runs")
+        help="infer new users from a table user_id, item_id (and rating), with scores.pt as it is: "
+             "no LLM runs")
     add("--review-tokens", type=at_least(1), default=15, help="tokens of a review's first sentence at most")
     add("--max-history", type=at_least(1), default=20, help="latest items of a user in one history")
     add("--start", choices=["shared", "random"], default="shared", help="gradient: start at θ̄, or at random")
     add("--steps", type=at_least(1), default=40, help="gradient: AdamW steps per user at most")
     add("--lr", type=at_least(0, float), help="gradient: learning rate (default: 0.1 of embeddings' scale)")
     add("--pull", type=at_least(0, float), default=None,
-        help="pull back to θ̄: a prior that weighs like so many items (default: score estimates, gradient 10)")
+        help="pull back to θ̄: a prior that weighs like so many items "
+             "(default: score estimates, gradient 10)")
     add("--stop", choices=["heldout", "none"], default="heldout", help="gradient: steps by held-out, or all")
     add("--field-weights", choices=["noise", "none"], default="noise", help="equal noise, or sum as they are")
     add("--shared-steps", type=at_least(1), default=100, help="minibatch steps that fit the shared θ̄")
@@ -111,7 +115,8 @@ def parse_args(argv=None):
         given = [name for name in vars(args) if name not in ("run_dir", "seed", "only_users")
                  and getattr(args, name) != parser.get_default(name)]
         if given:
-            parser.error(f"--only-users takes all options from the run: leave out --{given[0].replace('_', '-')}")
+            parser.error(f"--only-users takes all options from the run: leave out "
+                         f"--{given[0].replace('_', '-')}")
         return args
     if args.method == "score" and args.evidence == "history":
         parser.error("--evidence history needs --method gradient: a history's score is no sum over items")
@@ -137,7 +142,8 @@ def parse_args(argv=None):
         known = {*FIELDS[:4], *["rating"] * has_ratings}
         asked = set("+".join(args.route).split("+"))
         if len(args.route) != len(names) or asked - known:
-            parser.error(f"--route takes one list of fields out of {'+'.join(f for f in FIELDS if f in known)} "
+            parser.error(f"--route takes one list of fields out of "
+                         f"{'+'.join(f for f in FIELDS if f in known)} "
                          f"for each of {len(names)} profiles, or none"
                          + "; rating needs --ratings" * ("rating" in asked - known))
         if args.evidence == "review":
@@ -170,8 +176,8 @@ def verdicts_of(args, interactions, train):
         return interactions["label"].to_numpy().astype(np.int64), ["disliked", "liked"]
     stars = np.sort(train["rating"].unique())
     if len(stars) > 10:
-        fail(f"--ratings stars: the train rows hold {len(stars)} different ratings, too many for a word each: "
-             f"take --ratings liked")
+        fail(f"--ratings stars: the train rows hold {len(stars)} different ratings, too many for a word "
+             f"each: take --ratings liked")
     distance = np.abs(interactions["rating"].to_numpy()[:, None] - stars)
     return distance.argmin(1), [f"rated {value:g}" for value in stars]
 
@@ -183,7 +189,8 @@ def folds_of(train, num_folds, seed):
     rng = np.random.default_rng([seed, 5])
     order = rng.permutation(len(train))
     user = train["user"].to_numpy()[order]
-    turn = pd.Series(user).groupby(user).cumcount().to_numpy() + rng.integers(num_folds, size=user.max() + 1)[user]
+    turn = (pd.Series(user).groupby(user).cumcount().to_numpy()
+            + rng.integers(num_folds, size=user.max() + 1)[user])
     fold = np.empty(len(train), dtype=np.int64)
     fold[order] = turn % num_folds
     return fold
@@ -375,7 +382,8 @@ class Prompt:
         self.embed = model.get_input_embeddings()
         self.embedding = self.embed(as_tensor(blocks)).detach()  # [L, D]
         self.name_embeddings = torch.stack([  # of the words that the profiles are named by [P, D]
-            self.embed(torch.tensor(plain(f" {name}"), device=self.device)).mean(0).detach() for name in names])
+            self.embed(torch.tensor(plain(f" {name}"), device=self.device)).mean(0).detach()
+            for name in names])
         # per dimension: GPT-2 .14, Llama-2 .02
         self.scale = float(self.embed.weight.float().square().mean().sqrt())
 
@@ -588,8 +596,8 @@ def scores_of(prompt, stream, rows, shared, weights, max_tokens, desc):
 
 
 def field_weights(args, prompt, streams, counts, shared, generator, num_sample=512):
-    """Bring every field to the same noise: 1 / (root mean square of its score at θ̄ over a sample of texts) ->
-    [len(FIELDS)]. counts: for each stream how often train rows tell a text [R].
+    """Bring every field to the same noise: 1 / (root mean square of its score at θ̄ over a sample of texts)
+    -> [len(FIELDS)]. counts: for each stream how often train rows tell a text [R].
 
     # differs from the paper: fields speak at volumes of their own, which depend on the LLM and say nothing
     # about what they tell: a title's score has more variance than a category's and knows less of the hobby.
@@ -615,8 +623,8 @@ def only(field):
 
 
 def audience(count, weight=3.0):
-    """How the others rated an item: count [M, L] of its verdicts in train rows -> share [M, L, L] for somebody
-    who gave the verdict of axis 1 and is one of them, and share [M, L] for a stranger.
+    """How the others rated an item: count [M, L] of its verdicts in train rows -> share [M, L, L] for
+    somebody who gave the verdict of axis 1 and is one of them, and share [M, L] for a stranger.
 
     An item that few have rated is judged as all items are: the prior weighs like `weight` votes.
     """
@@ -644,7 +652,8 @@ def information_of(prompt, stream, count, known, shared, weights, max_tokens, sh
         part = torch.zeros(len(count), *shared.shape)
         if any(mask[FIELDS.index(field)] for field in stream.fields):
             what = "+".join(field for field in stream.fields if mask[FIELDS.index(field)])
-            part[rows] = scores_of(prompt, stream, rows, shared, weights * mask, max_tokens, f"score of {what}")
+            part[rows] = scores_of(prompt, stream, rows, shared, weights * mask, max_tokens,
+                                   f"score of {what}")
         parts.append(part)
     of_item, of_verdict = parts
     shares = audience(count.view(-1, stream.num_verdicts))
@@ -786,8 +795,8 @@ def place_users(total, count, pull, lift):
 def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune, is_warm, prior, generator):
     """One step from θ̄ for all users at once: profiles [F + 1, N, P, S D], what anybody's needs (dict).
 
-    θ_u = θ̄ + length · B y_u with y_u = Σ_i g_i / (n_u + pull), whitened: a natural-gradient step, shrunk by a
-    prior. With folds, the sum leaves out each fold in turn; the last profile has all of it. With a codebook
+    θ_u = θ̄ + length · B y_u with y_u = Σ_i g_i / (n_u + pull), whitened: a natural-gradient step, shrunk by
+    a prior. With folds, the sum leaves out each fold in turn; the last profile has all of it. With a codebook
     as prior, y_u = (Σ_i g_i + pull · y_c) / (n_u + pull): the E step takes the codeword c nearest to the
     user's plain mean, the M step pulls to it (eq. 7).
     # differs from the paper: B is not the inverse Fisher information but fitted (fit_map). Between users the
@@ -832,8 +841,8 @@ def read_prior(args, names, shared, noise):
     prior = []
     for k, part in enumerate(codebook.values()):
         if len(part["transform"]) != shared.shape[1]:
-            fail(f"--prior {args.prior} is of profiles {len(part['transform'])} wide, not {shared.shape[1]}: take "
-                 f"the same --llm and --soft-tokens as before")
+            fail(f"--prior {args.prior} is of profiles {len(part['transform'])} wide, not {shared.shape[1]}: "
+                 f"take the same --llm and --soft-tokens as before")
         transform = part["transform"]
         prior.append({"codebook": part["codebook"], "transform": transform, "mean": part["mean"],
                       "shared": (shared[k] - part["mean"]) @ transform,
@@ -853,7 +862,8 @@ def nearest_centers(total, count, centers):
     """
     result = torch.zeros_like(total)
     for k, center in enumerate(centers):
-        inside = torch.linalg.pinv(center - center.mean(0)) @ (center - center.mean(0))  # where codewords differ
+        # where codewords differ
+        inside = torch.linalg.pinv(center - center.mean(0)) @ (center - center.mean(0))
         mean = total[:, k] / count[:, k].clamp(min=1)[:, None]
         nearest = torch.cdist(mean @ inside, center @ inside).argmin(1)
         result[:, k] = center[nearest] * (count[:, k] > 0)[:, None]
@@ -879,7 +889,7 @@ def nearest_anchors(soft, prior, anchors):
 
 
 def prior_loss(profiles, prior, pull):
-    """Σ_u λ L_Q of eq. 7 in nats: pull/2 · squared distance to the nearest codeword, the noise as unit -> []"""
+    """Σ_u λ L_Q of eq. 7 in nats: pull/2 · squared distance to the nearest codeword, noise as unit -> []"""
     loss = torch.zeros(())
     for k, part in enumerate(prior):
         z = (profiles[:, k] - part["mean"]) @ part["transform"]
@@ -908,8 +918,8 @@ def descend(args, prompt, streams, train, profiles, prior, pull, num_sample=3000
                              float(prior_loss(some, prior, pull) / len(train.user)))
     best = min(objective, key=lambda length: sum(objective[length]))
     told = lambda parts: f"L_LM {parts[0]:.4f} + prior {parts[1]:.4f} = {sum(parts):.4f}"
-    print(f"objective (eq. 7) in nats per train row: before {told(objective[0.0])}; after {told(objective[best])} "
-          f"({best:g} of the way to the new profiles)")
+    print(f"objective (eq. 7) in nats per train row: before {told(objective[0.0])}; "
+          f"after {told(objective[best])} ({best:g} of the way to the new profiles)")
     return before + best * (profiles - before), objective[best]
 
 
@@ -918,9 +928,9 @@ def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pul
     """The paper's way (Algorithm 1, line 4): AdamW on each user's own θ, in blocks: users [U] -> [U, P, S D]
 
     start [N, P, S D]: where each θ leaves from. The loss of a user is Σ -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ
-    (θ - θ̄): the prior weighs as much as `pull` items. With a codebook as `prior`, θ̄ gives way to the codeword
-    nearest at each step, seen as a soft token (eq. 7). With `snapshots` (S numbers of steps) the profiles
-    after each of these come back too, [S, U, P, S D].
+    (θ - θ̄): the prior weighs as much as `pull` items. With a codebook as `prior`, θ̄ gives way to the
+    codeword nearest at each step, seen as a soft token (eq. 7). With `snapshots` (S numbers of steps) the
+    profiles after each of these come back too, [S, U, P, S D].
     """
     anchors = [anchors_of(part, shared[k], noise[k]) for k, part in enumerate(prior)]
     result = start[users].clone()
@@ -1079,14 +1089,14 @@ def evidence_counts(evidence, num_users, num_profiles):
 
 
 def read_new_users(args, words, items):
-    """The rows of --only-users' table as item and verdict, int64 [R] each, whose they are, and the user ids."""
+    """Rows of --only-users' table as item and verdict, int64 [R] each, whose they are, and the user ids."""
     read = pd.read_parquet if args.only_users.suffix == ".parquet" else functools.partial(
         pd.read_csv, sep=None, engine="python", dtype={"user_id": str, "item_id": str})
     try:
         table = read(args.only_users)
     except (OSError, ValueError, ImportError) as error:
-        fail(f"--only-users {args.only_users}: {str(error).splitlines()[0]}; give a table (csv, tsv, parquet) of "
-             f"user_id, item_id and, where ratings are told, rating")
+        fail(f"--only-users {args.only_users}: {str(error).splitlines()[0]}; "
+             f"give a table (csv, tsv, parquet) of user_id, item_id and, where ratings are told, rating")
     needed = ["user_id", "item_id", *["rating"] * (len(words) > 1)]
     if missing := [name for name in needed if name not in table]:
         fail(f"--only-users {args.only_users} has no column {missing[0]}; it needs {', '.join(needed)}")
@@ -1112,7 +1122,8 @@ def read_new_users(args, words, items):
 def infer_only(args):
     """Profiles of new users from scores.pt: a sparse sum each, the same bits as in the run itself."""
     if "scores.pt" not in read_sidecar(args, "profiles.pt")["inputs"]:
-        fail(f"--only-users: {args.run_dir}/profiles.pt was inferred by gradient; new users need --method score")
+        fail(f"--only-users: {args.run_dir}/profiles.pt was inferred by gradient; "
+             f"new users need --method score")
     needs, _, items = read_artifacts(args, "scores.pt", "profiles.pt", "items.parquet")
     item, verdict, user, user_ids = read_new_users(args, needs["words"], items)
     totals, counts = [], []
@@ -1127,8 +1138,8 @@ def infer_only(args):
     value = {"profiles": profiles, "user_id": user_ids, "num_evidence": count.long(), "names": needs["names"],
              "has_evidence": (count > 0).any(1)}
     path = write_artifact(args, "new_profiles.pt", value, ["scores.pt", "items.parquet"], users=len(user_ids))
-    print(f"wrote {path}: {len(user_ids):,} new users, {int((count > 0).any(1).sum()):,} of them with evidence "
-          f"among {len(item):,} rows of items that the run knows")
+    print(f"wrote {path}: {len(user_ids):,} new users, {int((count > 0).any(1).sum()):,} of them "
+          f"with evidence among {len(item):,} rows of items that the run knows")
 
 
 def main(args):
@@ -1187,8 +1198,8 @@ def main(args):
     gain, needs, prior = torch.ones(num_users, len(names)), None, read_prior(args, names, shared, noise)
     if args.method == "score":
         coordinates = coordinates_of(args, prompt, streams, information, own, is_warm)
-        profiles, needs = infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune, is_warm,
-                                         prior, generator)
+        profiles, needs = infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
+                                         is_warm, prior, generator)
         noise = torch.einsum("pcd,pce->pde", needs["lift"], needs["lift"])  # whitened sums: 1 per text
         count = evidence_counts(evidence, num_users, len(names))
         gain, pull = (count + needs["pull"]) / count.clamp(min=1).sqrt(), needs["pull"].tolist()
@@ -1205,7 +1216,8 @@ def main(args):
         profiles = torch.stack([
             infer_by_gradient(args, prompt, part, weights, start, shared, noise, pull, num_steps,
                               torch.arange(num_users), prior)
-            for part in (*(evidence_of(args, tokenizer, streams, pieces, events) for events in kept), evidence)])
+            for part in (*(evidence_of(args, tokenizer, streams, pieces, events) for events in kept),
+                         evidence)])
     objective = None
     if prior:
         of_profile = pull if isinstance(pull, list) else [pull] * len(names)
@@ -1216,8 +1228,8 @@ def main(args):
 
     count = torch.stack([evidence_counts(evidence_of(args, tokenizer, streams, pieces, events), num_users,
                                          len(names))
-                         for events in (*(select(own, own.fold != left_out) for left_out in range(args.folds)),
-                                        own)])  # [F + 1, N, P]
+                         for events in (*(select(own, own.fold != left_out)
+                                          for left_out in range(args.folds)), own)])  # [F + 1, N, P]
     has_evidence = (count[-1] > 0).any(1)
     figures = report_heldout(args, prompt, streams, profiles[-1], shared, report, generator)
 
@@ -1237,8 +1249,8 @@ def main(args):
         write_artifact(args, "scores.pt", needs | {"names": list(names), "words": words}, inputs, **facts)
         inputs = [*inputs, "scores.pt"]
     path = write_artifact(args, "profiles.pt", value, inputs, **facts, pull=pull,
-                          field_weights=dict(zip(FIELDS, weights.tolist())), heldout_nll=figures, objective=objective,
-                          seconds=time.time() - started, inference_seconds=seconds)
+                          field_weights=dict(zip(FIELDS, weights.tolist())), heldout_nll=figures,
+                          objective=objective, seconds=time.time() - started, inference_seconds=seconds)
     print(f"wrote {path}: {num_users:,} users x {len(names)} profiles x {profiles.shape[-1]} | "
           f"held-out NLL own {figures['own']:.4f}, shared {figures['shared']:.4f}")
 

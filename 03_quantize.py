@@ -2,13 +2,13 @@
 
 Each profile is whitened by its noise (what sampling alone would make of it) and projected on the directions
 in which users differ most: as many as stand above the noise, at most K - 1, and of these as many as make a
-surrogate recommender predict the validation rows best. A codebook per
-profile starts at k-means++ (the released start collapses to one code) and is trained by eq. 5: codebook term,
-commitment term, and the recommendation loss of a surrogate DCN, through the straight-through estimator. A
-user's code is the nearest codeword (eq. 6). `--paper` = no whitening and the paper's loss weights; `--released`
-= the released code's recipe, whose start leaves one code in use. Of profiles with folds, train rows are told
-by the one that has not seen them, here and in stage 4. `--apply` gives the codes of `02 --only-users`' new
-users, from the codebook as it is.
+surrogate recommender predict the validation rows best. A codebook per profile starts at k-means++ (the
+released start collapses to one code) and is trained by eq. 5: codebook term, commitment term, and the
+recommendation loss of a surrogate DCN, through the straight-through estimator. A user's code is the nearest
+codeword (eq. 6). `--paper` = no whitening and the paper's loss weights; `--released` = the released code's
+recipe, whose start leaves one code in use. Of profiles with folds, train rows are told by the one that has
+not seen them, here and in stage 4. `--apply` gives the codes of `02 --only-users`' new users, from the
+codebook as it is.
 
 Reads   profiles.pt, interactions.parquet (train rows), users.parquet (truth, for checking only); with --apply
         new_profiles.pt and codebook.pt instead
@@ -66,7 +66,9 @@ def parse_args(argv=None):
         help="whiten by the noise and keep what stands above it, or take θ as it is")
     add("--stability", type=at_least(0), default=1, metavar="R",
         help="quantize again with R other seeds: ARI of the codes between seeds")
-    add("--dims", type=at_least(0), default=0, help="directions kept, C (0 = chosen on valid; all above the noise, up to K - 1, if --rec-weight is 0)")
+    add("--dims", type=at_least(0), default=0,
+        help="directions kept, C (0 = chosen on valid; all above the noise, up to K - 1, "
+             "if --rec-weight is 0)")
     add("--epochs", type=at_least(1), default=10, help="passes over the train rows (eq. 5)")
     add("--lr", type=at_least(0, float), default=0.003, help="learning rate of Adam")
     add("--batch-size", type=at_least(1), default=512, help="train rows per step")
@@ -265,7 +267,8 @@ def first_codebook(args, z, num_codes, seed):
     if args.init == "kmeans":
         kmeans = KMeans(num_codes, init="k-means++", n_init=10, random_state=seed).fit(z.numpy())
         return torch.tensor(kmeans.cluster_centers_, dtype=torch.float32)
-    # as measured in the released code: far outside, so that the first one taken shrinks to the mean and wins all
+    # as measured in the released code: far outside, so that the first one taken shrinks to the
+    # mean and wins all
     direction = F.normalize(torch.randn(num_codes, z.shape[1]), dim=1)
     return direction * z.norm(dim=1).mean() * (2.5 + 0.8 * torch.rand(num_codes, 1))
 
@@ -287,7 +290,7 @@ def fit(args, starts, deviations, told, num_items, rows, seed, quiet=False):
 
 
 def codes_of(part, profiles, num_evidence):
-    """The nearest codewords (eq. 6): part of codebook.pt, profiles [..., D], num_evidence [...] -> int64 [...]
+    """Nearest codewords (eq. 6): part of codebook.pt, profiles [..., D], num_evidence [...] -> int64 [...]
 
     In double precision, so that a user gets the same code in any company; K where there is no evidence.
     """
@@ -306,8 +309,8 @@ def probe_known(args, stored, names, users, told, num_dims=16):
     for k in range(len(names)):
         deviation = stored["profiles"][-1, mine, k] - stored["profiles"][-1, mine, k].mean(0)
         if args.whiten:
-            deviation = deviation @ whiten(deviation, stored["gain"][mine, k], stored["noise"][k], num_dims, 0,
-                                           quiet=True)[0]
+            deviation = deviation @ whiten(deviation, stored["gain"][mine, k], stored["noise"][k], num_dims,
+                                           0, quiet=True)[0]
         parts.append(deviation)
     x, known = torch.cat(parts, 1).numpy(), users[mine.numpy()]
     age = pd.to_numeric(known["age"], errors="coerce")
@@ -352,7 +355,8 @@ def apply(args):
     table = pd.DataFrame({"user_id": stored["user_id"]})
     for k, name in enumerate(stored["names"]):
         table[name] = codes_of(codebook[name], stored["profiles"][:, k], stored["num_evidence"][:, k]).numpy()
-    path = write_artifact(args, "new_codes.parquet", table, ["new_profiles.pt", "codebook.pt"], users=len(table))
+    path = write_artifact(args, "new_codes.parquet", table, ["new_profiles.pt", "codebook.pt"],
+                          users=len(table))
     unknown = int((stored["num_evidence"] == 0).all(1).sum())
     print(f"wrote {path}: {len(table):,} new users, {unknown:,} of them without evidence")
 
@@ -365,7 +369,7 @@ def stability_of(found, num_codes):
 
 
 def starts_of(args, stored, names, told, rows, valid, num_items):
-    """Transform [D, C] and mean [D] of each profile (see whiten), its profiles around the mean [F + 1, N, D]"""
+    """Transform [D, C] and mean [D] of each profile (see whiten), profiles around the mean [F + 1, N, D]"""
     starts, means, deviations, eigenvalues = [], [], [], {}
     for k, (name, num_codes) in enumerate(zip(names, args.codes)):
         profiles, mine = stored["profiles"][:, :, k], told[k]
@@ -389,8 +393,8 @@ def starts_of(args, stored, names, told, rows, valid, num_items):
 
 
 def follow_prior(args, prior, stored, told, rounds=100):
-    """The codebook's step of EM (Algorithm 1): transform and codewords of the prior, the codewords moved to the
-    means of their users until nobody changes (Lloyd); the quantization loss of eq. 7 cannot rise.
+    """The codebook's step of EM (Algorithm 1): transform and codewords of the prior, the codewords moved to
+    the means of their users until nobody changes (Lloyd); the quantization loss of eq. 7 cannot rise.
 
     # differs from the paper: after the first round the recommendation loss moves nothing any more.
     """
@@ -408,8 +412,8 @@ def follow_prior(args, prior, stored, told, rounds=100):
                 codebook[code] = z[codes == code].mean(0)
         quantizers.append(Quantizer(part["transform"], codebook, args.beta))
         means.append(part["mean"])
-        print(f"{name}: quantization loss {losses[0] / len(z):.4f} -> {losses[-1] / len(z):.4f} per user, the "
-              f"codebook of the last round moved to its users' means")
+        print(f"{name}: quantization loss {losses[0] / len(z):.4f} -> {losses[-1] / len(z):.4f} per user, "
+              f"the codebook of the last round moved to its users' means")
         losses = []
     return quantizers, means, {}
 
@@ -458,7 +462,8 @@ def main(args):
     parts = lambda fitted: [{"codebook": quantizer.vq.codebook.detach(), "mean": mean,
                              "transform": quantizer.transform.detach()}
                             for quantizer, mean in zip(fitted, means)]
-    coded = lambda fitted: [codes_of(part, stored["profiles"][:, :, k], stored["num_evidence"][:, :, k]).numpy()
+    coded = lambda fitted: [codes_of(part, stored["profiles"][:, :, k],
+                                     stored["num_evidence"][:, :, k]).numpy()
                             for k, part in enumerate(parts(fitted))]  # [F + 1, N] each
     codes = coded(quantizers)
     others = [coded(fit(args, starts, deviations, told, num_items, of_rows, seed, quiet=True)[0])

@@ -53,7 +53,8 @@ from common import (at_least, fail, logloss, options_text, parse_with_presets, r
 from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
 
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
-GRID = {"lr": (0.001, 0.005), "weight_decay": (3e-3,), "net_decay": (0.0, 1e-2), "start": (0.5, 0.05)}  # --tune
+GRID = {"lr": (0.001, 0.005), "weight_decay": (3e-3,), "net_decay": (0.0, 1e-2),  # --tune
+        "start": (0.5, 0.05)}
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
@@ -129,7 +130,8 @@ def parse_args(argv=None):
 
 
 STAGES = {"01_prepare.py": ("interactions.parquet", "items.parquet", "users.parquet", "prepare.json"),
-          "02_infer_profiles.py": ("profiles.pt", "scores.pt"), "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
+          "02_infer_profiles.py": ("profiles.pt", "scores.pt"),
+          "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
 
 
 SWITCHES = ("whiten", "revive")  # on unless switched off by --no-…
@@ -445,8 +447,8 @@ def train_run(args, run, models, features, seeds):
             rows.append(row)
             was = f"{row['seconds']:.1f}s" if (feature, seed) in missing else "finished before"
             chosen_options = " ".join(f"{row[key]:g}" for key in GRID)
-            print(f"{model:7} {feature:8} split {run.split_seed} seed {seed} | lr, decays, start {chosen_options} | "
-                  f"epoch {row['best_epoch']:02d}/{args.epochs} | "
+            print(f"{model:7} {feature:8} split {run.split_seed} seed {seed} | "
+                  f"lr, decays, start {chosen_options} | epoch {row['best_epoch']:02d}/{args.epochs} | "
                   f"valid auc {row['valid_auc']:.4f} logloss {row['valid_logloss']:.4f} | "
                   f"test auc {row['auc']:.4f} logloss {row['logloss']:.4f} | {was}", flush=True)
     return rows

@@ -291,8 +291,8 @@ def fig4_mask(segment, is_soft, sees, is_causal=False):
     segment: k in 0..P-1 for the name and soft tokens of profile k, P for the task text, P + 1 for evidence.
     Always causal; name and soft tokens of one profile see only each other; the task text sees only itself,
     but for its last token, which predicts the first evidence token; the evidence sees everything before it.
-    sees[b, k]: may row b read θ_k at all? (routing; all True = the figure as printed). is_causal: plain causal
-    instead, for the ablation.
+    sees[b, k]: may row b read θ_k at all? (routing; all True = the figure as printed). is_causal: plain
+    causal instead, for the ablation.
     """
     num_profiles, length = sees.shape[1], len(segment)
     query, key = segment[:, None], segment[None, :]  # [T, 1], [1, T]

@@ -434,10 +434,10 @@ class Stack:
     def draw(self, options, member, ids, num_rows, most):
         """One member's start; it does not depend on the other members.
 
-        The standard deviation of an id that n of the train rows have is start · n / (n + 100): products of small
-        embeddings start on a saddle, and codes, which thousands share, must leave it; but the start of a rare
-        id is noise that its few rows never wash out (0.08 of AUC on sparse data), and an unknown one tells
-        nothing.
+        The standard deviation of an id that n of the train rows have is start · n / (n + 100): products of
+        small embeddings start on a saddle, and codes, which thousands share, must leave it; but the start of
+        a rare id is noise that its few rows never wash out (0.08 of AUC on sparse data), and an unknown one
+        tells nothing.
         """
         torch.manual_seed(member.seed)
         model = build(*options)

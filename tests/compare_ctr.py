@@ -1,10 +1,13 @@
-"""Do our click-through models learn as well as a well-kept library's? python tests/compare_ctr.py --run-dir DIR
+"""Do our click-through models learn as well as a well-kept library's?
 
-Trains seven models on the split of DIR (stage 1's artifacts; features `none`), ours and those of DeepCTR-Torch
-(no requirement: install deepctr-torch 0.3.0 and tensorflow-cpu into an environment of its own), with the same
-widths, batch size, patience and budget: eight candidates each on the first seed, the one of least valid
-logloss then on all seeds; best epoch by valid logloss restored, test scored once. Prints a row per model; the
-standard error is that of one AUC on these test rows (Hanley and McNeil, 1982). The last line is one JSON object.
+    python tests/compare_ctr.py --run-dir DIR
+
+Trains seven models on the split of DIR (stage 1's artifacts; features `none`), ours and those of
+DeepCTR-Torch (no requirement: install deepctr-torch 0.3.0 and tensorflow-cpu into an environment of its own),
+with the same widths, batch size, patience and budget: eight candidates each on the first seed, the one of
+least valid logloss then on all seeds; best epoch by valid logloss restored, test scored once. Prints a row
+per model; the standard error is that of one AUC on these test rows (Hanley and McNeil, 1982). The last line
+is one JSON object.
 """
 
 import argparse
@@ -40,7 +43,8 @@ def library_model(name, sizes, l2, seed):
     linear = penalties | dict(l2_reg_linear=l2)
     makers = {
         "dcn": lambda: DCN(columns, columns, cross_num=3, **deep, **linear),
-        "dcnv2": lambda: DCN(columns, columns, cross_num=3, cross_parameterization="matrix", **deep, **linear),
+        "dcnv2": lambda: DCN(columns, columns, cross_num=3, cross_parameterization="matrix", **deep,
+                             **linear),
         "pnn": lambda: PNN(columns, **deep, **penalties),
         "deepfm": lambda: DeepFM(columns, columns, **deep, **linear),
         "autoint": lambda: AutoInt(columns, columns, att_layer_num=3, att_head_num=2, **deep, **penalties),
@@ -51,7 +55,7 @@ def library_model(name, sizes, l2, seed):
 
 
 def train_library(args, name, run, sizes, lr, l2, seed):
-    """One of the library's models -> (valid logloss, probabilities of the test rows), both of its best epoch"""
+    """One of the library's models -> (valid logloss, probabilities of test rows), both of its best epoch"""
     torch.manual_seed(seed)
     model = library_model(name, sizes, l2, seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
@@ -115,7 +119,8 @@ def main():
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES, help="which of them")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of start and batches")
     own = parser.parse_args()
-    args = ctr.parse_args(["--run-dir", own.run_dir, "--batch-size", "1024", "--patience", "4", "--decay", "dense"])
+    args = ctr.parse_args(["--run-dir", own.run_dir, "--batch-size", "1024", "--patience", "4",
+                           "--decay", "dense"])
     run, seeds, told = ctr.read_run(args, args.run_dir, ["none"]), list(range(own.seeds)), {}
     print("| model | ours | rate, penalties | DeepCTR-Torch | rate, penalty | difference | standard error |\n"
           "|---|---|---|---|---|---|---|")

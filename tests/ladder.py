@@ -3,9 +3,9 @@
     python tests/ladder.py --run-dir runs/ladder --dataset planted --seed 0
     python tests/ladder.py --run-dir runs/ladder-ml --dataset ml-100k --raw data/ml-100k
 
-Runs stage 1 once, stages 2 to 4 for every rung in a folder of its own below --run-dir (finished rungs are kept),
-all with the tiny LLM of the default recipe, and prints one table. AUC is test AUC of a DCN with codes less the
-same with random codes (3 seeds; warm users with --split random, cold ones with --split cold-user).
+Runs stage 1 once, stages 2 to 4 for every rung in a folder of its own below --run-dir (finished rungs are
+kept), all with the tiny LLM of the default recipe, and prints one table. AUC is test AUC of a DCN with codes
+less the same with random codes (3 seeds; warm users with --split random, cold ones with --split cold-user).
 """
 
 import argparse
@@ -60,20 +60,21 @@ def climb(folder, data, options, llm):
     if not (folder / "results.parquet").exists():
         run("02_infer_profiles.py", folder, *of_stage_2, "--llm", llm)
         run("03_quantize.py", folder, *of_stage_3, "--stability", 2)
-        run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random", "--seeds", 3,
-            "--id-dropout", 0.3, "--net-decay", 0.01)
+        run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random",
+            "--seeds", 3, "--id-dropout", 0.3, "--net-decay", 0.01)
 
 
 def em_rounds(folder, score, num_rounds=2):
     """The rung EM: from the rung `score`, stages 2 and 3 in turn."""
     if not (folder / "results.parquet").exists():
-        shutil.copytree(score, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("results*", "finished*"))
+        shutil.copytree(score, folder, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("results*", "finished*"))
         for _ in range(num_rounds):
             run("02_infer_profiles.py", folder, "--prior", folder / "codebook.pt", "--llm",
                 score / "tiny_llm")
             run("03_quantize.py", folder)
-        run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random", "--seeds", 3,
-            "--id-dropout", 0.3, "--net-decay", 0.01)
+        run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random",
+            "--seeds", 3, "--id-dropout", 0.3, "--net-decay", 0.01)
 
 
 def row_of(name, folder):
@@ -114,7 +115,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/ladder"), help="folder of all rungs")
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), help="which of them")
-    args, of_stage_1 = parser.parse_known_args()  # all else goes to stage 1, which refuses what it does not know
+    # all else goes to stage 1, which refuses what it does not know
+    args, of_stage_1 = parser.parse_known_args()
     data, default = args.run_dir / "data", args.run_dir / "score"
     if not (data / "users.parquet").exists():
         run("01_prepare.py", data, *of_stage_1)
@@ -128,7 +130,8 @@ def main():
             climb(folder, data, RUNGS[name], "tiny" if "ratings" in name else default / "tiny_llm")
         lines.append(row_of(name, folder))
     header = ["rung", "own - shared", "own - shuffled (nats per token)", "perplexity", "ARI between seeds",
-              "ARI (share of Bayes)", "cross-ARI", "probe: gender · age over 30", "AUC over random", "stage 2 (s)"]
+              "ARI (share of Bayes)", "cross-ARI", "probe: gender · age over 30", "AUC over random",
+              "stage 2 (s)"]
     print("\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]))
     context(data)
 

@@ -114,7 +114,8 @@ def test_folds_deal_out_each_users_rows_evenly():
     fold = infer.folds_of(train, 4, seed=1)
     counts = pd.crosstab(train["user"], fold)
     assert set(fold) == {0, 1, 2, 3} and (counts.max(axis=1) - counts.min(axis=1)).max() <= 1
-    assert (fold == infer.folds_of(train, 4, seed=1)).all() and (fold != infer.folds_of(train, 4, seed=2)).any()
+    assert ((fold == infer.folds_of(train, 4, seed=1)).all()
+            and (fold != infer.folds_of(train, 4, seed=2)).any())
     assert (infer.folds_of(train, 0, seed=1) == -1).all()
 
 
@@ -341,7 +342,7 @@ def test_an_audience_is_all_others_and_a_prior():
 
 
 def test_ratings_are_centred_by_the_items_audience_and_items_by_popularity(llm):
-    """Score by score: what is left of a rating is its score less the audience's mean; of an item, less all."""
+    """Score by score: left of a rating is its score less the audience's mean; of an item, less all."""
     prompt, weights = prompt_of(llm), weights_of()
     shared = soft_for(prompt, 1)[0]
     stream, count = rating_stream(llm), torch.tensor([3.0, 1, 0, 2, 0, 0, 1, 1, 0, 0])
@@ -363,21 +364,22 @@ def test_ratings_are_centred_by_the_items_audience_and_items_by_popularity(llm):
     assert torch.allclose(noise, expected, atol=1e-6) and own[8:].abs().max() == 0
     (title, _), share = streams_of(llm), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0])
     own, strangers, _, _ = infer.information_of(prompt, title, share, share > 0, shared, weights, 500)[0]
-    mean = sum(share[row] * infer.scores_of(prompt, title, torch.tensor([row]), shared, weights, 500, "")[0, 0]
+    mean = sum(share[row]
+               * infer.scores_of(prompt, title, torch.tensor([row]), shared, weights, 500, "")[0, 0]
                for row in range(4))
     first = infer.scores_of(prompt, title, torch.tensor([0]), shared, weights, 500, "")[0, 0]
     assert torch.allclose(own[0], first - mean, atol=1e-5) and torch.equal(own, strangers)
 
 
 def score_case(llm, events, is_warm, **changes):
-    """Profiles of a few users by the score method, all that is shared held fixed: a function of the events."""
+    """Profiles of a few users by the score method, all that is shared held fixed: a function of events."""
     prompt, streams = prompt_of(llm), [streams_of(llm)[0], rating_stream(llm)]
     args = argparse.Namespace(**{"folds": 0, "pull": 2.0, "map_steps": 3, "tokens_per_batch": 500} | changes)
     shared = soft_for(prompt, 1)[0]
     counts = [torch.bincount(infer.rows_of(stream, events), minlength=len(stream.texts.ids)).float()
               for stream in streams]
-    information = [infer.information_of(prompt, stream, count, torch.ones(len(count), dtype=torch.bool), shared,
-                                        weights_of(), 500) for stream, count in zip(streams, counts)]
+    information = [infer.information_of(prompt, stream, count, torch.ones(len(count), dtype=torch.bool),
+                                        shared, weights_of(), 500) for stream, count in zip(streams, counts)]
 
     coordinates = infer.coordinates_of(args, prompt, streams, information, events, is_warm)
 
@@ -536,7 +538,8 @@ def test_the_map_never_sees_the_item_that_it_foretells(llm):
         tables = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
         known = torch.ones(5, dtype=torch.bool)
         at = [infer.Coordinates(k, tables[k], tables[k], known, 1.0) for k in range(2)]
-        return infer.fit_map(args, prompt, streams, events, shared, at, is_warm, torch.Generator().manual_seed(0))
+        return infer.fit_map(args, prompt, streams, events, shared, at, is_warm,
+                             torch.Generator().manual_seed(0))
 
     assert fitted(False).abs().max() == 0 and fitted(True).abs().max() > 0
 
@@ -614,7 +617,8 @@ def test_reviews_are_evidence_their_first_sentence_only(small_run, tmp_path):
         for name in ("items", "users"):
             for suffix in (".parquet", ".parquet.json"):
                 (run / f"{name}{suffix}").write_bytes((small_run[1] / f"{name}{suffix}").read_bytes())
-        text = np.where(interactions["user"] % 2, "I race all day. ", "I cook all day. ").astype(object) + poison
+        text = (np.where(interactions["user"] % 2, "I race all day. ", "I cook all day. ").astype(object)
+                + poison)
         text[(interactions["split"] == "test").to_numpy()] = poison
         options = argparse.Namespace(run_dir=str(run), seed=0)
         common.write_artifact(options, "interactions.parquet", interactions.assign(review=text))
@@ -638,7 +642,8 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
         run_stage(script, "--run-dir", run, *SMALL[script], *codes, *["--ratings"] * script.startswith("02"))
     options = argparse.Namespace(run_dir=str(run))
     rows, items, users, stored, bank = common.read_artifacts(
-        options, "interactions.parquet", "items.parquet", "users.parquet", "profiles.pt", "feature_bank.parquet")
+        options, "interactions.parquet", "items.parquet", "users.parquet", "profiles.pt",
+        "feature_bank.parquet")
     rows = rows[rows["split"] == "support"].sample(frac=1, random_state=0)
     table = pd.DataFrame({"user_id": users["user_id"].to_numpy()[rows["user"]], "rating": rows["rating"],
                           "item_id": items["item_id"].to_numpy()[rows["item"]]})
@@ -656,7 +661,8 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
         assert torch.equal(new["profiles"][:-1], stored["profiles"][-1][place])
         assert (codes[stored["names"]].to_numpy()[:-1] == bank[stored["names"]].to_numpy()[place]).all()
         assert codes[stored["names"]].to_numpy()[-1].tolist() == [2, 2, 2]
-    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", tmp_path / "none.csv", ok=False)
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", tmp_path / "none.csv",
+                     ok=False)
     assert "--only-users" in line and "user_id, item_id" in line
     table.drop(columns="rating").to_csv(file, index=False)
     line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
@@ -670,7 +676,8 @@ def test_rounds_of_em_never_raise_the_objective(small_run, tmp_path):
     run_stage("03_quantize.py", "--run-dir", run, *("--codes", 2, 3, "--epochs", 2))
     totals = []
     for _ in range(2):
-        printed, stored, sidecar = infer_run(small_run, tmp_path, "--llm", llm, "--prior", run / "codebook.pt")
+        printed, stored, sidecar = infer_run(small_run, tmp_path, "--llm", llm,
+                                             "--prior", run / "codebook.pt")
         line = next(line for line in printed.splitlines() if line.startswith("objective"))
         before, after = (float(part.split(" = ")[1].split()[0].rstrip(";")) for part in line.split("after"))
         assert after <= before and sum(sidecar["objective"]) == pytest.approx(after, abs=1e-3)
@@ -759,7 +766,8 @@ def test_a_text_longer_than_the_context(llm, capsys):
     (["--task-text", " "], "--task-text"), (["--method", "magic"], "--method"),
     (["--meth", "score"], "--meth"), (["--evidence", "history"], "--method gradient"),
     (["--paper", "--released"], "two recipes"), (["--folds", "1"], "--folds"),
-    (["--ratings", "--evidence", "review"], "--ratings"), (["--ratings", "--route", "title", "price"], "rating"),
+    (["--ratings", "--evidence", "review"], "--ratings"),
+    (["--ratings", "--route", "title", "price"], "rating"),
     (["--route", "title", "rating"], "--ratings"), (["--only-users", "x.csv", "--steps", "3"], "--steps")])
 def test_options_that_make_no_sense_are_refused(options, complaint, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -114,8 +114,8 @@ def test_a_train_row_is_told_by_the_fold_that_has_not_seen_it():
         options = argparse.Namespace(epochs=1, batch_size=8, lr=0.01, vq_weight=1.0, rec_weight=1.0,
                                      codebook="gradient", revive=False)
         quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.zeros(2, 2), 0.25)
-        quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10), [deviation], user,
-                       torch.arange(40) % 10, (torch.arange(40) % 3 > 0).float(), fold)
+        quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10), [deviation],
+                       user, torch.arange(40) % 10, (torch.arange(40) % 3 > 0).float(), fold)
         return quantizer.vq.codebook.detach()
 
     torch.manual_seed(0)
@@ -137,8 +137,8 @@ def test_the_released_start_collapses_where_kmeans_finds_all_kinds():
     for options in (["--released"], ["--rec-weight", "0", "--no-revive"]):
         args = quantize.parse_args([*options, "--codes", "4", "--epochs", "25", "--batch-size", "16"])
         for seed in range(3):
-            (quantizer,), _ = quantize.fit(args, [start], [deviation[None] - deviation.mean(0)], told, 1, rows,
-                                           seed, quiet=True)
+            (quantizer,), _ = quantize.fit(args, [start], [deviation[None] - deviation.mean(0)], told, 1,
+                                           rows, seed, quiet=True)
             z = (deviation - deviation.mean(0)) @ quantizer.transform
             codes = torch.cdist(z, quantizer.vq.codebook).argmin(1).detach().numpy()
             perplexity = usage_of(codes, 4)[1]
@@ -177,8 +177,8 @@ def test_codes_of_train_rows_are_those_without_their_own_fold(small_run, tmp_pat
 
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
-    run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4, "--shared-steps", 3,
-              "--map-steps", 3, "--heldout", 60, "--ratings", "--folds", 3)
+    run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4,
+              "--shared-steps", 3, "--map-steps", 3, "--heldout", 60, "--ratings", "--folds", 3)
     told = run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 3, 2, "--epochs", 1, "--stability", 2)
     assert told.count("ARI between seeds") == 3
     options = argparse.Namespace(run_dir=str(run), seed=0)

@@ -365,7 +365,8 @@ def test_a_row_that_rests_pays_its_penalty_when_it_is_met():
     train = torch.cat([torch.full((count,), k) for k, count in enumerate((0, 5, 100, 895))])
     rows = Rows({"train": train[None, :, None]}, {}, [4])
     member = Member(0, 0, 0.1, 1e-2, 0.0)
-    rest = lambda size: Stack(("autoint", 1, 8, 1, (6, 4), ()), [member], rows, batch_size=size).state["rest"][0]
+    rest = lambda size: Stack(("autoint", 1, 8, 1, (6, 4), ()), [member], rows,
+                              batch_size=size).state["rest"][0]
     assert rest(None).tolist() == [1, 1, 1, 1]
     assert rest(50).tolist() == pytest.approx([1, 1000 / (5 * 50), 1, 1])
     assert rest(5).tolist() == pytest.approx([1, 40, 2, 1])
