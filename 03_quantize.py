@@ -1,8 +1,8 @@
 """Stage 3 of 5: quantize profiles into codes, one small integer per user and profile name.
 
 Each profile is whitened by its noise (what sampling alone would make of it) and projected on the directions
-in which users differ most: as many as stand above the noise, at most K - 1, and of these as many as make a
-surrogate recommender predict the validation rows best. A codebook per profile starts at k-means++ (the
+in which users differ most: as many as stand above the noise, at most K - 1, of these as many, or the one along
+which labels move most, as make a surrogate recommender predict the validation rows best. A codebook per profile starts at k-means++ (the
 released start collapses to one code) and is trained by eq. 5: codebook term, commitment term, and the
 recommendation loss of a surrogate DCN, through the straight-through estimator. A user's code is the nearest
 codeword (eq. 6). `--paper` = no whitening and the paper's loss weights; `--released` = the released code's
@@ -204,25 +204,42 @@ def rec_loss_of(codes, num_codes, rows, valid, num_items, seed, num_epochs=15, m
     return best
 
 
-def choose_dims(args, transform, deviation, mine, num_evidence, num_codes, rows, valid, num_items):
-    """How many of the leading directions make the best codes, by the recommendation loss on valid rows
+def label_direction(transform, deviation, rows, num_items, prior_weight=3.0, ridge=1e-3):
+    """The direction along which what users like moves most: transform [D, C] of whitened ones -> [D, 1]
 
-    Eigenvalues say how far users differ, not whether it matters to what they like: in ratings, say, the first
-    direction is how generous somebody is, and codes spent on the others are lost to it.
+    Ridge regression of a train row's label, less the item's mean, on the user's profile, out of fold.
     """
-    losses = []
-    for dims in range(1, transform.shape[1] + 1):
-        z = deviation @ transform[:, :dims]
+    user, item, label, fold = rows
+    x = (deviation[fold, user] @ transform).double()  # [R, C]
+    count, likes = (torch.bincount(item, weights, minlength=num_items).double()
+                    for weights in (torch.ones_like(label), label))
+    of_item = (likes + prior_weight * label.mean()) / (count + prior_weight)
+    x, residual = x - x.mean(0), label - of_item[item]
+    covariance = x.T @ x
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance))
+    direction = torch.linalg.solve(covariance, x.T @ (residual - residual.mean()))
+    return transform @ F.normalize(direction, dim=0).float()[:, None]
+
+
+def choose_directions(args, candidates, deviation, mine, num_evidence, num_codes, rows, valid, num_items):
+    """The candidate, a transform [D, C'], whose codes give the least recommendation loss on valid rows
+
+    Eigenvalues say how far users differ, not whether it matters to what they like: of ratings, say, only how
+    generous somebody is matters much, and codes spent on other directions are lost to it.
+    """
+    losses = {}
+    for name, transform in candidates.items():
+        z = deviation @ transform
         kmeans = KMeans(num_codes, n_init=4, random_state=args.seed).fit(z[-1, mine].numpy())
-        part = {"mean": torch.zeros(()), "transform": transform[:, :dims],
+        part = {"mean": torch.zeros(()), "transform": transform,
                 "codebook": torch.from_numpy(kmeans.cluster_centers_)}
         codes = codes_of(part, deviation, num_evidence)
-        losses.append(np.mean([rec_loss_of(codes, num_codes, rows, valid, num_items, seed)
-                               for seed in (args.seed, args.seed + 1)]))
-    best = 1 + int(np.argmin(losses))
-    told = "  ".join(f"{dims + 1}: {loss:.4f}" for dims, loss in enumerate(losses))
-    print(f"  recommendation loss on valid by directions kept: {told} | {best} kept")
-    return best
+        losses[name] = np.mean([rec_loss_of(codes, num_codes, rows, valid, num_items, seed)
+                                for seed in (args.seed, args.seed + 1)])
+    best = min(losses, key=losses.get)
+    told = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    print(f"  recommendation loss on valid by directions kept: {told} | {best}")
+    return candidates[best]
 
 
 def train(args, quantizers, surrogate, deviations, user, item, label, fold, quiet=False):
@@ -380,10 +397,14 @@ def starts_of(args, stored, names, told, rows, valid, num_items):
             transform, values = whiten(deviation[-1, mine], stored["gain"][mine, k], stored["noise"][k],
                                        args.dims, num_codes - 1)
             eigenvalues[f"{name}_eigenvalues"] = values.tolist()
-            if not args.dims and args.rec_weight and transform.shape[1] > 1 and len(valid[0]):
-                dims = choose_dims(args, transform, deviation, mine, stored["num_evidence"][:, :, k],
-                                   num_codes, rows, valid, num_items)
-                transform = transform[:, :dims]
+            if not args.dims and args.rec_weight and len(valid[0]):
+                every, _ = whiten(deviation[-1, mine], stored["gain"][mine, k], stored["noise"][k], 16, 0,
+                                  quiet=True)
+                candidates = {f"leading {dims}": transform[:, :dims]
+                              for dims in range(1, transform.shape[1] + 1)}
+                candidates["of the label"] = label_direction(every, deviation, rows, num_items)
+                transform = choose_directions(args, candidates, deviation, mine,
+                                              stored["num_evidence"][:, :, k], num_codes, rows, valid, num_items)
         else:
             transform = torch.eye(deviation.shape[-1])
         # one scale, so that learning rate and weights mean the same for all

@@ -426,8 +426,9 @@ class Stack:
         state |= {key: torch.zeros_like(state["flat"]) for key in ("mean", "square")}
         state |= {key: torch.tensor([getattr(member, key) for member in members])[:, None]
                   for key in ("fields", "lr", "weight_decay", "net_decay")}
-        state["rest"] = torch.stack([self.rest_of(rows, member.fields, max(rows.num_rows), batch_size)
-                                     for member in members])
+        if batch_size is not None:
+            state["rest"] = torch.stack([self.rest_of(rows, member.fields, max(rows.num_rows), batch_size)
+                                         for member in members])
         self.state = {key: value.to(self.device) for key, value in state.items()}
         self.total = torch.zeros_like(self.tables()[:, :self.width])
 
@@ -454,13 +455,10 @@ class Stack:
         """How many steps pass, on average, from one batch that meets a row of the table to the next: [N]
 
         A penalty that every step should bring, but that moves the rows of the batch only, is as many times
-        as large there: or rare ids, which have the least to say, would be the least penalised. 1 without a
-        batch size.
+        as large there: or rare ids, which have the least to say, would be the least penalised.
         """
         ids = rows.ids["train"][fields]
         met = ids.flatten().bincount(minlength=most).cpu()
-        if batch_size is None:
-            return torch.ones(most)
         return (len(ids) / (met.clamp(min=1) * batch_size)).clamp(min=1) * (met > 0) + 1.0 * (met == 0)
 
     def keep(self, members):
@@ -491,9 +489,10 @@ class Stack:
         rows = found[..., :self.width].unflatten(1, ids.shape[1:])  # [G, B, F, W]
         grad = step_models_(state["flat"], state["mean"], state["square"], lr, state["net_decay"], step,
                             rows, self.buffers(), keep, seed_of, label, *vectors)
-        rest = state["rest"].flatten().index_select(0, index).view(len(ids), -1, 1)  # [G, B F, 1]
-        step_rows_(adam_, self.tables(), self.total, index, found, grad.flatten(1, 2), lr[..., None],
-                   state["weight_decay"][..., None] * rest, step)
+        decay = state["weight_decay"][..., None]
+        if "rest" in state:
+            decay = decay * state["rest"].flatten().index_select(0, index).view(len(ids), -1, 1)  # [G, B F, 1]
+        step_rows_(adam_, self.tables(), self.total, index, found, grad.flatten(1, 2), lr[..., None], decay, step)
 
     @torch.no_grad()
     def predict(self, rows, split, at_once=2**21):

@@ -154,20 +154,37 @@ def test_the_directions_that_matter_to_what_users_like_are_kept():
     user, item = torch.arange(600).repeat(10), torch.randint(6, (6000,), generator=generator)
     evidence = torch.ones(1, 600)
 
-    def kept(likes):
-        label = (likes[user] * (item % 2 * 2 - 1) > 0).float()
-        rows = [column[:5000] for column in (user, item, label)] + [torch.zeros(5000).long()]
-        valid = [column[5000:] for column in (user, item, label)]
-        args = argparse.Namespace(seed=0)
-        return quantize.choose_dims(args, torch.eye(2), deviation[None], torch.ones(600).bool(), evidence, 2,
-                                    rows, valid, 6)
+    args, rows_of = argparse.Namespace(seed=0), lambda label: (
+        [column[:5000] for column in (user, item, label)] + [torch.zeros(5000).long()],
+        [column[5000:] for column in (user, item, label)])
 
-    assert kept(kind[0]) == 1
-    generator.manual_seed(1)
-    assert quantize.rec_loss_of((kind[:1] > 0).long(), 2, *[
-        [user[:5000], item[:5000], (kind[0][user] * (item % 2 * 2 - 1) > 0).float()[:5000],
-         torch.zeros(5000).long()],
-        [user[5000:], item[5000:], (kind[0][user] * (item % 2 * 2 - 1) > 0).float()[5000:]]], 6, 0) < 0.2
+    def kept(label):
+        candidates = {"leading 1": torch.eye(2)[:, :1], "second": torch.eye(2)[:, 1:]}
+        rows, valid = rows_of(label.float())
+        chosen = quantize.choose_directions(args, candidates, deviation[None], torch.ones(600).bool(), evidence,
+                                            2, rows, valid, 6)
+        return next(name for name, transform in candidates.items() if transform is chosen)
+
+    assert kept(kind[0][user] * (item % 2 * 2 - 1) > 0) == "leading 1"
+    assert kept(kind[1][user] * (item % 2 * 2 - 1) > 0) == "second"
+    label = (kind[0][user] * (item % 2 * 2 - 1) > 0).float()
+    told = [quantize.rec_loss_of(codes[None], 2, *rows_of(label), 6, 0) for codes in ((kind[0] > 0).long(),
+                                                                                       (kind[1] > 0).long())]
+    assert told[0] < 0.2 and told[1] > 0.6
+
+
+def test_the_direction_of_the_label_is_found_whatever_its_variance():
+    """Who rates generously differs along a direction of little variance, out of fold."""
+    generator = torch.Generator().manual_seed(0)
+    deviation = torch.randn(2, 500, 4, generator=generator) * torch.tensor([5.0, 3.0, 1.0, 0.5])
+    deviation[1] = 99.0  # the fold that has seen the rows is not looked at
+    user, item = torch.arange(500).repeat(8), torch.randint(20, (4000,), generator=generator)
+    generous = deviation[0, :, 2] + deviation[0, :, 3]
+    quality = torch.randn(20, generator=generator)
+    label = (generous[user] + quality[item] + torch.randn(4000, generator=generator) > 0).float()
+    rows = user, item, label, torch.zeros(4000).long()
+    found = quantize.label_direction(torch.eye(4), deviation, rows, 20)[:, 0]
+    assert found.shape == (4,) and float(found @ torch.tensor([0, 0, 1.0, 1.0])) / 2**0.5 > 0.97
 
 
 def test_codes_of_train_rows_are_those_without_their_own_fold(small_run, tmp_path):
