@@ -118,6 +118,13 @@ def parse_args(argv=None):
             parser.error(f"--only-users takes all options from the run: leave out "
                          f"--{given[0].replace('_', '-')}")
         return args
+    check_evidence(parser, args)
+    check_profiles(parser, args)
+    return args
+
+
+def check_evidence(parser, args):
+    """Refuse evidence and folds that contradict each other; the profiles that --ratings adds."""
     if args.method == "score" and args.evidence == "history":
         parser.error("--evidence history needs --method gradient: a history's score is no sum over items")
     has_ratings = args.ratings != "none"
@@ -128,6 +135,12 @@ def parse_args(argv=None):
     args.folds = (5 if has_ratings else 0) if args.folds is None else args.folds
     if args.folds == 1:
         parser.error("--folds 1 leaves no evidence: 0 for none, or 2 and more")
+    if not args.task_text.strip():
+        parser.error("--task-text must hold a word: its last token predicts the first evidence token")
+
+
+def check_profiles(parser, args):
+    """Refuse names and routes that make no sense; the default route."""
     if any("=" not in text or not all(text.split("=", 1)) for text in args.profiles):
         parser.error(f"--profiles takes NAME=TEXT, such as {DEFAULT_PROFILES[0]!r}, not {args.profiles}")
     names = [text.split("=", 1)[0] for text in args.profiles]
@@ -139,6 +152,7 @@ def parse_args(argv=None):
         is_default = len(names) == len(DEFAULT_ROUTE) and args.evidence != "review"
         args.route = DEFAULT_ROUTE if is_default else ["none"]
     if args.route != ["none"]:
+        has_ratings = args.ratings != "none"
         known = {*FIELDS[:4], *["rating"] * has_ratings}
         asked = set("+".join(args.route).split("+"))
         if len(args.route) != len(names) or asked - known:
@@ -150,9 +164,6 @@ def parse_args(argv=None):
             parser.error("--evidence review tells all profiles the same: --route none")
         if has_ratings and "rating" not in asked:
             parser.error("--ratings are told to no profile: name rating in --route")
-    if not args.task_text.strip():
-        parser.error("--task-text must hold a word: its last token predicts the first evidence token")
-    return args
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -827,9 +838,9 @@ def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
 # ----------------------------------------------------------------------------------------------------------
 
 
-def read_prior(args, names, shared, noise):
-    """codebook.pt as a prior: per profile transform T [D, C'], codewords [K, C'], θ̄ seen through T [C'], and
-    the noise's variance there, so that distances count in noise; an empty list without --prior.
+def read_prior(args, names, shared):
+    """codebook.pt as a prior: per profile transform T [D, C'], codewords [K, C'], mean [D], θ̄ seen through T
+    [C']; an empty list without --prior.
     """
     if not args.prior:
         return []
@@ -845,8 +856,7 @@ def read_prior(args, names, shared, noise):
                  f"take the same --llm and --soft-tokens as before")
         transform = part["transform"]
         prior.append({"codebook": part["codebook"], "transform": transform, "mean": part["mean"],
-                      "shared": (shared[k] - part["mean"]) @ transform,
-                      "scale": (transform.T @ noise[k] @ transform).diagonal().mean()})
+                      "shared": (shared[k] - part["mean"]) @ transform})
     return prior
 
 
@@ -888,16 +898,17 @@ def nearest_anchors(soft, prior, anchors):
     return torch.stack(chosen, 1).to(soft.device)
 
 
-def prior_loss(profiles, prior, pull):
-    """Σ_u λ L_Q of eq. 7 in nats: pull/2 · squared distance to the nearest codeword, noise as unit -> []"""
+def prior_loss(profiles, prior, pull, noise):
+    """Σ_u λ L_Q of eq. 7 in nats: pull/2 · squared distance to the nearest codeword, in units of the noise -> []"""
     loss = torch.zeros(())
     for k, part in enumerate(prior):
         z = (profiles[:, k] - part["mean"]) @ part["transform"]
-        loss += pull[k] / 2 * torch.cdist(z, part["codebook"]).min(1).values.square().sum() / part["scale"]
+        unit = (part["transform"].T @ noise[k] @ part["transform"]).diagonal().mean()
+        loss += pull[k] / 2 * torch.cdist(z, part["codebook"]).min(1).values.square().sum() / unit
     return loss
 
 
-def descend(args, prompt, streams, train, profiles, prior, pull, num_sample=3000):
+def descend(args, prompt, streams, train, profiles, prior, pull, noise, num_sample=3000):
     """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
     far as it falls -> profiles [F + 1, N, P, S D], (L_LM, λ L_Q) per train row
 
@@ -915,7 +926,7 @@ def descend(args, prompt, streams, train, profiles, prior, pull, num_sample=3000
         some = before[-1] + length * (profiles[-1] - before[-1])
         nats, _ = heldout_nll(args, prompt, streams, some[events.user], events)
         objective[length] = (float(nats.sum() / len(sample)),
-                             float(prior_loss(some, prior, pull) / len(train.user)))
+                             float(prior_loss(some, prior, pull, noise) / len(train.user)))
     best = min(objective, key=lambda length: sum(objective[length]))
     told = lambda parts: f"L_LM {parts[0]:.4f} + prior {parts[1]:.4f} = {sum(parts):.4f}"
     print(f"objective (eq. 7) in nats per train row: before {told(objective[0.0])}; "
@@ -1142,6 +1153,79 @@ def infer_only(args):
           f"with evidence among {len(item):,} rows of items that the run knows")
 
 
+def load_prompt(args, train, streams, pieces, names, name_texts):
+    """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name"""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    llm = args.llm
+    if llm == "auto":
+        llm, reason = choose_llm()
+        print(f"--llm auto: {llm}, because {reason}")
+    if llm == "tiny":
+        make_tiny_llm(args, train, streams, pieces, name_texts)
+    model, tokenizer = load_llm(args, llm, device)
+    prompt = Prompt(model, tokenizer, names, name_texts, args.task_text, args.soft_tokens, args.mask)
+    print(f"LLM: {sum(p.numel() for p in model.parameters()):,} parameters, D {prompt.embedding.shape[1]}, "
+          f"{prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} on {device}; "
+          f"prompt of {len(prompt.segment)} tokens")
+    return prompt, tokenizer, llm
+
+
+def check_lengths(args, prompt, streams, evidence, own):
+    """Exit when a text and its prompt are longer than the LLM's context; say what histories leave out."""
+    for some, what, cure in ((streams, "text", "shorten it"),
+                             ([stream for stream, _ in evidence], "history", "lower --max-history")):
+        for stream in some:
+            prompt.check_context(stream.texts, what, f"{cure} or take a LLM with a longer context")
+    if args.evidence == "history":
+        longer = int((torch.bincount(own.user) > args.max_history).sum())
+        print(f"history: the latest {args.max_history} rows of each user; {longer:,} users had more")
+
+
+def fit_common(args, prompt, streams, evidence, train, own, is_warm, generator):
+    """What all users share: θ̄ [P, S D], field weights, information by stream, noise [P, S D, S D]"""
+    warm = [(stream, Pairs(*(column[is_warm[pairs.user]] for column in pairs))) for stream, pairs in evidence]
+    counts, mentions = ([torch.bincount(rows_of(stream, events), minlength=len(stream.texts.ids)).float()
+                         for stream in streams] for events in (train, own))
+    weights = torch.ones(len(FIELDS))
+    shared = fit_shared(args, prompt, warm, weights, generator)
+    if args.field_weights == "noise":
+        weights = field_weights(args, prompt, streams, counts, shared, generator)
+    known = [(mention.view(-1, stream.num_verdicts).sum(1) > 0).repeat_interleave(stream.num_verdicts)
+             for stream, mention in zip(streams, mentions)]  # an item's other verdicts are its audience's
+    information = [information_of(prompt, *parts, shared, weights, args.tokens_per_batch)
+                   for parts in zip(streams, counts, known)]
+    noise = torch.stack([next(of_stream[k][-1] for of_stream in information if k in of_stream)
+                         for k in range(prompt.num_profiles)])
+    return shared, weights, information, noise
+
+
+def steps_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior, tune, num_users,
+                      generator):
+    """Start, number of steps, and the profiles by gradient, fold by fold: [F + 1, N, P, S D]"""
+    start = shared.expand(num_users, -1, -1)
+    if args.start == "random":
+        start = first_soft(args, prompt, num_users, generator)
+    num_steps = args.steps
+    if args.stop == "heldout":
+        num_steps = choose_steps(args, prompt, streams, by_fold[-1], weights, start, shared, noise, pull, tune)
+    users = torch.arange(num_users)
+    return torch.stack([infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, num_steps,
+                                          users, prior) for evidence in by_fold])
+
+
+def write_profiles(args, value, needs, words, inputs, facts, figures):
+    """scores.pt (where there are any) and profiles.pt; without folds, profiles have no axis for them."""
+    if not args.folds:
+        value |= {key: value[key][0] for key in ("profiles", "num_evidence")}
+    if needs:
+        write_artifact(args, "scores.pt", needs | {"names": value["names"], "words": words}, inputs, **facts)
+        inputs = [*inputs, "scores.pt"]
+    path = write_artifact(args, "profiles.pt", value, inputs, **facts, **figures)
+    print(f"wrote {path}: {facts['users']:,} users x {len(value['names'])} profiles x "
+          f"{value['profiles'].shape[-1]} | held-out NLL own {figures['heldout_nll']['own']:.4f}, "
+          f"shared {figures['heldout_nll']['shared']:.4f}")
+
+
 def main(args):
     start_stage(args)
     started = time.time()
@@ -1151,108 +1235,56 @@ def main(args):
     num_users = int(interactions["user"].max()) + 1
     train, own, is_warm, verdict, words = parts_of(args, interactions, num_users)
     names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    llm = args.llm
-    if llm == "auto":
-        llm, reason = choose_llm()
-        print(f"--llm auto: {llm}, because {reason}")
     routes = routes_of(args, items.iloc[train.item.unique().numpy()], names)
     streams, pieces = streams_of(args, routes, interactions, items, words)
-    if llm == "tiny":
-        make_tiny_llm(args, train, streams, pieces, name_texts)
-    model, tokenizer = load_llm(args, llm, device)
-    prompt = Prompt(model, tokenizer, names, name_texts, args.task_text, args.soft_tokens, args.mask)
-    print(f"LLM: {sum(p.numel() for p in model.parameters()):,} parameters, D {prompt.embedding.shape[1]}, "
-          f"{prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} on {device}; "
-          f"prompt of {len(prompt.segment)} tokens")
+    prompt, tokenizer, llm = load_prompt(args, train, streams, pieces, names, name_texts)
 
     most = args.review_tokens if args.evidence == "review" else None
     streams = [stream._replace(texts=tokenize(tokenizer, of_row, most))
                for stream, of_row in zip(streams, pieces)]
-    evidence = evidence_of(args, tokenizer, streams, pieces, own)
-    warm_evidence = [(stream, Pairs(*(column[is_warm[pairs.user]] for column in pairs)))
-                     for stream, pairs in evidence]
-    for some, what, cure in ((streams, "text", "shorten it"),
-                             ([stream for stream, _ in evidence], "history", "lower --max-history")):
-        for stream in some:
-            prompt.check_context(stream.texts, what, f"{cure} or take a LLM with a longer context")
-    if args.evidence == "history":
-        longer = int((torch.bincount(own.user) > args.max_history).sum())
-        print(f"history: the latest {args.max_history} rows of each user; {longer:,} users had more")
+    kept = [*(select(own, own.fold != left_out) for left_out in range(args.folds)), own]
+    by_fold = [evidence_of(args, tokenizer, streams, pieces, events) for events in kept]
+    count = torch.stack([evidence_counts(evidence, num_users, len(names)) for evidence in by_fold])
+    check_lengths(args, prompt, streams, by_fold[-1], own)
     generator = torch.Generator().manual_seed(args.seed)
-    counts, mentions = ([torch.bincount(rows_of(stream, events), minlength=len(stream.texts.ids)).float()
-                         for stream in streams] for events in (train, own))
     tune, report = heldout_rows(interactions, verdict, streams, args.heldout, args.seed)
 
     inference_started = time.time()
-    weights = torch.ones(len(FIELDS))
-    shared = fit_shared(args, prompt, warm_evidence, weights, generator)
-    if args.field_weights == "noise":
-        weights = field_weights(args, prompt, streams, counts, shared, generator)
-    known = [(mention.view(-1, stream.num_verdicts).sum(1) > 0).repeat_interleave(stream.num_verdicts)
-             for stream, mention in zip(streams, mentions)]
-    information = [information_of(prompt, *parts, shared, weights, args.tokens_per_batch)
-                   for parts in zip(streams, counts, known)]
-    noise = torch.stack([next(of_stream[k][-1] for of_stream in information if k in of_stream)
-                         for k in range(len(names))])
-    gain, needs, prior = torch.ones(num_users, len(names)), None, read_prior(args, names, shared, noise)
+    shared, weights, information, noise = fit_common(args, prompt, streams, by_fold[-1], train, own, is_warm,
+                                                     generator)
+    prior, needs, objective = read_prior(args, names, shared), None, None
     if args.method == "score":
         coordinates = coordinates_of(args, prompt, streams, information, own, is_warm)
         profiles, needs = infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
                                          is_warm, prior, generator)
         noise = torch.einsum("pcd,pce->pde", needs["lift"], needs["lift"])  # whitened sums: 1 per text
-        count = evidence_counts(evidence, num_users, len(names))
-        gain, pull = (count + needs["pull"]) / count.clamp(min=1).sqrt(), needs["pull"].tolist()
+        gain, pull = (count[-1] + needs["pull"]) / count[-1].clamp(min=1).sqrt(), needs["pull"].tolist()
     else:
-        pull = 10.0 if args.pull is None else args.pull
-        start = shared.expand(num_users, -1, -1)
-        if args.start == "random":
-            start = first_soft(args, prompt, num_users, generator)
-        num_steps = args.steps
-        if args.stop == "heldout":
-            num_steps = choose_steps(args, prompt, streams, evidence, weights, start, shared, noise, pull,
-                                     tune)
-        kept = [select(own, own.fold != left_out) for left_out in range(args.folds)]
-        profiles = torch.stack([
-            infer_by_gradient(args, prompt, part, weights, start, shared, noise, pull, num_steps,
-                              torch.arange(num_users), prior)
-            for part in (*(evidence_of(args, tokenizer, streams, pieces, events) for events in kept),
-                         evidence)])
-    objective = None
+        gain, pull = torch.ones(num_users, len(names)), 10.0 if args.pull is None else args.pull
+        profiles = steps_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior, tune,
+                                     num_users, generator)
+        pull = [pull] * len(names)
     if prior:
-        of_profile = pull if isinstance(pull, list) else [pull] * len(names)
-        profiles, objective = descend(args, prompt, streams, train, profiles, prior, of_profile)
+        profiles, objective = descend(args, prompt, streams, train, profiles, prior, pull, noise)
     seconds = time.time() - inference_started
     print(f"inferred {num_users:,} users in {seconds:.1f} s, the shared start included: "
           f"{num_users / seconds:,.0f} users per second")
-
-    count = torch.stack([evidence_counts(evidence_of(args, tokenizer, streams, pieces, events), num_users,
-                                         len(names))
-                         for events in (*(select(own, own.fold != left_out)
-                                          for left_out in range(args.folds)), own)])  # [F + 1, N, P]
     has_evidence = (count[-1] > 0).any(1)
     figures = report_heldout(args, prompt, streams, profiles[-1], shared, report, generator)
 
-    plain = (lambda value: value) if args.folds else (lambda value: value[0])  # without folds no axis of them
-    value = {"profiles": plain(profiles), "shared": shared, "noise": noise, "gain": gain,
-             "num_evidence": plain(count), "has_evidence": has_evidence, "names": list(names),
-             "texts": list(name_texts), "llm": llm, "num_soft": args.soft_tokens,
+    value = {"profiles": profiles, "shared": shared, "noise": noise, "gain": gain, "num_evidence": count,
+             "has_evidence": has_evidence, "names": list(names), "texts": list(name_texts), "llm": llm,
+             "num_soft": args.soft_tokens,
              "tiny_llm": (Path(args.run_dir) / TINY_STAMP).read_text() if llm == "tiny" else ""}
     if args.folds:
         value["fold"] = train.fold  # of each train row, in the order of interactions.parquet
     if prior:  # stage 3 goes on from it
         value["prior"] = {name: {key: part[key] for key in ("codebook", "transform", "mean")}
                           for name, part in zip(names, prior)}
-    inputs = ["interactions.parquet", "items.parquet"]
     facts = {"names": names, "llm": llm, "users": num_users, "users_with_evidence": int(has_evidence.sum())}
-    if needs:
-        write_artifact(args, "scores.pt", needs | {"names": list(names), "words": words}, inputs, **facts)
-        inputs = [*inputs, "scores.pt"]
-    path = write_artifact(args, "profiles.pt", value, inputs, **facts, pull=pull,
-                          field_weights=dict(zip(FIELDS, weights.tolist())), heldout_nll=figures,
-                          objective=objective, seconds=time.time() - started, inference_seconds=seconds)
-    print(f"wrote {path}: {num_users:,} users x {len(names)} profiles x {profiles.shape[-1]} | "
-          f"held-out NLL own {figures['own']:.4f}, shared {figures['shared']:.4f}")
+    write_profiles(args, value, needs, words, ["interactions.parquet", "items.parquet"], facts,
+                   {"pull": pull, "field_weights": dict(zip(FIELDS, weights.tolist())), "heldout_nll": figures,
+                    "objective": objective, "seconds": time.time() - started, "inference_seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ from common import (at_least, fail, logloss, options_text, parse_with_presets, r
 from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
 
 PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
-GRID = {"lr": (0.001, 0.005), "weight_decay": (3e-3,), "net_decay": (0.0, 1e-2),  # --tune
-        "start": (0.5, 0.05)}
+GRID = {"lr": (0.001, 0.005), "weight_decay": (1e-4, 3e-3), "net_decay": (0.0,), "start": (0.5, 0.05)}
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed

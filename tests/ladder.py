@@ -61,7 +61,7 @@ def climb(folder, data, options, llm):
         run("02_infer_profiles.py", folder, *of_stage_2, "--llm", llm)
         run("03_quantize.py", folder, *of_stage_3, "--stability", 2)
         run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random",
-            "--seeds", 3, "--id-dropout", 0.3, "--net-decay", 0.01)
+            "--seeds", 3)
 
 
 def em_rounds(folder, score, num_rounds=2):
@@ -74,7 +74,7 @@ def em_rounds(folder, score, num_rounds=2):
                 score / "tiny_llm")
             run("03_quantize.py", folder)
         run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random",
-            "--seeds", 3, "--id-dropout", 0.3, "--net-decay", 0.01)
+            "--seeds", 3)
 
 
 def row_of(name, folder):

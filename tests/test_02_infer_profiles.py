@@ -434,7 +434,7 @@ def test_a_codebook_as_prior_pulls_each_user_to_the_codeword_nearest_to_him(llm,
     for k in range(2):
         transform = torch.linalg.pinv(needs["lift"][k])[:, :2]  # the first two coordinates
         prior.append({"codebook": 0.3 * torch.tensor([[1.0, 0], [-1, 1], [0, -1]]), "transform": transform,
-                      "mean": needs["shared"][k], "shared": torch.zeros(2), "scale": torch.tensor(1.0)})
+                      "mean": needs["shared"][k], "shared": torch.zeros(2)})
     pulled, _ = infer_users(events, prior)
     for k, part in enumerate(prior):
         z = (pulled[-1, :, k] - part["mean"]) @ part["transform"]
