@@ -899,7 +899,7 @@ def nearest_anchors(soft, prior, anchors):
 
 
 def prior_loss(profiles, prior, pull, noise):
-    """Σ_u λ L_Q of eq. 7 in nats: pull/2 · squared distance to the nearest codeword, in units of the noise -> []"""
+    """Σ_u λ L_Q of eq. 7 in nats: pull/2 · squared distance to the nearest codeword, noise as unit -> []"""
     loss = torch.zeros(())
     for k, part in enumerate(prior):
         z = (profiles[:, k] - part["mean"]) @ part["transform"]
@@ -1207,10 +1207,11 @@ def steps_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pu
         start = first_soft(args, prompt, num_users, generator)
     num_steps = args.steps
     if args.stop == "heldout":
-        num_steps = choose_steps(args, prompt, streams, by_fold[-1], weights, start, shared, noise, pull, tune)
+        num_steps = choose_steps(args, prompt, streams, by_fold[-1], weights, start, shared, noise, pull,
+                                 tune)
     users = torch.arange(num_users)
-    return torch.stack([infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, num_steps,
-                                          users, prior) for evidence in by_fold])
+    return torch.stack([infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull,
+                                          num_steps, users, prior) for evidence in by_fold])
 
 
 def write_profiles(args, value, needs, words, inputs, facts, figures):
@@ -1261,8 +1262,8 @@ def main(args):
         gain, pull = (count[-1] + needs["pull"]) / count[-1].clamp(min=1).sqrt(), needs["pull"].tolist()
     else:
         gain, pull = torch.ones(num_users, len(names)), 10.0 if args.pull is None else args.pull
-        profiles = steps_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior, tune,
-                                     num_users, generator)
+        profiles = steps_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior,
+                                     tune, num_users, generator)
         pull = [pull] * len(names)
     if prior:
         profiles, objective = descend(args, prompt, streams, train, profiles, prior, pull, noise)
@@ -1283,8 +1284,9 @@ def main(args):
                           for name, part in zip(names, prior)}
     facts = {"names": names, "llm": llm, "users": num_users, "users_with_evidence": int(has_evidence.sum())}
     write_profiles(args, value, needs, words, ["interactions.parquet", "items.parquet"], facts,
-                   {"pull": pull, "field_weights": dict(zip(FIELDS, weights.tolist())), "heldout_nll": figures,
-                    "objective": objective, "seconds": time.time() - started, "inference_seconds": seconds})
+                   {"pull": pull, "field_weights": dict(zip(FIELDS, weights.tolist())),
+                    "heldout_nll": figures, "objective": objective, "seconds": time.time() - started,
+                    "inference_seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
 """Stage 3 of 5: quantize profiles into codes, one small integer per user and profile name.
 
-Each profile is whitened by its noise (what sampling alone would make of it) and projected on the directions
-in which users differ most: as many as stand above the noise, at most K - 1, of these as many, or the one along
-which labels move most, as make a surrogate recommender predict the validation rows best. A codebook per profile starts at k-means++ (the
-released start collapses to one code) and is trained by eq. 5: codebook term, commitment term, and the
-recommendation loss of a surrogate DCN, through the straight-through estimator. A user's code is the nearest
-codeword (eq. 6). `--paper` = no whitening and the paper's loss weights; `--released` = the released code's
-recipe, whose start leaves one code in use. Of profiles with folds, train rows are told by the one that has
-not seen them, here and in stage 4. `--apply` gives the codes of `02 --only-users`' new users, from the
-codebook as it is.
+Each profile is whitened by its noise (what sampling alone would make of it) and projected on directions in
+which users differ: as many of the leading ones as stand above the noise, at most K - 1, or the one along
+which labels move most, whichever makes a surrogate recommender predict the validation rows best. A codebook
+per profile starts at k-means++ (the released start collapses to one code) and is trained by eq. 5: codebook
+term, commitment term, and the recommendation loss of a surrogate DCN, through the straight-through estimator.
+A user's code is the nearest codeword (eq. 6). `--paper` = no whitening and the paper's loss weights,
+`--released` = the released code's recipe. Of profiles with folds, train rows are told by the one that has not
+seen them, here and in stage 4. `--apply` gives the codes of `02 --only-users`' new users, from the codebook as
+it is.
 
-Reads   profiles.pt, interactions.parquet (train rows), users.parquet (truth, for checking only); with --apply
-        new_profiles.pt and codebook.pt instead
+Reads   profiles.pt, interactions.parquet (train rows; valid rows choose directions), users.parquet (truth,
+        for checking only); with --apply new_profiles.pt and codebook.pt instead
 Writes  codebook.pt: per profile name codebook float32 [K, C], transform float32 [D, C], mean float32 [D],
         usage int64 [K] (users with train rows)
         feature_bank.parquet: user, user_id, one int column per profile name; K = no evidence of this user
         train_codes.parquet: with folds, the codes of each train row without its own fold, in order
         new_codes.parquet: with --apply, user_id and the codes
 
-Example: python 03_quantize.py        (10 seconds)
-  wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.99 of 4, background 2.98 of 3
+Example: python 03_quantize.py        (30 seconds)
+  wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.99 of 4, background 2.99 of 3
 """
 
 import argparse
@@ -404,7 +404,8 @@ def starts_of(args, stored, names, told, rows, valid, num_items):
                               for dims in range(1, transform.shape[1] + 1)}
                 candidates["of the label"] = label_direction(every, deviation, rows, num_items)
                 transform = choose_directions(args, candidates, deviation, mine,
-                                              stored["num_evidence"][:, :, k], num_codes, rows, valid, num_items)
+                                              stored["num_evidence"][:, :, k], num_codes, rows, valid,
+                                              num_items)
         else:
             transform = torch.eye(deviation.shape[-1])
         # one scale, so that learning rate and weights mean the same for all

@@ -63,9 +63,10 @@ def at_least(minimum, kind=int):
 
 
 def options_text(options):
-    """A preset as one would type it: {"lr": 0.1, "route": ["none"]} -> "--lr 0.1 --route none"."""
+    """A preset as one would type it: {"lr": 0.1, "whiten": False} -> "--lr 0.1 --no-whiten"."""
     text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else value
-    return " ".join(f"--{key.replace('_', '-')} {text(value)}" for key, value in options.items())
+    return " ".join(f"--no-{key}" if value is False else f"--{key.replace('_', '-')} {text(value)}"
+                    for key, value in options.items())
 
 
 def parse_with_presets(parser, argv, **presets):
