@@ -7,8 +7,8 @@ per profile starts at k-means++ (the released start collapses to one code) and i
 term, commitment term, and the recommendation loss of a surrogate DCN, through the straight-through estimator.
 A user's code is the nearest codeword (eq. 6). `--paper` = no whitening and the paper's loss weights,
 `--released` = the released code's recipe. Of profiles with folds, train rows are told by the one that has not
-seen them, here and in stage 4. `--apply` gives the codes of `02 --only-users`' new users, from the codebook as
-it is.
+seen them, here and in stage 4. `--apply` gives the codes of `02 --only-users`' new users, from the codebook
+as it is.
 
 Reads   profiles.pt, interactions.parquet (train rows; valid rows choose directions), users.parquet (truth,
         for checking only); with --apply new_profiles.pt and codebook.pt instead
