@@ -60,7 +60,7 @@ def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split, ratings):
     write("poisoned", poisoned, " poison")
     first, second = tmp_path / "run_clean", tmp_path / "run_poisoned"
     for run, name in ((first, "clean"), (second, "poisoned")):
-        run_pipeline(run, tmp_path / name, stages=4, split=split, ratings=ratings)
+        run_pipeline(run, tmp_path / name, stages=4 + ratings, split=split, ratings=ratings)
     assert (first / "interactions.parquet").read_bytes() != (second / "interactions.parquet").read_bytes()
     for name in ("profiles.pt", "codebook.pt", "feature_bank.parquet", "tiny_llm/model.safetensors",
                  "tiny_llm/tokenizer.json", "scores.pt", *["train_codes.parquet"] * ratings):
