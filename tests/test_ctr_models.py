@@ -376,7 +376,6 @@ def test_a_row_that_rests_pays_its_penalty_when_it_is_met():
 def test_the_penalty_of_a_single_step_is_the_rows_own(decay, double):
     """One batch of one Adam step: torch.optim.Adam with a group per row, its penalty times its rest."""
     rows, member = pairwise_rows(300), Member(0, 3, 0.02, 1e-2, 0.0)
-    args = settings(batch_size=8, epochs=1, dropout=0.0, decay=decay)
     start = Stack(("dcn", 3, 4, 3, (6, 4), ()), [member], rows, batch_size=8 if decay == "dense" else None)
     table = start.state["table"][0, :, :4].clone()
     rest = start.state["rest"][0] if decay == "dense" else torch.ones(29)
