@@ -56,7 +56,7 @@ DEFAULT_ROUTE = ["title+category", "brand+price"]
 JUDGEMENT = "judgement=his judgement is"  # a third profile, told by ratings
 PAPER = {"method": "gradient", "evidence": "history", "route": ["none"], "start": "random", "lr": 0.001,
          "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none"}
-# the released code, but for its prompt, which holds brand and price of the target item (METHOD: not the text)
+# differs from the released code: its prompt also holds brand and price of the target item
 RELEASED = {"method": "gradient", "evidence": "review", "route": ["none"], "mask": "causal",
             "start": "random", "init": "uniform", "lr": 0.01, "steps": 10, "pull": 0.0, "stop": "none",
             "field_weights": "none", "batch_size": 8,
@@ -829,7 +829,6 @@ def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
     told = [at.known for at in coordinates]
     return torch.stack(profiles), {"shared": shared, "lift": lift, "pull": pull, "told": told,
                                    "tables": [at.strangers for at in coordinates], "centers": centers,
-                                   "own": [at.own for at in coordinates],
                                    "num_verdicts": [streams[at.stream].num_verdicts for at in coordinates]}
 
 

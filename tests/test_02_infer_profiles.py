@@ -387,7 +387,7 @@ def score_case(llm, events, is_warm, **changes):
         return infer.infer_by_score(args, prompt, streams, events, own, coordinates, shared, events, is_warm,
                                     list(prior), torch.Generator().manual_seed(0))
 
-    return infer_users, prompt, streams
+    return infer_users, coordinates, streams
 
 
 EVENTS = ([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3], [0, 1, 2, 1, 3, 4, 0, 2, 4, 3, 0],
@@ -397,7 +397,7 @@ EVENTS = ([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3], [0, 1, 2, 1, 3, 4, 0, 2, 4, 3, 0],
 def test_the_score_profile_is_the_shrunken_sum_of_single_items(llm, capsys):
     """A double loop over users and items: Σ over what they had, / (n + pull), mapped by B; folds left out."""
     events = events_of(*EVENTS)
-    infer_users, _, streams = score_case(llm, events, torch.ones(4, dtype=torch.bool), folds=2)
+    infer_users, coordinates, streams = score_case(llm, events, torch.ones(4, dtype=torch.bool), folds=2)
     profiles, needs = infer_users(events)
     assert profiles.shape[:3] == (3, 4, 2)
     for place, left_out in enumerate([0, 1, None]):
@@ -407,7 +407,7 @@ def test_the_score_profile_is_the_shrunken_sum_of_single_items(llm, capsys):
                 for index in range(11):
                     if EVENTS[0][index] == user and EVENTS[3][index] != left_out:
                         if infer.told_of(stream.texts)[infer.rows_of(stream, events)[index]]:
-                            total += needs["own"][k][infer.rows_of(stream, events)[index]]
+                            total += coordinates[k].own[infer.rows_of(stream, events)[index]]
                             number += 1
                 expected = needs["shared"][k] + (total / (number + 2.0)) @ needs["lift"][k]
                 assert torch.allclose(profiles[place, user, k], expected, atol=1e-4)

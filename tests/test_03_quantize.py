@@ -124,7 +124,7 @@ def test_a_train_row_is_told_by_the_fold_that_has_not_seen_it():
 
 
 def test_the_released_start_collapses_where_kmeans_finds_all_kinds():
-    """METHOD: runs of the released start end with one code, where k-means++ on the same vectors finds the
+    """Runs of the released start end with one code, where k-means++ on the same vectors finds the
     clusters: in many dimensions all users are alike, seen from codewords far outside.
     """
     from common import usage_of
