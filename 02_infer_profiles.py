@@ -25,30 +25,40 @@ Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it 
   wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3804, shared 1.3835
 """
 
+import fcntl
 import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from scipy import sparse
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from common import (at_least, fail, fig4_mask, load_llm, options_text, parse_with_presets, read_artifacts,
-                    read_sidecar, stage_parser, start_stage, write_artifact)
+from common import (at_least, fail, fig4_mask, load_llm, options_text, parse_with_presets,
+                    read_artifacts, read_sidecar, sha256_of, stage_parser, start_stage, whole_file,
+                    write_artifact)
 
 FIELDS = ("title", "category", "brand", "price", "rating", "review")
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
@@ -106,7 +116,11 @@ def parse_args(argv=None):
     add("--map-steps", type=at_least(1), default=150, help="score: minibatch steps that fit the map to θ")
     add("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
     add("--batch-size", type=at_least(1), default=128, help="gradient: users per block")
-    add("--tokens-per-batch", type=at_least(1), default=4096, help="tokens per forward pass, prompt included")
+    add("--tokens-per-batch", type=at_least(1),
+        help="tokens per forward pass, prompt included (default: what memory holds; without CUDA 4096 at "
+             "most)")
+    add("--estimate", action="store_true",
+        help="measure a few batches, tell tokens, FLOPs, memory and time of the run, and stop")
     add("--heldout", type=at_least(2), default=3000, help="validation rows to measure the NLL on, at most")
     args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
     if args.paper and args.released:
@@ -341,7 +355,7 @@ def batches(prompt, texts, rows, max_tokens):
 
 
 def evidence_of(args, tokenizer, streams, pieces, events):
-    """What is evidence of whom: a list of (stream, pairs), one per route.
+    """What is evidence of the users of these events: a list of (stream, pairs), one per route.
 
     items, review: each alone, one text per row, so that p(H | θ) = Π p(item | θ) as in Fig. 2; history: the
     latest items of a user as one text, one text per user.
@@ -362,17 +376,91 @@ def evidence_of(args, tokenizer, streams, pieces, events):
     return evidence
 
 
+class Evidence(NamedTuple):
+    """Events sorted by user, to be had by blocks of users: histories are tokenized when they are needed."""
+
+    events: Events
+    first: torch.Tensor  # [N + 1]: where each user's events begin
+    make: Callable  # events -> list of (stream, pairs)
+
+    def of(self, first, last):
+        """What is evidence of the users first … last - 1: a list of (stream, pairs)"""
+        return self.make(Events(*(column[self.first[first]:self.first[last]] for column in self.events)))
+
+
+def sorted_by_user(events, num_users):
+    """Events in the order of users, stable, and where each user's begin: Events, int64 [N + 1]"""
+    ordered = select(events, torch.argsort(events.user, stable=True))
+    return ordered, torch.searchsorted(ordered.user, torch.arange(num_users + 1))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # the prompt: profile blocks, task text, evidence; the frozen LLM's negative log-likelihood of the evidence
 # ----------------------------------------------------------------------------------------------------------
 
 
+class Keys(DynamicCache):
+    """Keys and values of what stands before, in front of those that a forward pass makes.
+
+    parts: one list per group of tokens, of (keys, values) [B or 1, heads, T, width] by layer. `made` takes
+    those of the pass itself.
+    """
+
+    def __init__(self, config, *parts):
+        super().__init__(config=config)
+        self.parts, self.made = parts, []
+
+    def get_seq_length(self, *_):
+        return sum(part[0][0].shape[2] for part in self.parts)
+
+    def update(self, keys, values, layer, *_, **__):
+        self.made.append((keys, values))
+        join = lambda place, own: torch.cat([*(part[layer][place].expand(len(own), -1, -1, -1)
+                                               for part in self.parts), own], 2)
+        return join(0, keys), join(1, values)
+
+
+class HeadNLL(torch.autograd.Function):
+    """-log softmax(hidden Wᵀ)[target]: hidden [R, D], head Linear to V, target [R] -> float32 [R]
+
+    In chunks, so that no [R, V] is ever held; the gradient with respect to `hidden` is made on the way, none
+    for the frozen head.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, target):
+        nll = torch.empty(len(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK // head.out_features + 1):
+            logits = head(hidden[rows]).float()  # [r, V]
+            total = logits.logsumexp(1, keepdim=True)
+            nll[rows] = (total - logits.gather(1, target[rows, None]))[:, 0]
+            if gradient is not None:  # softmax - one-hot, through the head
+                share = logits.sub_(total).exp_()
+                share[torch.arange(len(rows), device=rows.device), target[rows]] -= 1
+                gradient[rows] = share.to(hidden.dtype) @ head.weight
+        ctx.save_for_backward(gradient)
+        return nll
+
+    @staticmethod
+    def backward(ctx, of_nll):
+        return ctx.saved_tensors[0] * of_nll[:, None].to(ctx.saved_tensors[0].dtype), None, None
+
+
+CHUNK = 2**25  # logits held at a time
+
+
 class Prompt:
-    """[N_1 θ_1 N_2 θ_2 … D] H (eq. 3) around a frozen LLM, with the mask of Fig. 4; S soft tokens per θ_k."""
+    """[N_1 θ_1 N_2 θ_2 … D] H (eq. 3) around a frozen LLM, with the mask of Fig. 4; S soft tokens per θ_k.
+
+    Under that mask no θ reaches the names nor the task text but its last token: their keys and values are
+    made once. Those of a user's θ are made once for all his texts.
+    """
 
     def __init__(self, model, tokenizer, names, name_texts, task_text, num_soft=1, mask="fig4"):
         self.names, self.num_soft, self.mask = names, num_soft, mask
         self.model, self.device, self.num_profiles = model, model.device, len(name_texts)
+        self.body, self.head = model.base_model, model.get_output_embeddings()
         # every stream that starts blind begins as the LLM was trained to begin: with its BOS, if it has one
         bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
         plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
@@ -390,6 +478,7 @@ class Prompt:
         self.position = as_tensor(spans)  # [L]
         ends = np.cumsum([len(block) for block in blocks[:-1]])
         self.soft_places = as_tensor([range(end - num_soft, end) for end in ends.tolist()])  # [P S]
+        self.is_soft = torch.zeros_like(self.segment, dtype=torch.bool).index_fill(0, self.soft_places, True)
         self.embed = model.get_input_embeddings()
         self.embedding = self.embed(as_tensor(blocks)).detach()  # [L, D]
         self.name_embeddings = torch.stack([  # of the words that the profiles are named by [P, D]
@@ -397,6 +486,35 @@ class Prompt:
             for name in names])
         # per dimension: GPT-2 .14, Llama-2 .02
         self.scale = float(self.embed.weight.float().square().mean().sqrt())
+        self.check_head()
+        if mask == "fig4":
+            self.fixed = (~self.is_soft).nonzero()[:-1, 0]  # names and task text but for its last token
+            everyone = torch.ones(1, self.num_profiles, dtype=torch.bool, device=self.device)
+            self.allowed = fig4_mask(self.segment, self.is_soft, everyone)[0, 0]  # [L, L]
+            with torch.no_grad():
+                self.fixed_keys = self.run(self.embedding[None, self.fixed], self.fixed, self.fixed)[1]
+
+    def check_head(self):
+        """Exit when the LLM does more to its last hidden states than multiply them by the head."""
+        with torch.no_grad():
+            embeddings = self.embedding[None]
+            logits = self.model(inputs_embeds=embeddings, use_cache=False).logits
+            mine = self.head(self.body(inputs_embeds=embeddings, use_cache=False).last_hidden_state)
+        if not torch.allclose(logits, mine, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+            fail(f"--llm: a {type(self.model).__name__} changes its logits behind the head, which is not "
+                 f"supported; take a LLM of the GPT-2 or Llama kind")
+
+    def run(self, embeddings, places, keys, *parts):
+        """Part of the prompt through the LLM: embeddings [B, T, D] of `places` [T], which may attend to the
+        places `keys` [T'] as far as Fig. 4 allows -> hidden [B, T, D], keys and values by layer
+
+        parts: the keys and values of all of `keys` but the last T, which are the places themselves.
+        """
+        mask = self.allowed[places][:, keys].expand(len(embeddings), 1, -1, -1)
+        cache = Keys(self.model.config, *parts)
+        hidden = self.body(inputs_embeds=embeddings, attention_mask=mask, use_cache=False,
+                           position_ids=self.position[places][None], past_key_values=cache).last_hidden_state
+        return hidden, cache.made
 
     def inputs(self, soft, ids, sees):
         """soft [B, P, S D], ids [B, T], sees [B, P] -> embeddings [B, L + T, D], mask [B, 1, L + T, L + T],
@@ -406,28 +524,53 @@ class Prompt:
         soft = soft.to(evidence.dtype).reshape(batch, len(self.soft_places), -1)  # [B, P S, D]
         prefix = self.embedding.expand(batch, -1, -1).index_copy(1, self.soft_places, soft)
         segment = F.pad(self.segment, (0, num_tokens), value=self.num_profiles + 1)
-        is_soft = torch.zeros_like(segment, dtype=torch.bool).index_fill(0, self.soft_places, True)
         position = torch.cat([self.position, torch.arange(start, start + num_tokens, device=self.device)])
-        mask = fig4_mask(segment, is_soft, sees, self.mask == "causal")
+        mask = fig4_mask(segment, F.pad(self.is_soft, (0, num_tokens)), sees, self.mask == "causal")
         return torch.cat([prefix, evidence], 1), mask, position[None]
 
-    def nll(self, soft, texts, sees):
-        """-log P(h_t | h_<t, N, θ, D) per evidence token (eq. 4): soft [B, P, D], texts [B, T], sees [B, P]
-        or [P] -> float32 [B, T], 0 at pads. Logits are made only where evidence is predicted."""
-        ids, field = texts.ids.to(self.device), texts.field.to(self.device)
-        sees = sees.to(self.device).expand(len(ids), -1)
-        embeddings, mask, position = self.inputs(soft.to(self.device), ids, sees)
-        start, end = len(self.segment) - 1, embeddings.shape[1] - 1
-        places = torch.arange(start, end, device=self.device)  # each predicts the next
-        logits = self.model(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
-                            use_cache=False, logits_to_keep=places).logits  # [B, T, V]
-        nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
-        return nll * (field >= 0)
+    def hidden_of_all(self, soft, ids, sees, owner):
+        """The whole prompt for each text: what predicts its tokens, [B, T, D]; soft [U, P, S D], owner [B]"""
+        embeddings, mask, position = self.inputs(soft[owner], ids, sees.expand(len(ids), -1))
+        hidden = self.body(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
+                           use_cache=False).last_hidden_state
+        return hidden[:, len(self.segment) - 1:-1]
 
-    def check_context(self, texts, what, cure):
-        """Exit when a text with its prompt is longer than the LLM's context."""
+    def hidden_of_text(self, soft, ids, sees, owner):
+        """The same under the mask of Fig. 4, without doing twice what many texts share."""
+        seen = self.soft_places.view(self.num_profiles, self.num_soft)[sees].flatten()  # [P' S]
+        before, parts = self.fixed, [self.fixed_keys]
+        if len(seen):
+            theta = soft[:, sees].to(self.embedding.dtype).reshape(len(soft), len(seen), -1)
+            before = torch.cat([before, seen])
+            _, keys = self.run(theta, seen, before, *parts)
+            parts.append([tuple(part.index_select(0, owner) for part in layer) for layer in keys])
+        # the last task token predicts the first of the text, and each of the text the next
+        last = len(self.segment) - 1
+        embeddings = torch.cat([self.embedding[last].expand(len(ids), 1, -1), self.embed(ids[:, :-1])], 1)
+        num_tokens, start = ids.shape[1], int(self.position[-1])
+        step = torch.arange(num_tokens, device=self.device)
+        mask = F.pad(step[:, None] >= step, (len(before), 0), value=True).expand(len(ids), 1, -1, -1)
+        return self.body(inputs_embeds=embeddings, attention_mask=mask, position_ids=start + step[None],
+                         past_key_values=Keys(self.model.config, *parts), use_cache=False).last_hidden_state
+
+    def nll(self, soft, texts, sees, owner=None):
+        """-log P(h_t | h_<t, N, θ, D) per evidence token (eq. 4): soft [U, P, S D], texts [B, T], sees [P],
+        whose each text is, owner [B] (default: one after the other, or all of the only one) -> float32 [B, T]
+
+        0 at pads and context: logits are made only where evidence is predicted.
+        """
+        ids, field, sees = texts.ids.to(self.device), texts.field.to(self.device), sees.to(self.device)
+        if owner is None:
+            owner = torch.arange(len(ids), device=self.device).clamp(max=len(soft) - 1)
+        hidden_of = self.hidden_of_text if self.mask == "fig4" else self.hidden_of_all
+        hidden, told = hidden_of(soft.to(self.device), ids, sees, owner), field >= 0
+        nll = torch.zeros(ids.shape, device=self.device)
+        return nll.masked_scatter(told, HeadNLL.apply(hidden[told], self.head, ids[told]))
+
+    def check_context(self, lengths, what, cure):
+        """Exit when a text with its prompt is longer than the LLM's context: lengths [R] in tokens"""
         limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
-        needed = int(self.position[-1]) + 1 + texts.length
+        needed = int(self.position[-1]) + 1 + lengths
         if needed.max() > limit:
             fail(f"{what} {int(needed.argmax())} needs {int(needed.max()):,} tokens with its prompt, "
                  f"but the LLM reads {limit:,} at most: {cure}")
@@ -550,6 +693,155 @@ def make_tiny_llm(args, train, streams, pieces, name_texts):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# nothing lost: finished work is on disk; work shared by processes (torchrun); memory that does not suffice
+# ----------------------------------------------------------------------------------------------------------
+
+
+def join_processes():
+    """Rank and number of processes; with several (torchrun) only the first one speaks."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for each other, no more
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    return rank, world
+
+
+def lock(run_dir):
+    """Two processes on one run directory would spoil each other's files: the second is refused."""
+    path = Path(run_dir) / ".lock"
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system however the process ends
+    except OSError:
+        fail(f"another process works on {run_dir} ({path} is locked): wait for it, or take another --run-dir")
+    return file
+
+
+class Progress:
+    """Finished pieces of a run in RUN_DIR/progress, so that a killed one goes on where it stood.
+
+    recipe: all that decides the numbers (options, inputs, LLM, versions); pieces of another one are thrown
+    away. The generator goes on behind a piece that was found as if it had just been made. Of several
+    processes the first makes what all need; blocks are dealt out. Short of memory, a piece is begun again
+    with half the tokens per batch.
+    """
+
+    def __init__(self, args, recipe, generator, rank=0, world=1):
+        self.args, self.generator, self.rank, self.world = args, generator, rank, world
+        self.folder, manifest = Path(args.run_dir) / "progress", Path(args.run_dir) / "progress/recipe.json"
+        if rank == 0:
+            recipe = json.loads(json.dumps(recipe, default=str))
+            before = json.loads(manifest.read_text()) if manifest.exists() else None
+            if before and (changed := [key for key in recipe if recipe[key] != before["recipe"].get(key)]):
+                print(f"unfinished work in {self.folder} had another {changed[0]} "
+                      f"({before['recipe'].get(changed[0])}, now {recipe[changed[0]]}): it starts anew")
+                before = None
+            if before:
+                args.tokens_per_batch = before["tokens_per_batch"]
+                done = len(list(self.folder.glob("*.pt")))
+                print(f"going on with the unfinished run in {self.folder}: {done} pieces are done")
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                told = {"recipe": recipe, "tokens_per_batch": args.tokens_per_batch}
+                with whole_file(manifest) as file:
+                    file.write(json.dumps(told).encode())
+        self.wait()
+        args.tokens_per_batch = json.loads(manifest.read_text())["tokens_per_batch"]
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def path(self, name):
+        return self.folder / f"{name}.pt"
+
+    def read(self, name):
+        return torch.load(self.path(name), weights_only=True)["value"]
+
+    def write(self, name, make):
+        """The piece made and written, unless it is there."""
+        if self.path(name).exists():
+            return
+        piece = {"value": self.with_less_memory(make), "generator": self.generator.get_state()}
+        with whole_file(self.path(name)) as file:
+            torch.save(piece, file)
+
+    def with_less_memory(self, make):
+        """make(); when memory does not suffice, again with half the tokens per batch."""
+        while True:
+            state = self.generator.get_state()
+            try:
+                return make()
+            except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
+                if not re.search(r"out of memory|not enough memory|can't allocate", str(error), re.I):
+                    raise
+                self.args.tokens_per_batch //= 2
+            if self.args.tokens_per_batch < 16:
+                fail("memory does not suffice for 16 tokens: take a smaller LLM or a larger machine")
+            print(f"out of memory: going on with --tokens-per-batch {self.args.tokens_per_batch}")
+            self.generator.set_state(state)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def keep(self, name, make):
+        """What make() returns, made once, by the first process"""
+        if self.rank == 0:
+            self.write(name, make)
+        self.wait()
+        piece = torch.load(self.path(name), weights_only=True)
+        self.generator.set_state(piece["generator"])
+        return piece["value"]
+
+    def keep_blocks(self, name, num, make):
+        """make(i) for each of `num` blocks, dealt to the processes; to be read as name-i"""
+        for index in range(self.rank, num, self.world):
+            self.write(f"{name}-{index}", functools.partial(make, index))
+        self.wait()
+
+    def clear(self):
+        self.wait()
+        if self.rank == 0:
+            shutil.rmtree(self.folder)
+
+
+def recipe_of(args, prompt, inputs):
+    """All that decides the numbers of a run: options, digests of inputs and LLM, versions, device."""
+    digest = hashlib.sha256()
+    for name, value in prompt.model.named_parameters():  # a sample of each is enough to tell two LLMs apart
+        sample = value.flatten()[::max(1, value.numel() // 1024)].float().cpu()
+        digest.update(f"{name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
+    options = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()
+               if key not in ("run_dir", "estimate")}
+    digests = {name: sha256_of(Path(args.run_dir) / name) for name in inputs}
+    return options | digests | {"LLM": digest.hexdigest(), "torch": torch.__version__,
+                                "transformers": transformers.__version__, "device": str(prompt.device)}
+
+
+class Profiles(NamedTuple):
+    """Profiles [F + 1, N, P, S D] that need not fit into memory: of(fold, users [U]) -> [U, P, S D]"""
+
+    shape: tuple
+    of: Callable
+
+    def last(self, users):
+        """Those with all evidence"""
+        return self.of(self.shape[0] - 1, users)
+
+    def blocks(self, size=2**14):
+        for fold in range(self.shape[0]):
+            for users in torch.arange(self.shape[1]).split(size):
+                yield self.of(fold, users)
+
+    def all(self):
+        return torch.cat(list(self.blocks())).view(self.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # inference: the shared point, the score, the gradient
 # ----------------------------------------------------------------------------------------------------------
 
@@ -569,12 +861,24 @@ def first_soft(args, prompt, num, generator):
     return soft.flatten(2)
 
 
-def weighted_nll(prompt, soft, stream, rows, weights):
-    """Loss of those rows of a stream, tokens weighted by field (see field_weights): soft [B, P, S D] -> []"""
+def start_of(args, prompt, shared, users):
+    """Where the θ of those users [U] leave from: θ̄, or a random point, each user's own -> [U, P, S D]"""
+    if args.start == "shared":
+        return shared.expand(len(users), -1, -1)
+    seeds = [[args.seed, 7, user] for user in users.tolist()]  # the same in whatever block he is
+    generators = [torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+                  for seed in seeds]
+    return torch.cat([first_soft(args, prompt, 1, generator) for generator in generators])
+
+
+def weighted_nll(prompt, soft, stream, rows, weights, owner=None):
+    """Loss of those rows of a stream, tokens weighted by field (see field_weights): soft [U, P, S D], owner
+    [B] (see Prompt.nll) -> []
+    """
     texts = cut(stream.texts, rows)
     weights = F.pad(weights, (0, 1))  # the field -1 of context and pads takes the last, 0
     weight = weights[texts.field].to(prompt.device)  # [B, T]
-    return (prompt.nll(soft, texts, stream.sees) * weight).sum()
+    return (prompt.nll(soft, texts, stream.sees, owner) * weight).sum()
 
 
 def fit_shared(args, prompt, evidence, weights, generator, batch_size=64):
@@ -587,22 +891,37 @@ def fit_shared(args, prompt, evidence, weights, generator, batch_size=64):
         for stream, pairs in evidence:
             rows = pairs.row[torch.randint(len(pairs.row), (batch_size,), generator=generator)]
             for index in batches(prompt, stream.texts, rows, args.tokens_per_batch):
-                loss = weighted_nll(prompt, soft.expand(len(index), -1, -1), stream, rows[index], weights)
+                loss = weighted_nll(prompt, soft, stream, rows[index], weights)
                 (loss / batch_size).backward()
         optimizer.step()
         schedule.step()
     return soft.detach()[0].float().cpu()
 
 
-def scores_of(prompt, stream, rows, shared, weights, max_tokens, desc):
+def scores_of(prompt, stream, rows, shared, weights, max_tokens):
     """g_r = ∇_θ log P(text r | θ) at θ̄, one backward pass per text: rows [R] -> float32 [R, P, S D]"""
     scores = torch.empty(len(rows), *shared.shape)
-    with tqdm(total=len(rows), desc=desc, unit="text", mininterval=2) as bar:
-        for index in batches(prompt, stream.texts, rows, max_tokens):
-            soft = shared.expand(len(index), -1, -1).to(prompt.device).requires_grad_()
-            loss = weighted_nll(prompt, soft, stream, rows[index], weights)
-            scores[index] = -torch.autograd.grad(loss, soft)[0].float().cpu()
-            bar.update(len(index))
+    for index in batches(prompt, stream.texts, rows, max_tokens):
+        soft = shared.expand(len(index), -1, -1).to(prompt.device).requires_grad_()
+        loss = weighted_nll(prompt, soft, stream, rows[index], weights)
+        scores[index] = -torch.autograd.grad(loss, soft)[0].float().cpu()
+    return scores
+
+
+def scores_in_blocks(args, prompt, stream, rows, shared, weights, progress, name, size=2048):
+    """The same for many texts, a block at a time, each on disk when it is done"""
+    blocks = rows.split(size)
+    with tqdm(total=len(rows), desc=name, unit="text", mininterval=2) as bar:
+
+        def make(index):
+            found = scores_of(prompt, stream, blocks[index], shared, weights, args.tokens_per_batch)
+            bar.update(len(found))
+            return found[:, stream.sees].clone()
+
+        progress.keep_blocks(name, len(blocks), make)
+    scores = torch.zeros(len(rows), *shared.shape)
+    for index, part in enumerate(scores.split(size)):
+        part[:, stream.sees] = progress.read(f"{name}-{index}")
     return scores
 
 
@@ -619,8 +938,7 @@ def field_weights(args, prompt, streams, counts, shared, generator, num_sample=5
         told = (count * told_of(stream.texts)).nonzero()[:, 0]
         rows = told[torch.randperm(len(told), generator=generator)[:num_sample]]
         for field in stream.fields:
-            scores = scores_of(prompt, stream, rows, shared, only(field), args.tokens_per_batch,
-                               f"volume of {field}")
+            scores = scores_of(prompt, stream, rows, shared, only(field), args.tokens_per_batch)
             noise = (scores - scores.mean(0)).square().sum((1, 2)).mean()
             weights[FIELDS.index(field)] = noise.clamp(min=1e-20).rsqrt()
     told = [f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights) if weight]
@@ -646,11 +964,12 @@ def audience(count, weight=3.0):
     return others / others.sum(2, keepdim=True), strangers
 
 
-def information_of(prompt, stream, count, known, shared, weights, max_tokens, shrinkage=1e-3):
+def information_of(scores_of, stream, count, known, shared, weights, shrinkage=1e-3):
     """Centred scores of the texts of a stream, and their covariance, the noise: dict of k -> (own [R, D],
     strangers' [R, D], which were taken [R], noise [D, D]), k the profiles that the stream tells of.
 
-    count [R]: how often train rows tell a text; known bool [R]: scores are needed. What item a user had is
+    scores_of(rows, weights, name): scores of texts; count [R]: how often train rows tell a text; known bool
+    [R]: its score is needed. What item a user had is
     centred by popularity; how he rated it, by how the others rated it, so that what remains is the user's
     own: train rows without his own vote. If users did not differ, a user's n rows would be n draws, and the
     sum of their scores would have n times the noise. It is also the Fisher information that one row brings.
@@ -663,8 +982,7 @@ def information_of(prompt, stream, count, known, shared, weights, max_tokens, sh
         part = torch.zeros(len(count), *shared.shape)
         if any(mask[FIELDS.index(field)] for field in stream.fields):
             what = "+".join(field for field in stream.fields if mask[FIELDS.index(field)])
-            part[rows] = scores_of(prompt, stream, rows, shared, weights * mask, max_tokens,
-                                   f"score of {what}")
+            part[rows] = scores_of(rows, weights * mask, f"scores-{what}")
         parts.append(part)
     of_item, of_verdict = parts
     shares = audience(count.view(-1, stream.num_verdicts))
@@ -686,28 +1004,41 @@ def information_of(prompt, stream, count, known, shared, weights, max_tokens, sh
     return result
 
 
-def sum_by_user(user, row, of_row, num_users):
-    """Σ of a user's texts: user, row int64 [R], of_row [R', C] -> float64 [N, C], one sparse product.
+def incidence_of(user, row, num_users, num_rows):
+    """How often each user has each row, in the order of rows: sparse [N, R]
 
-    A user's sum has the same bits whoever else is in it.
+    So a user's sum over his rows has the same bits whoever else is in it.
     """
-    order = np.lexsort((row.numpy(), user.numpy()))
-    incidence = sparse.csr_matrix((np.ones(len(order)), (user.numpy()[order], row.numpy()[order])),
-                                  shape=(num_users, len(of_row)))
-    return torch.from_numpy(incidence @ of_row.double().numpy())
+    incidence = sparse.coo_matrix((np.ones(len(user)), (user.numpy(), row.numpy())),
+                                  shape=(num_users, num_rows)).tocsr()
+    incidence.sum_duplicates()
+    return incidence
 
 
-def project_scores(total, count, noise, is_warm, rank=16):
+def sum_by_user(user, row, of_row, num_users):
+    """Σ of a user's texts: user, row int64 [R], of_row [R', C] -> float64 [N, C], one sparse product"""
+    return torch.from_numpy(incidence_of(user, row, num_users, len(of_row)) @ of_row.double().numpy())
+
+
+def project_scores(incidence, tables, count, noise, is_warm, rank=16, block=2**16):
     """Whiten scores by the noise and keep the directions in which the warm users (is_warm [N]) differ most.
 
-    total [N, D] over count [N] texts, noise [D, D] -> projection [D, C], eigenvalues [C]. A whitened sum over
-    n texts has variance n in every direction if users do not differ; an eigenvalue λ above 1 tells how far
-    they do.
+    incidence sparse [N, R] and tables [R, D]: users' sums of scores; count [N] texts, noise [D, D] ->
+    projection [D, C], eigenvalues [C]. A whitened sum over n texts has variance n in every direction if users
+    do not differ; an eigenvalue λ above 1 tells how far they do. Sums are made by blocks of users.
     """
     values, vectors = torch.linalg.eigh(noise.double())
     whiten = vectors * values.rsqrt() @ vectors.T  # Σ^-½
-    z = total.double() @ whiten / count.clamp(min=1).double().sqrt()[:, None]
-    eigenvalues, directions = torch.linalg.eigh(torch.cov(z[is_warm & (count > 0)].T))
+    table = (tables.double() @ whiten).numpy()
+    users = (is_warm & (count > 0)).nonzero()[:, 0]
+    moment, mean = torch.zeros_like(whiten), torch.zeros(len(whiten), dtype=torch.float64)
+    for some in users.split(block):
+        z = torch.from_numpy(incidence[some.numpy()] @ table) / count[some].double().sqrt()[:, None]
+        moment += z.T @ z
+        mean += z.sum(0)
+    mean /= len(users)
+    covariance = (moment - len(users) * torch.outer(mean, mean)) / (len(users) - 1)
+    eigenvalues, directions = torch.linalg.eigh(covariance)
     return whiten @ directions.flip(1)[:, :rank], eigenvalues.flip(0)[:rank]
 
 
@@ -717,19 +1048,25 @@ def project_scores(total, count, noise, is_warm, rank=16):
 Coordinates = namedtuple("Coordinates", "stream own strangers known pull")
 
 
-def totals_of(coordinates, streams, events, is_warm, num_users=None):
+def told_by(stream, events, is_warm, num_users):
+    """Which texts a stream tells of whom, sparse [N, 2 R], and how many [N]
+
+    The first half is for users with train rows (is_warm [N]), the second for others.
+    """
+    row = rows_of(stream, events)
+    told = told_of(stream.texts)[row] > 0
+    num_rows = len(stream.texts.ids)
+    row = torch.where(is_warm[events.user], row, row + num_rows)[told]
+    count = torch.bincount(events.user[told], minlength=num_users).float()
+    return incidence_of(events.user[told], row, num_users, 2 * num_rows), count
+
+
+def totals_of(coordinates, streams, events, is_warm):
     """Σ over a user's rows, and how many: float32 [N, P, C], [N, P]"""
-    num_users = len(is_warm) if num_users is None else num_users
-    totals, counts = [], []
-    for at in coordinates:
-        stream, mine = streams[at.stream], is_warm[events.user]
-        row = rows_of(stream, events)
-        told = told_of(stream.texts)[row] > 0
-        table = torch.cat([at.own, at.strangers])
-        row = torch.where(mine, row, row + len(at.own))[told]
-        totals.append(sum_by_user(events.user[told], row, table, num_users).float())
-        counts.append(torch.bincount(events.user[told], minlength=num_users).float())
-    return torch.stack(totals, 1), torch.stack(counts, 1)
+    told = [told_by(stream, events, is_warm, len(is_warm)) for stream in streams]
+    tables = [torch.cat([at.own, at.strangers]).double().numpy() for at in coordinates]
+    totals = [torch.from_numpy(told[at.stream][0] @ table).float() for at, table in zip(coordinates, tables)]
+    return torch.stack(totals, 1), torch.stack([told[at.stream][1] for at in coordinates], 1)
 
 
 def coordinates_of(args, prompt, streams, information, events, is_warm):
@@ -742,9 +1079,9 @@ def coordinates_of(args, prompt, streams, information, events, is_warm):
     for k in range(prompt.num_profiles):
         place = next(index for index, stream in enumerate(streams) if stream.sees[k])
         own, strangers, known, noise = information[place][k]
-        (total,), (count,) = (part.unbind(1) for part in totals_of(
-            [Coordinates(place, own, strangers, known, 0.0)], streams, events, is_warm))
-        projection, eigenvalues = project_scores(total, count, noise, is_warm)
+        incidence, count = told_by(streams[place], events, is_warm, len(is_warm))
+        tables = torch.cat([own, strangers])
+        projection, eigenvalues = project_scores(incidence, tables, count, noise, is_warm)
         # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
         edge = (1 + math.sqrt(len(noise) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
         excess = float(eigenvalues[eigenvalues > edge].mean()) - 1 if (eigenvalues > edge).any() else 0.1
@@ -803,8 +1140,8 @@ def place_users(total, count, pull, lift):
     return step
 
 
-def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune, is_warm, prior, generator):
-    """One step from θ̄ for all users at once: profiles [F + 1, N, P, S D], what anybody's needs (dict).
+def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune, is_warm, prior, progress):
+    """One step from θ̄ for all users at once: Profiles, what anybody's needs (dict).
 
     θ_u = θ̄ + length · B y_u with y_u = Σ_i g_i / (n_u + pull), whitened: a natural-gradient step, shrunk by
     a prior. With folds, the sum leaves out each fold in turn; the last profile has all of it. With a codebook
@@ -815,21 +1152,24 @@ def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
     # length tried.
     """
     pull = torch.tensor([at.pull for at in coordinates])
-    lift = fit_map(args, prompt, streams, train, shared, coordinates, is_warm, generator)
-    total, count = totals_of(coordinates, streams, own, is_warm)
-    length = choose_length(args, prompt, streams, place_users(total, count, pull, lift), shared, tune)
+    lift = progress.keep("map", lambda: fit_map(args, prompt, streams, train, shared, coordinates, is_warm,
+                                                progress.generator))
+    kept = [*(select(own, own.fold != left_out) for left_out in range(args.folds)), own]
+    sums = [totals_of(coordinates, streams, events, is_warm) for events in kept]
+    step = place_users(*(part[tune.user] for part in sums[-1]), pull, lift)
+    length = progress.keep("length", lambda: choose_length(args, prompt, streams, step, shared, tune))
     lift = length[:, None, None] * lift
     centers = [center_coordinates(part, shared[k], lift[k]) for k, part in enumerate(prior)]
-    profiles = []
-    for left_out in [*range(args.folds), None]:
-        kept = own if left_out is None else select(own, own.fold != left_out)
-        total, count = totals_of(coordinates, streams, kept, is_warm)
+
+    def profiles_of(fold, users):
+        total, count = (part[users] for part in sums[fold])
         total = total + pull[:, None] * nearest_centers(total, count, centers)
-        profiles.append(shared + place_users(total, count, pull, lift))
-    told = [at.known for at in coordinates]
-    return torch.stack(profiles), {"shared": shared, "lift": lift, "pull": pull, "told": told,
-                                   "tables": [at.strangers for at in coordinates], "centers": centers,
-                                   "num_verdicts": [streams[at.stream].num_verdicts for at in coordinates]}
+        return shared + place_users(total, count, pull, lift)
+
+    needs = {"shared": shared, "lift": lift, "pull": pull, "told": [at.known for at in coordinates],
+             "tables": [at.strangers for at in coordinates], "centers": centers,
+             "num_verdicts": [streams[at.stream].num_verdicts for at in coordinates]}
+    return Profiles((args.folds + 1, len(is_warm), *shared.shape), profiles_of), needs
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -909,68 +1249,65 @@ def prior_loss(profiles, prior, pull, noise):
 
 def descend(args, prompt, streams, train, profiles, prior, pull, noise, num_sample=3000):
     """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
-    far as it falls -> profiles [F + 1, N, P, S D], (L_LM, λ L_Q) per train row
+    far as it falls -> Profiles, (L_LM, λ L_Q) per train row
 
     L_LM is measured with the LLM on the same sample of train rows in every round.
     """
     path = Path(args.run_dir) / "profiles.pt"
-    before = torch.load(path, weights_only=True)["profiles"] if path.exists() else profiles
+    if not path.exists():
+        return profiles, None
+    before = torch.load(path, weights_only=True, mmap=True)["profiles"]
     before = before if before.dim() == 4 else before[None]
     if before.shape != profiles.shape:
         fail(f"--prior goes on from {path}, which has other profiles: run stage 2 without --prior first")
     sample = torch.randperm(len(train.user), generator=torch.Generator().manual_seed(args.seed))[:num_sample]
     events = select(train, sample)
+
+    def between(length):
+        blend = lambda old, new: old + length * (new - old)
+        return Profiles(profiles.shape, lambda fold, users: blend(before[fold, users],
+                                                                  profiles.of(fold, users)))
+
     objective = {}
     for length in (1.0, 0.5, 0.25, 0.0):
-        some = before[-1] + length * (profiles[-1] - before[-1])
-        nats, _ = heldout_nll(args, prompt, streams, some[events.user], events)
-        objective[length] = (float(nats.sum() / len(sample)),
-                             float(prior_loss(some, prior, pull, noise) / len(train.user)))
+        nats, _ = heldout_nll(args, prompt, streams, between(length).last(events.user), events)
+        of_prior = sum(float(prior_loss(between(length).last(users), prior, pull, noise))
+                       for users in torch.arange(profiles.shape[1]).split(2**14))
+        objective[length] = float(nats.sum() / len(sample)), of_prior / len(train.user)
     best = min(objective, key=lambda length: sum(objective[length]))
     told = lambda parts: f"L_LM {parts[0]:.4f} + prior {parts[1]:.4f} = {sum(parts):.4f}"
     print(f"objective (eq. 7) in nats per train row: before {told(objective[0.0])}; "
           f"after {told(objective[best])} ({best:g} of the way to the new profiles)")
-    return before + best * (profiles - before), objective[best]
+    return between(best), objective[best]
 
 
 def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, num_steps, users, prior=(),
                       snapshots=()):
-    """The paper's way (Algorithm 1, line 4): AdamW on each user's own θ, in blocks: users [U] -> [U, P, S D]
+    """The paper's way (Algorithm 1, line 4): AdamW on the θ of a block of users [U] -> [U, P, S D]
 
-    start [N, P, S D]: where each θ leaves from. The loss of a user is Σ -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ
-    (θ - θ̄): the prior weighs as much as `pull` items. With a codebook as `prior`, θ̄ gives way to the
-    codeword nearest at each step, seen as a soft token (eq. 7). With `snapshots` (S numbers of steps) the
-    profiles after each of these come back too, [S, U, P, S D].
+    evidence: what is evidence of them; start [U, P, S D]: where each θ leaves from. The loss of a user is Σ
+    -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ (θ - θ̄): the prior weighs as much as `pull` items. With a codebook
+    as `prior`, θ̄ gives way to the codeword nearest at each step, seen as a soft token (eq. 7). With
+    `snapshots` (S numbers of steps) the profiles after each of these come back instead, [S, U, P, S D].
     """
     anchors = [anchors_of(part, shared[k], noise[k]) for k, part in enumerate(prior)]
-    result = start[users].clone()
-    history = torch.zeros(len(snapshots), *result.shape)
-    length = torch.zeros(len(start))  # of all the evidence of a user, in tokens
-    for stream, pairs in evidence:
-        length.index_add_(0, pairs.user, stream.texts.length[pairs.row].float())
     shared, noise = shared.to(prompt.device), noise.to(prompt.device)
-    lr = args.lr or 0.1 * prompt.scale
-    with tqdm(total=len(users), desc="gradient", unit="user", mininterval=2) as bar:
-        for block in torch.argsort(length[users], descending=True, stable=True).split(args.batch_size):
-            place = torch.full((len(start),), -1)
-            place[users[block]] = torch.arange(len(block))
-            work = [(stream, pairs.row[mask], place[pairs.user[mask]].to(prompt.device))
-                    for stream, pairs in evidence if (mask := place[pairs.user] >= 0).any()]
-            soft = result[block].to(prompt.device).requires_grad_()
-            # its state is the block's: users are independent
-            optimizer = torch.optim.AdamW([soft], lr=lr, weight_decay=0.0)
-            for step in range(1, num_steps + 1):
-                anchor = nearest_anchors(soft.detach(), prior, anchors) if prior else shared
-                soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
-                for stream, rows, owner in work:
-                    for index in batches(prompt, stream.texts, rows, args.tokens_per_batch):
-                        weighted_nll(prompt, soft[owner[index]], stream, rows[index], weights).backward()
-                optimizer.step()
-                if step in snapshots:
-                    history[snapshots.index(step), block] = soft.detach().float().cpu()
-            result[block] = soft.detach().float().cpu()
-            bar.update(len(block))
-    return (result, history) if snapshots else result
+    place = torch.full((int(users.max()) + 1,), -1).index_put((users,), torch.arange(len(users)))
+    work = [(stream, pairs.row, place[pairs.user].to(prompt.device)) for stream, pairs in evidence]
+    soft = start.clone().to(prompt.device).requires_grad_()
+    # its state is the block's: users are independent
+    optimizer = torch.optim.AdamW([soft], lr=args.lr or 0.1 * prompt.scale, weight_decay=0.0)
+    history = []
+    for step in range(1, num_steps + 1):
+        anchor = nearest_anchors(soft.detach(), prior, anchors) if prior else shared
+        soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
+        for stream, rows, owner in work:
+            for index in batches(prompt, stream.texts, rows, args.tokens_per_batch):
+                weighted_nll(prompt, soft, stream, rows[index], weights, owner[index]).backward()
+        optimizer.step()
+        if step in snapshots:
+            history.append(soft.detach().float().cpu())
+    return torch.stack(history) if snapshots else soft.detach().float().cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1002,12 +1339,12 @@ def interval(difference, tokens):
 
 def report_heldout(args, prompt, streams, profiles, shared, events, generator):
     """The four NLLs (nats per token) on held-out rows: no profile, shared, shuffled, own; prints them."""
-    other = torch.randperm(len(profiles), generator=generator)
+    other = torch.randperm(profiles.shape[1], generator=generator)
     partner = torch.empty_like(other)
     partner[other] = other.roll(1)  # everybody gets the profile of somebody else
     everyone = shared.expand(len(events.user), -1, -1)
-    told = {"none": everyone, "shared": everyone, "shuffled": profiles[partner[events.user]],
-            "own": profiles[events.user]}
+    told = {"none": everyone, "shared": everyone, "shuffled": profiles.last(partner[events.user]),
+            "own": profiles.last(events.user)}
     nats, tokens = {}, None
     for name, soft in told.items():
         nats[name], tokens = heldout_nll(args, prompt, streams, soft, events, blind=name == "none")
@@ -1028,8 +1365,8 @@ def report_heldout(args, prompt, streams, profiles, shared, events, generator):
 
 
 def choose_length(args, prompt, streams, step, shared, events, grid=(0.25, 0.5, 0.75, 1.0, 1.5)):
-    """The step lengths [P] under which held-out rows are likeliest: step [N, P, S D], out of the grid"""
-    totals = torch.stack([heldout_nll(args, prompt, streams, shared + length * step[events.user], events)[0]
+    """The step lengths [P] under which held-out rows are likeliest: step [R, P, S D], out of the grid"""
+    totals = torch.stack([heldout_nll(args, prompt, streams, shared + length * step, events)[0]
                           .sum(0) for length in grid])  # [lengths, streams]
     best, chosen = torch.tensor(grid)[totals.argmin(0)], torch.ones(len(shared))
     for stream, length in zip(streams, best):
@@ -1040,14 +1377,15 @@ def choose_length(args, prompt, streams, step, shared, events, grid=(0.25, 0.5, 
     return chosen
 
 
-def choose_steps(args, prompt, streams, evidence, weights, start, shared, noise, pull, events):
+def choose_steps(args, prompt, streams, evidence, weights, shared, noise, pull, events):
     """The number of AdamW steps under which held-out rows are likeliest, on 256 users with some at most."""
     pilot = events.user.unique()[:256]
     events = select(events, torch.isin(events.user, pilot))
+    mine = evidence.make(select(evidence.events, torch.isin(evidence.events.user, pilot)))
     grid = (1, 2, 4, 7, 10, 15, 20, 30, 40, 60, 80, 100)
     snapshots = sorted({step for step in grid if step < args.steps} | {args.steps})
-    _, history = infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, args.steps,
-                                   pilot, snapshots=snapshots)
+    history = infer_by_gradient(args, prompt, mine, weights, start_of(args, prompt, shared, pilot), shared,
+                                noise, pull, args.steps, pilot, snapshots=snapshots)
     place = torch.searchsorted(pilot, events.user)
     totals = [float(heldout_nll(args, prompt, streams, soft[place], events)[0].sum()) for soft in history]
     best = snapshots[int(np.argmin(totals))]
@@ -1090,11 +1428,13 @@ def parts_of(args, interactions, num_users):
     return select(own, is_train), own, is_warm, verdict, words
 
 
-def evidence_counts(evidence, num_users, num_profiles):
-    """How many texts tell of a user's profile: int64 [N, P]"""
+def evidence_counts(args, streams, events, num_users, num_profiles):
+    """How many texts tell of a user's profile: int64 [N, P]; a history is one text"""
     count = torch.zeros(num_users, num_profiles, dtype=torch.long)
-    for stream, pairs in evidence:
-        count += torch.bincount(pairs.user, minlength=num_users)[:, None] * stream.sees
+    for stream in streams:
+        told = told_of(stream.texts)[rows_of(stream, events)] > 0
+        of_user = torch.bincount(events.user[told], minlength=num_users)
+        count += (of_user.clamp(max=1) if args.evidence == "history" else of_user)[:, None] * stream.sees
     return count
 
 
@@ -1152,15 +1492,83 @@ def infer_only(args):
           f"with evidence among {len(item):,} rows of items that the run knows")
 
 
-def load_prompt(args, train, streams, pieces, names, name_texts):
+def bytes_per_token(prompt):
+    """What a token of a batch needs until backward has passed: about 34 numbers per layer and dimension"""
+    layers = prompt.model.config.num_hidden_layers
+    return 34 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
+
+
+def tokens_that_fit(prompt, share=0.6):
+    """Tokens per batch that fill `share` of the free memory; on a CPU more than 4,096 gain nothing."""
+    if prompt.device.type == "cuda":
+        free, most = torch.cuda.mem_get_info()[0], 2**17
+    else:
+        free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4096
+    return int(max(16, min(most, share * free / bytes_per_token(prompt))))
+
+
+def estimate(args, prompt, streams, evidence, num_users):
+    """Users, tokens, FLOPs, memory and time that the run will take on this machine, from a few batches."""
+    events = evidence.events
+    ones = torch.ones(len(FIELDS))
+    shared = first_soft(args, prompt, 1, torch.Generator().manual_seed(args.seed))[0]
+    tokens, seconds = 0, 0.0
+    if args.method == "gradient":
+        first = max(0, num_users // 2 - args.batch_size // 2)
+        last = min(num_users, first + args.batch_size)
+        some = evidence.of(first, last)
+        noise = torch.zeros(len(shared), shared.shape[1], shared.shape[1])
+        users, start = torch.arange(first, last), shared.expand(last - first, -1, -1)
+        one_step = lambda: infer_by_gradient(args, prompt, some, ones, start, shared, noise, 0.0, 1, users)
+        rows, passes = len(events.user), args.steps * (args.folds + 1)
+        mine = sum(int(stream.texts.length[pairs.row].sum()) for stream, pairs in some)
+        tokens = mine / max(1, int(evidence.first[last] - evidence.first[first])) * rows * passes
+        measured = mine, timed(one_step)
+        what = f"{args.steps} steps at most for each" + f", {args.folds + 1} times" * bool(args.folds)
+    else:
+        measured = 0, 0.0
+        for stream in streams:
+            rows = (told_of(stream.texts) > 0).nonzero()[:, 0]
+            sample = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:512]]
+            pass_over = lambda: scores_of(prompt, stream, sample, shared, ones, args.tokens_per_batch)
+            measured = (measured[0] + int(stream.texts.length[sample].sum()), measured[1] + timed(pass_over))
+            parts = 1 + (stream.num_verdicts > 1)  # of the item and of the verdict
+            tokens += parts * int(stream.texts.length[rows].sum())
+        what = "each text of the catalogue once; a user costs a sum"
+    seconds = tokens * measured[1] / max(1, measured[0])
+    body = sum(value.numel() for value in prompt.body.parameters()) - prompt.embed.weight.numel()
+    flops = 4 * (body + prompt.head.weight.numel())  # forward and backward, without weight gradients
+    weights = sum(value.numel() * value.element_size() for value in prompt.model.parameters())
+    profiles = 4 * (args.folds + 1) * num_users * shared.numel()
+    print(f"estimate: {num_users:,} users, {len(events.user):,} rows, {tokens:,.0f} tokens of evidence "
+          f"({what})\n  {tokens * flops:.3g} FLOPs, {seconds:,.0f} s on {prompt.device}, as measured on "
+          f"{measured[0]:,} tokens; to fit θ̄, {args.shared_steps} minibatches of 64 texts, and to report come on top\n"
+          f"  memory: weights {weights / 2**30:.2f} GiB, a batch of {args.tokens_per_batch:,} tokens "
+          f"{args.tokens_per_batch * bytes_per_token(prompt) / 2**30:.2f} GiB; "
+          f"disk: profiles.pt {profiles / 2**30:.2f} GiB")
+
+
+def timed(work):
+    """Seconds of its second call: the first one pays for what is only done once."""
+    for _ in range(2):
+        started = time.time()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.time() - started
+
+
+def load_prompt(args, train, streams, pieces, names, name_texts, rank=0):
     """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm = args.llm
     if llm == "auto":
         llm, reason = choose_llm()
         print(f"--llm auto: {llm}, because {reason}")
-    if llm == "tiny":
+    if llm == "tiny" and rank == 0:
         make_tiny_llm(args, train, streams, pieces, name_texts)
+    if dist.is_initialized():  # the others read what the first has made
+        dist.barrier()
     model, tokenizer = load_llm(args, llm, device)
     prompt = Prompt(model, tokenizer, names, name_texts, args.task_text, args.soft_tokens, args.mask)
     print(f"LLM: {sum(p.numel() for p in model.parameters()):,} parameters, D {prompt.embedding.shape[1]}, "
@@ -1169,108 +1577,151 @@ def load_prompt(args, train, streams, pieces, names, name_texts):
     return prompt, tokenizer, llm
 
 
-def check_lengths(args, prompt, streams, evidence, own):
+def check_lengths(args, prompt, streams, own):
     """Exit when a text and its prompt are longer than the LLM's context; say what histories leave out."""
-    for some, what, cure in ((streams, "text", "shorten it"),
-                             ([stream for stream, _ in evidence], "history", "lower --max-history")):
-        for stream in some:
-            prompt.check_context(stream.texts, what, f"{cure} or take a LLM with a longer context")
+    for stream in streams:
+        prompt.check_context(stream.texts.length, "text",
+                             "shorten it or take a LLM with a longer context")
+        if args.evidence == "history":
+            length = stream.texts.length[rows_of(stream, own)].numpy()
+            of_user = pd.Series(length).groupby(own.user.numpy())
+            latest = of_user.agg(lambda rows: rows[-args.max_history:].sum())
+            prompt.check_context(torch.tensor(latest.to_numpy()), "history",
+                                 "lower --max-history or take a LLM with a longer context")
     if args.evidence == "history":
         longer = int((torch.bincount(own.user) > args.max_history).sum())
         print(f"history: the latest {args.max_history} rows of each user; {longer:,} users had more")
 
 
-def fit_common(args, prompt, streams, evidence, train, own, is_warm, generator):
+def fit_common(args, prompt, streams, evidence, train, own, is_warm, progress):
     """What all users share: θ̄ [P, S D], field weights, information by stream, noise [P, S D, S D]"""
-    warm = [(stream, Pairs(*(column[is_warm[pairs.user]] for column in pairs))) for stream, pairs in evidence]
+    generator, most = progress.generator, 4096
+    warm = is_warm.nonzero()[:, 0]
+    if args.evidence == "history":  # their texts are made for the purpose: not of all users
+        warm = warm[torch.randperm(len(warm), generator=generator)[:most]]
+    of_warm = lambda: evidence.make(select(evidence.events, torch.isin(evidence.events.user, warm)))
     counts, mentions = ([torch.bincount(rows_of(stream, events), minlength=len(stream.texts.ids)).float()
                          for stream in streams] for events in (train, own))
     weights = torch.ones(len(FIELDS))
-    shared = fit_shared(args, prompt, warm, weights, generator)
+    shared = progress.keep("shared", lambda: fit_shared(args, prompt, of_warm(), weights, generator))
     if args.field_weights == "noise":
-        weights = field_weights(args, prompt, streams, counts, shared, generator)
+        weights = progress.keep("weights", lambda: field_weights(args, prompt, streams, counts, shared,
+                                                                 generator))
     known = [(mention.view(-1, stream.num_verdicts).sum(1) > 0).repeat_interleave(stream.num_verdicts)
              for stream, mention in zip(streams, mentions)]  # an item's other verdicts are its audience's
-    information = [information_of(prompt, *parts, shared, weights, args.tokens_per_batch)
-                   for parts in zip(streams, counts, known)]
+    information = []
+    for place, (stream, count, needed) in enumerate(zip(streams, counts, known)):
+        scores = lambda rows, weights, name: scores_in_blocks(args, prompt, stream, rows, shared, weights,
+                                                              progress, f"{name}-{place}")
+        information.append(information_of(scores, stream, count, needed, shared, weights))
     noise = torch.stack([next(of_stream[k][-1] for of_stream in information if k in of_stream)
                          for k in range(prompt.num_profiles)])
     return shared, weights, information, noise
 
 
-def steps_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior, tune, num_users,
-                      generator):
-    """Start, number of steps, and the profiles by gradient, fold by fold: [F + 1, N, P, S D]"""
-    start = shared.expand(num_users, -1, -1)
-    if args.start == "random":
-        start = first_soft(args, prompt, num_users, generator)
+def profiles_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior, tune, num_users,
+                         progress):
+    """Profiles by gradient, a block of users at a time, fold by fold; finished blocks are on disk"""
     num_steps = args.steps
     if args.stop == "heldout":
-        num_steps = choose_steps(args, prompt, streams, by_fold[-1], weights, start, shared, noise, pull,
-                                 tune)
-    users = torch.arange(num_users)
-    return torch.stack([infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull,
-                                          num_steps, users, prior) for evidence in by_fold])
+        num_steps = progress.keep("steps", lambda: choose_steps(args, prompt, streams, by_fold[-1], weights,
+                                                                shared, noise, pull, tune))
+    blocks, size = torch.arange(num_users).split(args.batch_size), args.batch_size
+    name = lambda fold: f"fold-{fold}"
+    with tqdm(total=len(by_fold) * num_users, desc="gradient", unit="user", mininterval=2) as bar:
+        for fold, evidence in enumerate(by_fold):
+
+            def make(index):
+                users = blocks[index]
+                first, last = int(users[0]), int(users[-1]) + 1
+                found = infer_by_gradient(args, prompt, evidence.of(first, last), weights,
+                                          start_of(args, prompt, shared, users), shared, noise, pull,
+                                          num_steps, users, prior)
+                bar.update(len(users))
+                return found
+
+            progress.keep_blocks(name(fold), len(blocks), make)
+
+    def profiles_of(fold, users):
+        result, block = torch.empty(len(users), *shared.shape), users // size
+        for index in block.unique().tolist():
+            mine = block == index
+            result[mine] = progress.read(f"{name(fold)}-{index}")[users[mine] - index * size]
+        return result
+
+    return Profiles((len(by_fold), num_users, *shared.shape), profiles_of)
 
 
 def write_profiles(args, value, needs, words, inputs, facts, figures):
     """scores.pt (where there are any) and profiles.pt; without folds, profiles have no axis for them."""
+    shape = value["profiles"].shape if args.folds else value["profiles"].shape[1:]
+    value["profiles"] = SimpleNamespace(shape=shape, blocks=value["profiles"].blocks)
     if not args.folds:
-        value |= {key: value[key][0] for key in ("profiles", "num_evidence")}
+        value["num_evidence"] = value["num_evidence"][0]
     if needs:
         write_artifact(args, "scores.pt", needs | {"names": value["names"], "words": words}, inputs, **facts)
         inputs = [*inputs, "scores.pt"]
     path = write_artifact(args, "profiles.pt", value, inputs, **facts, **figures)
     print(f"wrote {path}: {facts['users']:,} users x {len(value['names'])} profiles x "
-          f"{value['profiles'].shape[-1]} | held-out NLL own {figures['heldout_nll']['own']:.4f}, "
+          f"{shape[-1]} | held-out NLL own {figures['heldout_nll']['own']:.4f}, "
           f"shared {figures['heldout_nll']['shared']:.4f}")
 
 
 def main(args):
+    rank, world = join_processes()
     start_stage(args)
     started = time.time()
     if args.only_users:
         return infer_only(args)
     interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
+    locked = lock(args.run_dir) if rank == 0 else None
     num_users = int(interactions["user"].max()) + 1
     train, own, is_warm, verdict, words = parts_of(args, interactions, num_users)
     names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
     routes = routes_of(args, items.iloc[train.item.unique().numpy()], names)
     streams, pieces = streams_of(args, routes, interactions, items, words)
-    prompt, tokenizer, llm = load_prompt(args, train, streams, pieces, names, name_texts)
+    prompt, tokenizer, llm = load_prompt(args, train, streams, pieces, names, name_texts, rank)
 
     most = args.review_tokens if args.evidence == "review" else None
     streams = [stream._replace(texts=tokenize(tokenizer, of_row, most))
                for stream, of_row in zip(streams, pieces)]
     kept = [*(select(own, own.fold != left_out) for left_out in range(args.folds)), own]
-    by_fold = [evidence_of(args, tokenizer, streams, pieces, events) for events in kept]
-    count = torch.stack([evidence_counts(evidence, num_users, len(names)) for evidence in by_fold])
-    check_lengths(args, prompt, streams, by_fold[-1], own)
+    make = functools.partial(evidence_of, args, tokenizer, streams, pieces)
+    by_fold = [Evidence(*sorted_by_user(events, num_users), make) for events in kept]
+    count = torch.stack([evidence_counts(args, streams, events, num_users, len(names)) for events in kept])
+    check_lengths(args, prompt, streams, own)
+    args.tokens_per_batch = args.tokens_per_batch or tokens_that_fit(prompt)
+    if args.estimate:
+        return estimate(args, prompt, streams, by_fold[-1], num_users)
     generator = torch.Generator().manual_seed(args.seed)
     tune, report = heldout_rows(interactions, verdict, streams, args.heldout, args.seed)
+    inputs = ["interactions.parquet", "items.parquet"]
+    progress = Progress(args, recipe_of(args, prompt, inputs), generator, rank, world)
 
     inference_started = time.time()
     shared, weights, information, noise = fit_common(args, prompt, streams, by_fold[-1], train, own, is_warm,
-                                                     generator)
+                                                     progress)
     prior, needs, objective = read_prior(args, names, shared), None, None
     if args.method == "score":
         coordinates = coordinates_of(args, prompt, streams, information, own, is_warm)
         profiles, needs = infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
-                                         is_warm, prior, generator)
+                                         is_warm, prior, progress)
         noise = torch.einsum("pcd,pce->pde", needs["lift"], needs["lift"])  # whitened sums: 1 per text
         gain, pull = (count[-1] + needs["pull"]) / count[-1].clamp(min=1).sqrt(), needs["pull"].tolist()
     else:
         gain, pull = torch.ones(num_users, len(names)), 10.0 if args.pull is None else args.pull
-        profiles = steps_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior,
-                                     tune, num_users, generator)
+        profiles = profiles_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior,
+                                        tune, num_users, progress)
         pull = [pull] * len(names)
+    if rank:  # the first process writes
+        return progress.clear()
     if prior:
         profiles, objective = descend(args, prompt, streams, train, profiles, prior, pull, noise)
     seconds = time.time() - inference_started
     print(f"inferred {num_users:,} users in {seconds:.1f} s, the shared start included: "
           f"{num_users / seconds:,.0f} users per second")
     has_evidence = (count[-1] > 0).any(1)
-    figures = report_heldout(args, prompt, streams, profiles[-1], shared, report, generator)
+    figures = report_heldout(args, prompt, streams, profiles, shared, report, generator)
 
     value = {"profiles": profiles, "shared": shared, "noise": noise, "gain": gain, "num_evidence": count,
              "has_evidence": has_evidence, "names": list(names), "texts": list(name_texts), "llm": llm,
@@ -1282,10 +1733,13 @@ def main(args):
         value["prior"] = {name: {key: part[key] for key in ("codebook", "transform", "mean")}
                           for name, part in zip(names, prior)}
     facts = {"names": names, "llm": llm, "users": num_users, "users_with_evidence": int(has_evidence.sum())}
-    write_profiles(args, value, needs, words, ["interactions.parquet", "items.parquet"], facts,
+    write_profiles(args, value, needs, words, inputs, facts,
                    {"pull": pull, "field_weights": dict(zip(FIELDS, weights.tolist())),
                     "heldout_nll": figures, "objective": objective, "seconds": time.time() - started,
                     "inference_seconds": seconds})
+    progress.clear()
+    if locked:
+        locked.close()
 
 
 if __name__ == "__main__":

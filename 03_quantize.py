@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--released", action="store_true", help="the released code's recipe: " + options_text(RELEASED))
     add("--apply", action="store_true", help="new users of stage 2's --only-users; nothing is trained")
     add("--codes", type=at_least(2), nargs="+", metavar="K",
-        help="codebook size per profile (default: 4 3, and 4 for each further profile)")
+        help="codebook size per profile (default: 4 3, 4 for each further one, 8 where ratings are told)")
     add("--init", choices=["kmeans", "released"], default="kmeans",
         help="first codewords: k-means++, or at random at 2.5 to 3.3 times the profiles' norm")
     add("--codebook", choices=["gradient", "ema"], default="gradient",
@@ -385,8 +385,16 @@ def stability_of(found, num_codes):
     return float(np.mean(pairs)) if pairs else float("nan")
 
 
+def is_rated(args, names):
+    """Is each profile told how users rated? list of bool, by the options of stage 2"""
+    options = {"ratings": "none", "route": ["none"]} | read_sidecar(args, "profiles.pt")["options"]
+    routes = options["route"] if options["route"] != ["none"] else ["rating"] * len(names)
+    return [options["ratings"] != "none" and "rating" in route.split("+") for route in routes]
+
+
 def starts_of(args, stored, names, told, rows, valid, num_items):
     """Transform [D, C] and mean [D] of each profile (see whiten), profiles around the mean [F + 1, N, D]"""
+    rated = is_rated(args, names)
     starts, means, deviations, eigenvalues = [], [], [], {}
     for k, (name, num_codes) in enumerate(zip(names, args.codes)):
         profiles, mine = stored["profiles"][:, :, k], told[k]
@@ -400,12 +408,14 @@ def starts_of(args, stored, names, told, rows, valid, num_items):
             if not args.dims and args.rec_weight and len(valid[0]):
                 every, _ = whiten(deviation[-1, mine], stored["gain"][mine, k], stored["noise"][k], 16, 0,
                                   quiet=True)
+                of_label = label_direction(every, deviation, rows, num_items)
                 candidates = {f"leading {dims}": transform[:, :dims]
-                              for dims in range(1, transform.shape[1] + 1)}
-                candidates["of the label"] = label_direction(every, deviation, rows, num_items)
-                transform = choose_directions(args, candidates, deviation, mine,
-                                              stored["num_evidence"][:, :, k], num_codes, rows, valid,
-                                              num_items)
+                              for dims in range(1, transform.shape[1] + 1)} | {"of the label": of_label}
+                # what ratings tell of a user's likings lies in one direction: the choice, made by a surrogate
+                # on few valid rows, is noisy and would often spend the codes on others
+                transform = of_label if rated[k] else choose_directions(
+                    args, candidates, deviation, mine, stored["num_evidence"][:, :, k], num_codes, rows,
+                    valid, num_items)
         else:
             transform = torch.eye(deviation.shape[-1])
         # one scale, so that learning rate and weights mean the same for all
@@ -453,7 +463,8 @@ def main(args):
             fail(f"--codes {' '.join(map(str, args.codes))}: the profiles were pulled to a codebook of "
                  f"{' '.join(map(str, sizes))} codes; leave --codes out, or run stage 2 without --prior")
         args.codes = sizes
-    args.codes = args.codes or [4, 3, *[4] * len(names)][:len(names)]
+    sizes = [8 if rated else size for size, rated in zip([4, 3, *[4] * len(names)], is_rated(args, names))]
+    args.codes = args.codes or sizes
     if len(args.codes) != len(names):
         fail(f"--codes gives {len(args.codes)} size(s) ({' '.join(map(str, args.codes))}), but profiles.pt "
              f"holds {len(names)} profiles ({', '.join(names)}): give one size for each")

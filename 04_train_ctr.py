@@ -52,7 +52,9 @@ from common import (at_least, fail, logloss, options_text, parse_with_presets, r
                     sha256_of, stage_parser, start_stage, with_interval, write_artifact)
 from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
 
-PAPER = {"lr": 0.001, "weight_decay": 0.001}  # the paper's learning rate; the decay that suits it is ours
+PAPER = {"lr": 0.001}  # it tells neither batch size nor penalty
+# penalty of the embeddings: no network scales those of the shallow ones, nor the first-order weights, up again
+WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | {"ffm": 3e-4, "afm": 1e-4, "fibinet": 1e-4}
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1e-4, 3e-3), "net_decay": (0.0,), "start": (0.5, 0.05)}
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
@@ -98,10 +100,9 @@ def parse_args(argv=None):
     add("--layers", type=at_least(1), default=3, help="cross layers (DCN, DCNv2), attention layers (AutoInt)")
     add("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of the MLP")
     add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
-    add("--lr", type=at_least(0, float), default=0.01, help="learning rate of Adam")
-    add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 penalty of a batch's embeddings")
-    add("--decay", choices=["met", "dense"], default="met",
-        help="that penalty once per batch that meets an embedding, or for the steps it rested, too")
+    add("--lr", type=at_least(0, float), default=0.005, help="learning rate of Adam")
+    add("--weight-decay", type=at_least(0, float),
+        help="L2 penalty of the embeddings (default: 3e-3; FFM 3e-4, AFM and FiBiNET 1e-4)")
     add("--start", type=at_least(0, float), default=0.5,
         help="standard deviation of the first embeddings of ids that many rows have")
     add("--net-decay", type=at_least(0, float), default=0.0, help="L2 penalty of all other parameters")
@@ -343,8 +344,9 @@ def train_group(args, name, run, features, seeds):
     for the chosen only.
     """
     rows, places = rows_of(args, run, features, seeds)
+    decay = WEIGHT_DECAY[name] if args.weight_decay is None else args.weight_decay
     grid = list(itertools.product(*GRID.values())) if args.tune else [
-        (args.lr, args.weight_decay, args.net_decay, args.start)]
+        (args.lr, decay, args.net_decay, args.start)]
     # candidates of one rate stop at about the same epoch, so that few wait for the last
     todo = [(feature, seed, *candidate) for candidate in grid for feature in features for seed in seeds]
     members = [Member(places[feature, seed], seed, *candidate) for feature, seed, *candidate in todo]

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import random
+import struct
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,30 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _write_streamed(value, file):
+    """torch.save of a dict, some of whose float32 tensors need not fit into memory: these are objects with a
+    `shape` and with `blocks()`, which yields them part after part.
+
+    torch writes zeros for them, first in the file (pages that nobody touched take no memory); then the parts
+    are written over them. (The file is a zip without compression; its checksums, which torch does not read,
+    are not those of the parts.)
+    """
+    streamed = {key: part for key, part in value.items() if hasattr(part, "blocks")}
+    torch.save({key: torch.zeros(part.shape) for key, part in streamed.items()}
+               | {key: part for key, part in value.items() if key not in streamed}, file)
+    file.flush()
+    for index, part in enumerate(streamed.values()):
+        with zipfile.ZipFile(file.name) as archive:
+            entry = archive.getinfo(f"archive/data/{index}")
+        with open(file.name, "rb") as again:
+            again.seek(entry.header_offset + 26)  # the length of the name and of what follows it
+            skip = sum(struct.unpack("<HH", again.read(4)))
+        file.seek(entry.header_offset + 30 + skip)
+        for block in part.blocks():
+            file.write(block.contiguous().numpy().data)
+    file.seek(0, os.SEEK_END)
+
+
 def _write_value(value, file, suffix):
     """Write an artifact into an open file: frames as parquet, text as UTF-8, a dict of tensors as a torch
     file, bytes as they are.
@@ -133,13 +159,13 @@ def _write_value(value, file, suffix):
             writer.write_table(table)
         writer.close()
     elif suffix == ".pt":
-        torch.save(value, file)  # into an open file: given a path, torch writes its *name* into the file
+        _write_streamed(value, file)  # into an open file: given a path, torch writes its *name* into it
     else:
         file.write(value if isinstance(value, bytes) else value.encode())
 
 
 @contextlib.contextmanager
-def _whole_file(path):
+def whole_file(path):
     """An open binary file under a temporary name, renamed to `path` at the end: a reader never sees half a
     file.
     """
@@ -163,12 +189,12 @@ def write_artifact(args, name, value, inputs=(), **facts):
     """Write `value` as run_dir/name with a sidecar name.json; `inputs` name the artifacts it was made from.
 
     value: a data frame, or an iterator of arrow tables (row groups that need not fit into memory together); a
-    text; or a dict of tensors and plain values. `facts` (counts, the numbers the stage printed, seconds) go
+    text; or a dict of tensors and plain values (see _write_streamed for large ones). `facts` (counts, the numbers the stage printed, seconds) go
     into the sidecar as they are. The sidecar comes to its place first with the digest of what follows, so
     that a kill in between is found out by `read_artifacts`.
     """
     run_dir = Path(args.run_dir)
-    with _whole_file(run_dir / name) as file:
+    with whole_file(run_dir / name) as file:
         _write_value(value, file, Path(name).suffix)
         file.flush()
         sidecar = {
@@ -182,7 +208,7 @@ def write_artifact(args, name, value, inputs=(), **facts):
             "transformers": _version("transformers"),
             **facts,
         }
-        with _whole_file(run_dir / f"{name}.json") as sidecar_file:
+        with whole_file(run_dir / f"{name}.json") as sidecar_file:
             sidecar_file.write(json.dumps(sidecar, indent=2, default=_plain).encode() + b"\n")
     return run_dir / name
 
@@ -279,6 +305,10 @@ def load_llm(args, llm, device="cpu"):
     if not tokenizer.is_fast or len(tokenizer) < 3:
         fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; "
              f"save a fast tokenizer there")
+    for module in loaded.modules():  # GPT-2's gelu in one call instead of eight
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, nn.GELU(approximate="tanh"))
     model = loaded.to(device).eval().requires_grad_(False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "

@@ -314,7 +314,7 @@ MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, 
 class Member(NamedTuple):
     """One model of a stack: which set of fields it reads, its seed (start, batches, noise), Adam's options.
 
-    weight_decay: L2 penalty of the embeddings that a batch meets; net_decay: of all other parameters; start:
+    weight_decay: L2 penalty of the embeddings (see Stack.rest_of); net_decay: of all other parameters; start:
     standard deviation at which the embeddings of frequent ids begin (see Stack.draw).
     """
 
@@ -413,11 +413,11 @@ class Stack:
     """G models of one kind side by side, and their tables; `options` as for `build`.
 
     Its state is a dict of tensors [G, …]: `flat`, the parameters, one behind the other, and Adam's averages
-    of them; `table` [G, N, 3 W], the embeddings and Adam's averages; batch norm's statistics; the members'
-    `fields`, `lr`, `weight_decay` and `net_decay`.
+    of them; `table` [G, N, 3 W], the embeddings and Adam's averages; `rest` [G, N] (see rest_of); batch
+    norm's statistics; the members' `fields`, `lr`, `weight_decay` and `net_decay`.
     """
 
-    def __init__(self, options, members, rows, dropout=0.0, is_compiled=False, batch_size=None):
+    def __init__(self, options, members, rows, batch_size, dropout=0.0, is_compiled=False):
         self.model, self.logits, self.full, self.short = functions_of(options, dropout, is_compiled)
         self.device, self.width, self.steps = rows.ids["train"].device, self.model.width, 0
         drawn = [self.draw(options, member, rows.ids["train"][member.fields],
@@ -426,9 +426,8 @@ class Stack:
         state |= {key: torch.zeros_like(state["flat"]) for key in ("mean", "square")}
         state |= {key: torch.tensor([getattr(member, key) for member in members])[:, None]
                   for key in ("fields", "lr", "weight_decay", "net_decay")}
-        if batch_size is not None:
-            state["rest"] = torch.stack([self.rest_of(rows, member.fields, max(rows.num_rows), batch_size)
-                                         for member in members])
+        state["rest"] = torch.stack([self.rest_of(rows, member.fields, max(rows.num_rows), batch_size)
+                                     for member in members])
         self.state = {key: value.to(self.device) for key, value in state.items()}
         self.total = torch.zeros_like(self.tables()[:, :self.width])
 
@@ -489,10 +488,9 @@ class Stack:
         rows = found[..., :self.width].unflatten(1, ids.shape[1:])  # [G, B, F, W]
         grad = step_models_(state["flat"], state["mean"], state["square"], lr, state["net_decay"], step,
                             rows, self.buffers(), keep, seed_of, label, *vectors)
-        decay = state["weight_decay"][..., None]
-        if "rest" in state:
-            decay = decay * state["rest"].flatten().index_select(0, index).view(len(ids), -1, 1)  # [G, B F, 1]
-        step_rows_(adam_, self.tables(), self.total, index, found, grad.flatten(1, 2), lr[..., None], decay, step)
+        rest = state["rest"].flatten().index_select(0, index).view(len(ids), -1, 1)  # [G, B F, 1]
+        step_rows_(adam_, self.tables(), self.total, index, found, grad.flatten(1, 2), lr[..., None],
+                   state["weight_decay"][..., None] * rest, step)
 
     @torch.no_grad()
     def predict(self, rows, split, at_once=2**21):
@@ -517,8 +515,7 @@ def train_stack(args, name, members, rows, is_compiled=False):
     """
     options = name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers, \
         tuple(args.hidden), rows.dims
-    stack = Stack(options, members, rows, args.dropout, is_compiled,
-                  args.batch_size if args.decay == "dense" else None)
+    stack = Stack(options, members, rows, args.batch_size, args.dropout, is_compiled)
     best = [{"valid_logloss": float("inf"), "best_epoch": 0} for _ in members]
     saved = {key: value.clone() for key, value in stack.state.items()}
     running = np.arange(len(members))

@@ -29,7 +29,7 @@ ctr = importlib.import_module("04_train_ctr")
 from ctr_models import Member, Rows, Stack, train_epoch  # noqa: E402
 
 USERS, ITEMS, ROWS = 7_000, 7_000, 45_000
-SETTINGS = dict(decay="met", field_dim=8, layers=3, hidden=[16, 16], dropout=0.2, id_dropout=0.0)
+SETTINGS = dict(field_dim=8, layers=3, hidden=[16, 16], dropout=0.2, id_dropout=0.0)
 
 
 def drawn(num_rows, sizes, seed=0):
@@ -46,7 +46,7 @@ def our_epoch(rows, num_fields, num_models, batch_size, is_compiled):
     args = SimpleNamespace(batch_size=batch_size, **SETTINGS)
     seeds = list(range(-(-num_models // 3))) if num_models > 1 else [0]
     members = [Member(0, seeds[k % len(seeds)], 0.01, 1e-4, 0.0) for k in range(num_models)]
-    stack = Stack(("dcn", num_fields, 8, 3, (16, 16), ()), members, rows, 0.2, is_compiled)
+    stack = Stack(("dcn", num_fields, 8, 3, (16, 16), ()), members, rows, batch_size, 0.2, is_compiled)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     seed_of = torch.tensor([member.seed for member in members])
 

@@ -119,8 +119,7 @@ def main():
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES, help="which of them")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of start and batches")
     own = parser.parse_args()
-    args = ctr.parse_args(["--run-dir", own.run_dir, "--batch-size", "1024", "--patience", "4",
-                           "--decay", "dense"])
+    args = ctr.parse_args(["--run-dir", own.run_dir, "--batch-size", "1024", "--patience", "4"])
     run, seeds, told = ctr.read_run(args, args.run_dir, ["none"]), list(range(own.seeds)), {}
     print("| model | ours | rate, penalties | DeepCTR-Torch | rate, penalty | difference | standard error |\n"
           "|---|---|---|---|---|---|---|")

@@ -78,7 +78,7 @@ def test_the_best_epoch_is_restored_and_patience_stops():
 @pytest.mark.parametrize("change", [
     ("--lr", 0.03), ("--weight-decay", 0.1), ("--net-decay", 0.1), ("--dropout", 0.6), ("--hidden", 8, 4),
     ("--layers", 1), ("--field-dim", 4), ("--batch-size", 64), ("--epochs", 1), ("--id-dropout", 0.3),
-    ("--start", 0.1), ("--decay", "dense")])
+    ("--start", 0.1)])
 def test_every_option_moves_the_result(change):
     run = small_run_of()
     figure = lambda *argv: group(run, *argv)[("none", 0)]["logloss"]

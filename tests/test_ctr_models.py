@@ -283,7 +283,7 @@ def double():
 
 def settings(**changes):
     return SimpleNamespace(**dict(field_dim=4, layers=3, hidden=[6, 4], dropout=0.2, id_dropout=0.0,
-                                  batch_size=64, epochs=3, patience=9, decay="met") | changes)
+                                  batch_size=64, epochs=3, patience=9) | changes)
 
 
 def pairwise_rows(batch=6000, num_sets=1, seed=0, noise=0.0):
@@ -327,7 +327,7 @@ def test_a_step_is_that_of_torchs_adam_when_the_batch_meets_every_row(name, doub
     rows, member = pairwise_rows(500), Member(0, 3, 0.02, 1e-2, 1e-3)
     args = settings(batch_size=400, epochs=6, dropout=0.0, patience=99)
     figures, stack = train_stack(args, name, [member], rows)
-    start = Stack((name, 3, 4, 3, (6, 4), ()), [member], rows)
+    start = Stack((name, 3, 4, 3, (6, 4), ()), [member], rows, args.batch_size)
     torch.manual_seed(3)
     model = ctr_models.build(name, 3, 4, 3, (6, 4))
     table = start.state["table"][0, :, :model.width].clone().requires_grad_()
@@ -353,7 +353,7 @@ def test_an_id_starts_the_larger_the_more_train_rows_have_it():
     train = torch.cat([torch.full((count,), k) for k, count in enumerate((0, 5, 100, 20_000))])
     rows = Rows({"train": train[None, :, None]}, {}, [4])
     members = [Member(0, 0, 0.1, 0.0, 0.0), Member(0, 0, 0.1, 0.0, 0.0, start=0.1)]
-    stack = Stack(("autoint", 1, 500, 1, (6, 4), ()), members, rows)
+    stack = Stack(("autoint", 1, 500, 1, (6, 4), ()), members, rows, 64)
     for table, start in zip(stack.state["table"], (0.5, 0.1)):
         deviation = table[:, :500].std(1).tolist()
         assert deviation == pytest.approx([0, start * 5 / 105, start / 2, start * 20_000 / 20_100], rel=0.1)
@@ -361,25 +361,22 @@ def test_an_id_starts_the_larger_the_more_train_rows_have_it():
 
 
 def test_a_row_that_rests_pays_its_penalty_when_it_is_met():
-    """--decay dense: as many times the penalty as batches pass between two that meet the row, 1 at least."""
+    """As many times the penalty as batches pass between two that meet the row, 1 at least."""
     train = torch.cat([torch.full((count,), k) for k, count in enumerate((0, 5, 100, 895))])
     rows = Rows({"train": train[None, :, None]}, {}, [4])
     member = Member(0, 0, 0.1, 1e-2, 0.0)
-    rest = lambda size: Stack(("autoint", 1, 8, 1, (6, 4), ()), [member], rows,
-                              batch_size=size).state["rest"][0]
-    assert "rest" not in Stack(("autoint", 1, 8, 1, (6, 4), ()), [member], rows).state
+    rest = lambda size: Stack(("autoint", 1, 8, 1, (6, 4), ()), [member], rows, size).state["rest"][0]
     assert rest(50).tolist() == pytest.approx([1, 1000 / (5 * 50), 1, 1])
     assert rest(5).tolist() == pytest.approx([1, 40, 2, 1])
 
 
-@pytest.mark.parametrize("decay", ["met", "dense"])
-def test_the_penalty_of_a_single_step_is_the_rows_own(decay, double):
+def test_the_penalty_of_a_single_step_is_the_rows_own(double):
     """One batch of one Adam step: torch.optim.Adam with a group per row, its penalty times its rest."""
     rows, member = pairwise_rows(300), Member(0, 3, 0.02, 1e-2, 0.0)
-    start = Stack(("dcn", 3, 4, 3, (6, 4), ()), [member], rows, batch_size=8 if decay == "dense" else None)
+    start = Stack(("dcn", 3, 4, 3, (6, 4), ()), [member], rows, batch_size=8)
     table = start.state["table"][0, :, :4].clone()
-    rest = start.state["rest"][0] if decay == "dense" else torch.ones(29)
-    assert (rest > 1).any() == (decay == "dense")
+    rest = start.state["rest"][0]
+    assert (rest > 1).any()
     torch.manual_seed(3)
     model = ctr_models.build("dcn", 3, 4, 3, (6, 4))
     leaves = [row.clone().requires_grad_() for row in table]
@@ -404,7 +401,7 @@ def test_only_rows_of_the_batch_move():
     ids["train"][..., 0].clamp_(max=5)  # users 6 to 11 are in no train row
     rows = rows._replace(ids=ids)
     member = Member(0, 0, 0.05, 0.1, 0.0)
-    before = Stack(("dcn", 3, 4, 3, (6, 4), ()), [member], rows).state["table"]
+    before = Stack(("dcn", 3, 4, 3, (6, 4), ()), [member], rows, 64).state["table"]
     _, stack = train_stack(settings(), "dcn", [member], rows)
     moved = (stack.state["table"] != before)[0].any(1)
     assert not moved[6:13].any() and moved[:6].all() and moved[13:].all()

@@ -1,0 +1,312 @@
+"""How fast is stage 2, how much memory does it take, against the obvious ways?
+
+    python tests/bench_inference.py [--quick]
+
+Prints tables, medians of interleaved repetitions, and as its last line one JSON object (null: not measured).
+Speed: personal steps of AdamW on a LLM of GPT-2's shape with random weights (on a GPU with room Llama-2-7B's,
+too), histories as long as those of Amazon's games (5.5 train rows a user, 11 tokens a title). The naive loop:
+one forward pass of Hugging Face's model with all logits over a padded batch of 8 texts, the prompt computed
+anew for each, a dense AdamW over all users. PEFT's prompt tuning (where peft is installed) has one prompt per
+adapter, in front of the text, without the mask: batch 1. All take the same steps; ours and the naive loop must
+come to the same NLL. Memory and the score method: whole runs of the stage with a LLM of width 768 and one
+small layer, so that what users cost is seen.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from conftest import NAME_TEXTS, ROOT, TASK_TEXT, bpe_tokenizer, infer  # noqa: E402
+
+from common import write_artifact  # noqa: E402
+
+ALL_USERS = 3284  # as many as games has: the dense AdamW moves them all
+
+
+def games_like(num_users, vocabulary, evidence, seed=0):
+    """Users, each with some titles of random tokens: a Stream, Pairs. history: a user's titles as one text"""
+    rng = np.random.default_rng(seed)
+    counts = rng.geometric(1 / 3.5, num_users) + 2  # mean 5.5, at least 3
+    lengths = np.clip(rng.lognormal(2.27, 0.47, counts.sum()).astype(int), 3, 40)  # mean 11, 5 to 21
+    user = np.repeat(np.arange(num_users), counts)
+    if evidence == "history":
+        lengths, user = np.bincount(user, lengths).astype(int), np.arange(num_users)
+    rows = [torch.from_numpy(rng.integers(vocabulary, size=length)) for length in lengths]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    length = torch.from_numpy(lengths)
+    field = torch.where(torch.arange(ids.shape[1]) < length[:, None], 0, -1)
+    sees = torch.ones(len(NAME_TEXTS), dtype=torch.bool)
+    stream = infer.Stream(("title",), sees, 1, infer.Texts(ids, field, length))
+    return stream, infer.Pairs(torch.from_numpy(user), torch.arange(len(user)))
+
+
+def prompt_of_shape(shape, device):
+    """A LLM of that shape with random weights, in the paper's prompt"""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        if shape == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config())
+        else:
+            torch.set_default_dtype(torch.bfloat16)
+            model = LlamaForCausalLM(LlamaConfig())  # its defaults are Llama-2-7B's shape
+            torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False), bpe_tokenizer("gpt2" if shape == "gpt2" else "llama")
+
+
+def naive_loop(prompt, start, stream, pairs, lr, num_steps):
+    """As one writes it down: all logits, padded batches of 8 texts, dense AdamW over all users -> θ of ours"""
+    everyone = torch.zeros(ALL_USERS, *start.shape[1:], device=prompt.device)
+    everyone[:len(start)] = start
+    everyone.requires_grad_()
+    optimizer = torch.optim.AdamW([everyone], lr=lr, weight_decay=0.0)
+    length = len(prompt.segment)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        for rows in torch.arange(len(pairs.user)).split(8):
+            texts = infer.cut(stream.texts, pairs.row[rows])
+            ids, field = texts.ids.to(prompt.device), texts.field.to(prompt.device)
+            sees = stream.sees.to(prompt.device).expand(len(ids), -1)
+            embeddings, mask, position = prompt.inputs(everyone[pairs.user[rows]], ids, sees)
+            logits = prompt.model(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
+                                  use_cache=False).logits  # [8, L + T, V]
+            labels = F.pad(torch.where(field < 0, -100, ids), (length, 0), value=-100)
+            F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
+                            reduction="sum").backward()
+        optimizer.step()
+    return everyone.detach()[:len(start)]
+
+
+def ours(args, prompt, start, stream, pairs, lr, num_steps):
+    options = argparse.Namespace(lr=lr, tokens_per_batch=args.tokens_per_batch)
+    noise = torch.zeros(start.shape[1], start.shape[2], start.shape[2])
+    return infer.infer_by_gradient(options, prompt, [(stream, pairs)], torch.ones(len(infer.FIELDS)), start,
+                                   start[0], noise, 0.0, num_steps, torch.arange(len(start)))
+
+
+def peft_loop(prompt, tokenizer, stream, pairs, lr, num_steps):
+    """A function that tunes PEFT's prompt of one user after another; None where peft is not installed"""
+    try:
+        from peft import PromptTuningConfig, TaskType, get_peft_model
+    except ImportError:
+        return None
+    names = torch.tensor(tokenizer(" ".join([*NAME_TEXTS, TASK_TEXT]), add_special_tokens=False).input_ids)
+    model = get_peft_model(copy.deepcopy(prompt.model), PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(NAME_TEXTS)))
+
+    def tune():
+        for user in pairs.user.unique():
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+            for _ in range(num_steps):
+                optimizer.zero_grad()
+                for row in pairs.row[pairs.user == user]:
+                    ids = torch.cat([names, stream.texts.ids[row, :stream.texts.length[row]]])[None]
+                    ids = ids.to(prompt.device)
+                    labels = ids.clone()
+                    labels[:, :len(names)] = -100
+                    model(input_ids=ids, labels=labels).loss.backward()
+                optimizer.step()
+
+    return tune
+
+
+def matmul_rate(prompt, rounds=20):
+    """FLOP/s of this machine's matrix product, in the LLM's dtype, at the size of its MLP"""
+    width = prompt.embedding.shape[1]
+    x, w = (torch.randn(*size, device=prompt.device).to(prompt.embedding.dtype)
+            for size in ((4096, width), (width, 4 * width)))
+    wait = torch.cuda.synchronize if prompt.device.type == "cuda" else lambda: None
+    taken = []
+    for _ in range(rounds):
+        wait()
+        started = time.perf_counter()
+        x @ w
+        wait()
+        taken.append(time.perf_counter() - started)
+    return 2 * 4096 * width * 4 * width / statistics.median(taken)
+
+
+def speed(args, shape, device):
+    """A table of the ways, for items and for histories: {evidence: figures}"""
+    model, tokenizer = prompt_of_shape(shape, device)
+    prompt = infer.Prompt(model, tokenizer, ["hobby", "background"], NAME_TEXTS, TASK_TEXT)
+    body = sum(value.numel() for value in prompt.body.parameters()) - prompt.embed.weight.numel()
+    if shape == "gpt2":
+        body -= model.transformer.wpe.weight.numel()
+    result, lr, num_steps = {}, 0.1 * prompt.scale, 1
+    print(f"{shape}'s shape on {device}, {prompt.embedding.dtype}, {torch.get_num_threads()} threads, "
+          f"{args.users} users\n| evidence | way | users per second and step | tokens per second | "
+          f"share of the matrix product | NLL after 2 steps | ratio |\n|---|---|---|---|---|---|---|")
+    for evidence in ("items", "history"):
+        stream, pairs = games_like(args.users, model.config.vocab_size, evidence)
+        start = prompt.scale * torch.randn(args.users, 2, prompt.embedding.shape[1],
+                                           generator=torch.Generator().manual_seed(0))
+        ways = {"naive": lambda steps=num_steps: naive_loop(prompt, start.to(device), stream, pairs, lr, steps),
+                "ours": lambda steps=num_steps: ours(args, prompt, start, stream, pairs, lr, steps)}
+        peft = peft_loop(prompt, tokenizer, stream, pairs, lr, num_steps)
+        ways |= {"peft": peft} if peft else {}
+        taken, rates, nll = {name: [] for name in ways}, [], {}
+        for name in ("naive", "ours"):
+            found = ways[name](2)
+            with torch.no_grad():
+                nll[name] = float(infer.weighted_nll(prompt, found, stream, pairs.row, torch.ones(6),
+                                                     pairs.user.to(device)))
+        for _ in range(args.rounds):
+            rates.append(matmul_rate(prompt))
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way()
+                taken[name].append(time.perf_counter() - started)
+        tokens = int(stream.texts.length.sum())
+        flops = 4 * tokens * (body + prompt.head.weight.numel())  # forward, and backward to the θ
+        for name, seconds in taken.items():
+            took = statistics.median(seconds)
+            ratio = statistics.median(a / b for a, b in zip(taken["naive"], seconds))
+            share = statistics.median(flops / s / rate for s, rate in zip(seconds, rates))
+            result[evidence, name] = {"ratio": ratio, "share": share}
+            print(f"| {evidence} | {name} | {args.users / took:.2f} | {tokens / took:,.0f} | {share:.0%} | "
+                  f"{nll[name] / tokens:.5f} | {ratio:.2f} |" if name in nll else
+                  f"| {evidence} | {name} | {args.users / took:.2f} | {tokens / took:,.0f} | {share:.0%} | – | "
+                  f"{ratio:.2f} |", flush=True)
+        assert abs(nll["naive"] / nll["ours"] - 1) < 1e-4, "the ways do not come to the same NLL"
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------
+# whole runs of the stage: memory by users, time by users
+# ----------------------------------------------------------------------------------------------------------
+
+
+def save_wide_llm(folder):
+    """A LLM of width 768 whose one layer costs little: what users cost shows"""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = bpe_tokenizer("gpt2")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=768, intermediate_size=16, head_dim=16,
+                                 num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                                 max_position_embeddings=256)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_run(folder, num_users, num_items, of_user):
+    """The artifacts of stage 1: each user has `of_user` random items, one of them to validate"""
+    args, rng = argparse.Namespace(run_dir=folder, seed=0), np.random.default_rng(0)
+    user = np.repeat(np.arange(num_users), of_user)
+    split = np.where(np.arange(len(user)) % of_user == of_user - 1, "valid", "train")
+    interactions = pd.DataFrame({
+        "user": user, "item": rng.integers(num_items, size=len(user)), "rating": np.float32(5),
+        "label": np.int8(1), "timestamp": 0, "split": pd.Categorical(split)})
+    interactions["split"] = interactions["split"].astype(str)
+    item = np.arange(num_items)
+    items = pd.DataFrame({"item": item, "item_id": item.astype(str), "title": [f"racer {k}" for k in item],
+                          "category": None, "brand": [f"Acme {k % 9}" for k in item], "price": np.nan})
+    items["category"] = items["category"].astype(object)
+    write_artifact(args, "interactions.parquet", interactions, rows=len(user))
+    write_artifact(args, "items.parquet", items)
+
+
+def run_stage_2(folder, llm, *options):
+    """The stage in a process of its own -> seconds of inference, peak memory in bytes, seconds in all"""
+    command = [sys.executable, ROOT / "02_infer_profiles.py", "--run-dir", folder, "--llm", llm, "--heldout", 50,
+               "--shared-steps", 5, "--map-steps", 20, *options]
+    # a process between, whose only child is the stage: its peak is that of the children
+    told = subprocess.run([sys.executable, "-c", "import resource, subprocess, sys; "
+                           "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
+                           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)",
+                           *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if told.returncode:
+        raise SystemExit(told.stderr)
+    sidecar = json.loads((folder / "profiles.pt.json").read_text())
+    return sidecar["inference_seconds"], 1024 * int(told.stdout.split()[-1]), sidecar["seconds"]
+
+
+def memory_by_users(args, folder, llm):
+    """Peak memory of --method gradient at 2,000 and at 100,000 users: their ratio"""
+    peaks = []
+    for num_users in (2_000, args.many):
+        run = folder / f"gradient-{num_users}"
+        write_run(run, num_users, 500, 3)
+        seconds, peak, _ = run_stage_2(run, llm, "--method", "gradient", "--stop", "none", "--steps", 1)
+        print(f"gradient, {num_users:,} users, D 768: peak {peak / 2**20:,.0f} MiB, {seconds:.0f} s", flush=True)
+        peaks.append(peak)
+    return peaks[1] / peaks[0]
+
+
+def score_by_users(args, folder, llm):
+    """Seconds of the score method at 2,000 and 20,000 users, the same catalogue: their ratio"""
+    taken = []
+    for num_users in (2_000, 20_000):
+        run = folder / f"score-{num_users}"
+        write_run(run, num_users, 3_000, 6)
+        runs = [run_stage_2(run, llm, "--map-steps", 150, "--shared-steps", 100)[0] for _ in range(2)]
+        taken.append(min(runs))
+        print(f"score, {num_users:,} users, 3,000 items, D 768: {taken[-1]:.1f} s", flush=True)
+    return taken[1] / taken[0]
+
+
+def million_users(folder, llm):
+    """Seconds of the score method for a million users of 20 items each, from the first row to profiles.pt"""
+    run = folder / "million"
+    write_run(run, 1_000_000, 20_000, 20)
+    seconds, peak, whole = run_stage_2(run, llm)
+    print(f"score, 1,000,000 users of 20 items, 20,000 items, D 768: {seconds:.0f} s of inference with the "
+          f"catalogue, {whole:.0f} s in all, peak {peak / 2**30:.1f} GiB")
+    return whole
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer users: under 5 minutes")
+    parser.add_argument("--only", choices=["speed", "memory", "score", "million"], help="one part alone")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
+    args = parser.parse_args()
+    args.users, args.many, args.tokens_per_batch = (8, 20_000, 4096) if args.quick else (24, 100_000, 4096)
+    wanted = lambda part: args.only in (None, part)
+    figures = dict.fromkeys(("speedup_over_naive", "matmul_share", "memory_ratio_100k_2k",
+                             "score_time_ratio_10x_users", "speedup_over_naive_history", "speedup_over_peft",
+                             "million_users_seconds", "llama_matmul_share"))
+    with torch.device("cpu"):
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} interleaved rounds")
+    if wanted("speed"):
+        cuda = torch.cuda.is_available()
+        found = speed(args, "gpt2", "cuda" if cuda else "cpu")
+        figures |= {"speedup_over_naive": found["items", "ours"]["ratio"],
+                    "speedup_over_naive_history": found["history", "ours"]["ratio"],
+                    "matmul_share": found["items", "ours"]["share"]}
+        if ("items", "peft") in found:
+            figures["speedup_over_peft"] = found["items", "ours"]["ratio"] / found["items", "peft"]["ratio"]
+        if cuda and torch.cuda.mem_get_info()[0] > 40 * 2**30:
+            args.users, args.tokens_per_batch = 128, 2**14
+            figures["llama_matmul_share"] = speed(args, "llama", "cuda")["items", "ours"]["share"]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        with contextlib.redirect_stderr(io.StringIO()):
+            save_wide_llm(folder / "llm")
+        if wanted("memory"):
+            figures["memory_ratio_100k_2k"] = memory_by_users(args, folder, folder / "llm")
+        if wanted("score"):
+            figures["score_time_ratio_10x_users"] = score_by_users(args, folder, folder / "llm")
+        if args.only == "million":
+            figures["million_users_seconds"] = million_users(folder, folder / "llm")
+    print(json.dumps({key: value if value is None else round(value, 3) for key, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
