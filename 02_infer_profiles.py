@@ -344,12 +344,20 @@ def cut(texts, rows):
     return Texts(texts.ids[rows, :length], texts.field[rows, :length], texts.length[rows])
 
 
-def batches(prompt, texts, rows, max_tokens):
-    """Split rows [R] into batches of texts of about equal length, longest first: yields places in `rows`."""
+def batches(prompt, texts, rows, max_tokens, enough=256, least=0.85):
+    """Split rows [R] into batches of texts of about equal length, longest first: yields places in `rows`.
+
+    A batch ends at max_tokens, or, once it has `enough` of them, before texts shorter than `least` of its
+    longest: what is padded away costs more than a small batch.
+    """
     lengths = texts.length[rows]
     order, start = torch.argsort(lengths, descending=True, stable=True), 0
+    ordered = lengths[order]
     while start < len(order):
-        size = max(1, max_tokens // (len(prompt.segment) + int(lengths[order[start]])))
+        longest = int(ordered[start])
+        size = max(1, max_tokens // (len(prompt.segment) + longest))
+        alike = int(torch.searchsorted(-ordered, -least * longest, right=True)) - start
+        size = min(size, max(alike, -(-enough // max(1, longest))))
         yield order[start:start + size]
         start += size
 
@@ -528,21 +536,34 @@ class Prompt:
         mask = fig4_mask(segment, F.pad(self.is_soft, (0, num_tokens)), sees, self.mask == "causal")
         return torch.cat([prefix, evidence], 1), mask, position[None]
 
-    def hidden_of_all(self, soft, ids, sees, owner):
+    def hidden_of_all(self, soft, ids, sees, owner, keys=None):
         """The whole prompt for each text: what predicts its tokens, [B, T, D]; soft [U, P, S D], owner [B]"""
         embeddings, mask, position = self.inputs(soft[owner], ids, sees.expand(len(ids), -1))
         hidden = self.body(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
                            use_cache=False).last_hidden_state
         return hidden[:, len(self.segment) - 1:-1]
 
-    def hidden_of_text(self, soft, ids, sees, owner):
-        """The same under the mask of Fig. 4, without doing twice what many texts share."""
-        seen = self.soft_places.view(self.num_profiles, self.num_soft)[sees].flatten()  # [P' S]
-        before, parts = self.fixed, [self.fixed_keys]
-        if len(seen):
-            theta = soft[:, sees].to(self.embedding.dtype).reshape(len(soft), len(seen), -1)
-            before = torch.cat([before, seen])
-            _, keys = self.run(theta, seen, before, *parts)
+    def seen(self, sees):
+        """The places of the θ that may be read: [P' S]"""
+        return self.soft_places.view(self.num_profiles, self.num_soft)[sees].flatten()
+
+    def keys_of(self, soft, sees):
+        """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width]
+
+        An empty list where none is read, or where they cannot be made apart from the rest (plain causal mask).
+        """
+        sees, soft = sees.to(self.device), soft.to(self.device)
+        if self.mask != "fig4" or not sees.any():
+            return []
+        seen = self.seen(sees)
+        theta = soft[:, sees].to(self.embedding.dtype).reshape(len(soft), len(seen), -1)
+        return self.run(theta, seen, torch.cat([self.fixed, seen]), self.fixed_keys)[1]
+
+    def hidden_of_text(self, soft, ids, sees, owner, keys=None):
+        """The same under the mask of Fig. 4, without doing twice what many texts share; keys: of keys_of"""
+        keys = self.keys_of(soft, sees) if keys is None else keys
+        before, parts = torch.cat([self.fixed, self.seen(sees)]), [self.fixed_keys]
+        if keys:
             parts.append([tuple(part.index_select(0, owner) for part in layer) for layer in keys])
         # the last task token predicts the first of the text, and each of the text the next
         last = len(self.segment) - 1
@@ -553,17 +574,18 @@ class Prompt:
         return self.body(inputs_embeds=embeddings, attention_mask=mask, position_ids=start + step[None],
                          past_key_values=Keys(self.model.config, *parts), use_cache=False).last_hidden_state
 
-    def nll(self, soft, texts, sees, owner=None):
+    def nll(self, soft, texts, sees, owner=None, keys=None):
         """-log P(h_t | h_<t, N, θ, D) per evidence token (eq. 4): soft [U, P, S D], texts [B, T], sees [P],
         whose each text is, owner [B] (default: one after the other, or all of the only one) -> float32 [B, T]
 
-        0 at pads and context: logits are made only where evidence is predicted.
+        0 at pads and context: logits are made only where evidence is predicted. keys: those of `soft`, where
+        they are made already.
         """
         ids, field, sees = texts.ids.to(self.device), texts.field.to(self.device), sees.to(self.device)
         if owner is None:
             owner = torch.arange(len(ids), device=self.device).clamp(max=len(soft) - 1)
         hidden_of = self.hidden_of_text if self.mask == "fig4" else self.hidden_of_all
-        hidden, told = hidden_of(soft.to(self.device), ids, sees, owner), field >= 0
+        hidden, told = hidden_of(soft.to(self.device), ids, sees, owner, keys), field >= 0
         nll = torch.zeros(ids.shape, device=self.device)
         return nll.masked_scatter(told, HeadNLL.apply(hidden[told], self.head, ids[told]))
 
@@ -871,14 +893,14 @@ def start_of(args, prompt, shared, users):
     return torch.cat([first_soft(args, prompt, 1, generator) for generator in generators])
 
 
-def weighted_nll(prompt, soft, stream, rows, weights, owner=None):
+def weighted_nll(prompt, soft, stream, rows, weights, owner=None, keys=None):
     """Loss of those rows of a stream, tokens weighted by field (see field_weights): soft [U, P, S D], owner
-    [B] (see Prompt.nll) -> []
+    [B], keys (see Prompt.nll) -> []
     """
     texts = cut(stream.texts, rows)
     weights = F.pad(weights, (0, 1))  # the field -1 of context and pads takes the last, 0
     weight = weights[texts.field].to(prompt.device)  # [B, T]
-    return (prompt.nll(soft, texts, stream.sees, owner) * weight).sum()
+    return (prompt.nll(soft, texts, stream.sees, owner, keys) * weight).sum()
 
 
 def fit_shared(args, prompt, evidence, weights, generator, batch_size=64):
@@ -1281,6 +1303,19 @@ def descend(args, prompt, streams, train, profiles, prior, pull, noise, num_samp
     return between(best), objective[best]
 
 
+def add_gradient(args, prompt, soft, stream, rows, owner, weights):
+    """soft.grad += ∇ of the loss of those rows; the keys and values of each θ are made once for all batches."""
+    keys = prompt.keys_of(soft, stream.sees)
+    leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in keys]
+    is_apart = prompt.mask == "fig4"
+    for index in batches(prompt, stream.texts, rows, args.tokens_per_batch):
+        weighted_nll(prompt, soft, stream, rows[index], weights, owner[index],
+                     leaves if is_apart else None).backward()
+    if leaves and len(rows):
+        flat = lambda layers: [part for layer in layers for part in layer]
+        torch.autograd.backward(flat(keys), [leaf.grad for leaf in flat(leaves)])
+
+
 def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pull, num_steps, users, prior=(),
                       snapshots=()):
     """The paper's way (Algorithm 1, line 4): AdamW on the θ of a block of users [U] -> [U, P, S D]
@@ -1302,8 +1337,7 @@ def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pul
         anchor = nearest_anchors(soft.detach(), prior, anchors) if prior else shared
         soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
         for stream, rows, owner in work:
-            for index in batches(prompt, stream.texts, rows, args.tokens_per_batch):
-                weighted_nll(prompt, soft, stream, rows[index], weights, owner[index]).backward()
+            add_gradient(args, prompt, soft, stream, rows, owner, weights)
         optimizer.step()
         if step in snapshots:
             history.append(soft.detach().float().cpu())

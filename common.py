@@ -305,15 +305,20 @@ def load_llm(args, llm, device="cpu"):
     if not tokenizer.is_fast or len(tokenizer) < 3:
         fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; "
              f"save a fast tokenizer there")
-    for module in loaded.modules():  # GPT-2's gelu in one call instead of eight
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, nn.GELU(approximate="tanh"))
-    model = loaded.to(device).eval().requires_grad_(False)
+    model = fuse_gelu(loaded).to(device).eval().requires_grad_(False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
              f"{model.get_input_embeddings().num_embeddings:,}; they do not belong together")
     return model, tokenizer
+
+
+def fuse_gelu(model):
+    """The model with GPT-2's gelu in one call instead of eight: the same function in half a layer's time."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def fig4_mask(segment, is_soft, sees, is_causal=False):
