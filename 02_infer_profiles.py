@@ -10,7 +10,8 @@ paper's: AdamW on each user's own θ. `--route` lets each field of an item tell 
 infers each user F times more, without each fold. Only train rows are evidence (and a cold user's support
 rows, of his own profile); half of the users' validation rows choose step lengths, the other half report.
 `--prior` pulls each user to his codeword instead of θ̄ (eq. 7). `--paper` = the paper's text, `--released` =
-the released code's recipe. `--only-users` places new users by scores.pt, with no LLM.
+the released code's recipe. `--only-users` places new users by scores.pt, with no LLM. Finished work is on
+disk, so that a killed run goes on where it stood; blocks of users are dealt to the processes of torchrun.
 
 Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
@@ -19,7 +20,7 @@ Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds
         names, texts, llm; with folds fold int64 [train rows]; with --prior the codebook that it was
         scores.pt: with --method score all that a new user's profile needs
         new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names
-        tiny_llm/: the LLM, where --llm is tiny
+        tiny_llm/: the LLM, where --llm is tiny; progress/: finished work, until the run is done
 
 Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it to pretrain the tiny LLM)
   wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3804, shared 1.3835
@@ -854,7 +855,7 @@ class Profiles(NamedTuple):
         """Those with all evidence"""
         return self.of(self.shape[0] - 1, users)
 
-    def blocks(self, size=2**14):
+    def blocks(self, size=2**12):
         for fold in range(self.shape[0]):
             for users in torch.arange(self.shape[1]).split(size):
                 yield self.of(fold, users)
@@ -1730,7 +1731,8 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)
     tune, report = heldout_rows(interactions, verdict, streams, args.heldout, args.seed)
     inputs = ["interactions.parquet", "items.parquet"]
-    progress = Progress(args, recipe_of(args, prompt, inputs), generator, rank, world)
+    recipe = recipe_of(args, prompt, inputs + ["codebook.pt"] * bool(args.prior))
+    progress = Progress(args, recipe, generator, rank, world)
 
     inference_started = time.time()
     shared, weights, information, noise = fit_common(args, prompt, streams, by_fold[-1], train, own, is_warm,

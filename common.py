@@ -132,7 +132,7 @@ def _write_streamed(value, file):
     are not those of the parts.)
     """
     streamed = {key: part for key, part in value.items() if hasattr(part, "blocks")}
-    torch.save({key: torch.zeros(part.shape) for key, part in streamed.items()}
+    torch.save({key: torch.from_numpy(np.zeros(part.shape, np.float32)) for key, part in streamed.items()}
                | {key: part for key, part in value.items() if key not in streamed}, file)
     file.flush()
     for index, part in enumerate(streamed.values()):
@@ -241,7 +241,8 @@ def _read_frame(path):
     """A parquet artifact without the texts of the reviews, which may be gigabytes and which no stage
     needs.
     """
-    return pd.read_parquet(path, columns=[name for name in pq.read_schema(path).names if name != "review"])
+    names = [name for name in pq.read_schema(path).names if name != "review"]
+    return pq.read_table(path, columns=names, use_threads=False).to_pandas(self_destruct=True)
 
 
 def read_artifacts(args, *names):
@@ -272,7 +273,9 @@ def read_artifacts(args, *names):
 
     read_tensors = lambda path: torch.load(path, weights_only=True)
     readers = {".parquet": _read_frame, ".pt": read_tensors, ".md": Path.read_text}
-    return [readers[Path(name).suffix](run_dir / name) for name in names]
+    values = [readers[Path(name).suffix](run_dir / name) for name in names]
+    pa.default_memory_pool().release_unused()  # what reading took and a frame does not hold
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -280,7 +283,7 @@ def read_artifacts(args, *names):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def load_llm(args, llm, device="cpu"):
+def load_llm(args, llm, device="cpu", **options_of_model):
     """Hub name, folder or "tiny" -> (model, tokenizer): frozen, in eval mode, bfloat16 on CUDA, else float32.
 
     "tiny" is the one that stage 2 pretrained into run_dir/tiny_llm. Exits with code 2 when a folder lacks
@@ -293,7 +296,7 @@ def load_llm(args, llm, device="cpu"):
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for what, loader, options in (("tokenizer", AutoTokenizer, {}),
-                                  ("weights", AutoModelForCausalLM, {"dtype": dtype})):
+                                  ("weights", AutoModelForCausalLM, {"dtype": dtype, **options_of_model})):
         try:
             loaded = loader.from_pretrained(source, **options)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one cause
@@ -305,14 +308,14 @@ def load_llm(args, llm, device="cpu"):
     if not tokenizer.is_fast or len(tokenizer) < 3:
         fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; "
              f"save a fast tokenizer there")
-    model = fuse_gelu(loaded).to(device).eval().requires_grad_(False)
+    model = _fuse_gelu(loaded).to(device).eval().requires_grad_(False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
              f"{model.get_input_embeddings().num_embeddings:,}; they do not belong together")
     return model, tokenizer
 
 
-def fuse_gelu(model):
+def _fuse_gelu(model):
     """The model with GPT-2's gelu in one call instead of eight: the same function in half a layer's time."""
     for module in model.modules():
         for name, child in module.named_children():

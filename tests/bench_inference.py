@@ -32,9 +32,9 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import NAME_TEXTS, ROOT, TASK_TEXT, bpe_tokenizer, infer  # noqa: E402
+from conftest import NAME_TEXTS, ROOT, TASK_TEXT, bpe_tokenizer, ctr, infer  # noqa: E402
 
-from common import fuse_gelu, write_artifact  # noqa: E402
+from common import _fuse_gelu, write_artifact  # noqa: E402
 
 ALL_USERS = 3284  # as many as games has: the dense AdamW moves them all
 
@@ -127,6 +127,17 @@ def peft_loop(prompt, tokenizer, stream, pairs, lr, num_steps):
     return tune
 
 
+def peak_of(way, device):
+    """How far a call lifts the memory in use, beside the LLM, in MiB as text"""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
+    peak = ctr.peak_megabytes(way)
+    return "–" if peak is None else f"{peak:,.0f}"
+
+
 def matmul_rate(prompt, rounds=20):
     """FLOP/s of this machine's matrix product, in the LLM's dtype, at the size of its MLP"""
     width = prompt.embedding.shape[1]
@@ -147,7 +158,7 @@ def speed(args, shape, device):
     """A table of the ways, for items and for histories: {evidence: figures}"""
     model, tokenizer = llm_of_shape(shape, device)
     prompt_of = lambda model: infer.Prompt(model, tokenizer, ["hobby", "background"], NAME_TEXTS, TASK_TEXT)
-    plain, prompt = prompt_of(model), prompt_of(fuse_gelu(copy.deepcopy(model) if shape == "gpt2" else model))
+    plain, prompt = prompt_of(model), prompt_of(_fuse_gelu(copy.deepcopy(model) if shape == "gpt2" else model))
 
     def unfrozen(start, *arguments):
         model.requires_grad_(True)
@@ -160,8 +171,8 @@ def speed(args, shape, device):
         body -= model.transformer.wpe.weight.numel()
     result, lr, num_steps = {}, 0.1 * prompt.scale, 1
     print(f"{shape}'s shape on {device}, {prompt.embedding.dtype}, {torch.get_num_threads()} threads, "
-          f"{args.users} users\n| evidence | way | users per second and step | tokens per second | "
-          f"share of the matrix product | NLL after 2 steps | ratio |\n|---|---|---|---|---|---|---|")
+          f"{args.users} users\n| evidence | way | users per second and step | tokens per second | share of the "
+          f"matrix product | peak memory (MiB) | NLL after 2 steps | ratio |\n|---|---|---|---|---|---|---|---|")
     for evidence in ("items", "history"):
         stream, pairs = games_like(args.users, model.config.vocab_size, evidence)
         start = prompt.scale * torch.randn(args.users, 2, prompt.embedding.shape[1],
@@ -172,6 +183,7 @@ def speed(args, shape, device):
         peft = peft_loop(plain, tokenizer, stream, pairs, lr, num_steps)
         ways |= {"peft": peft} if peft else {}
         taken, rates, nll = {name: [] for name in ways}, [], {}
+        peaks = {name: peak_of(way, device) for name, way in ways.items()}  # and a first, slow call of each
         for name in ("naive", "ours"):
             found = ways[name](2)
             with torch.no_grad():
@@ -190,10 +202,9 @@ def speed(args, shape, device):
             ratio = statistics.median(a / b for a, b in zip(taken["naive"], seconds))
             share = statistics.median(flops / s / rate for s, rate in zip(seconds, rates))
             result[evidence, name] = {"ratio": ratio, "share": share}
+            told = f"{nll[name] / tokens:.5f}" if name in nll else "–"
             print(f"| {evidence} | {name} | {args.users / took:.2f} | {tokens / took:,.0f} | {share:.0%} | "
-                  f"{nll[name] / tokens:.5f} | {ratio:.2f} |" if name in nll else
-                  f"| {evidence} | {name} | {args.users / took:.2f} | {tokens / took:,.0f} | {share:.0%} | – | "
-                  f"{ratio:.2f} |", flush=True)
+                  f"{peaks[name]} | {told} | {ratio:.2f} |", flush=True)
         assert abs(nll["naive"] / nll["ours"] - 1) < 1e-4, "the ways do not come to the same NLL"
     return result
 
@@ -287,7 +298,7 @@ def main():
     parser.add_argument("--only", choices=["speed", "memory", "score", "million"], help="one part alone")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
     args = parser.parse_args()
-    args.users, args.many, args.tokens_per_batch = (16, 20_000, 4096) if args.quick else (32, 100_000, 4096)
+    args.users, args.many, args.tokens_per_batch = (5, 20_000, 4096) if args.quick else (32, 100_000, 4096)
     wanted = lambda part: args.only in (None, part)
     figures = dict.fromkeys(("speedup_over_naive", "matmul_share", "memory_ratio_100k_2k",
                              "score_time_ratio_10x_users", "speedup_over_frozen", "speedup_over_naive_history",

@@ -60,6 +60,42 @@ def test_the_loss_in_chunks_is_cross_entropy_and_so_is_its_gradient(llm, monkeyp
         assert torch.allclose(mine, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("mask", ["fig4", "causal"])
+@pytest.mark.parametrize("max_tokens", [30, 4096])
+def test_the_gradient_of_a_step_is_that_of_the_naive_loop(llm, mask, max_tokens):
+    """Text by text, the whole prompt, all logits, plain cross-entropy; fields weighted."""
+    prompt, (stream, _) = prompt_of(llm, mask=mask), streams_of(llm)
+    weights = torch.arange(1.0, 1 + len(infer.FIELDS))
+    rows, owner = torch.tensor([0, 3, 2, 3, 4, 0]), torch.tensor([0, 0, 1, 2, 2, 2])
+    soft = soft_for(prompt, 4).requires_grad_()  # the fourth user has no text
+    soft.grad = torch.ones_like(soft)
+    args = argparse.Namespace(tokens_per_batch=max_tokens)
+    infer.add_gradient(args, prompt, soft, stream, rows, owner, weights)
+    loss = 0.0
+    for row, user in zip(rows, owner):
+        length = int(stream.texts.length[row])
+        ids, field = stream.texts.ids[row, :length], stream.texts.field[row, :length]
+        embeddings, allowed, position = prompt.inputs(soft[user][None], ids[None], stream.sees[None])
+        logits = llm[0](inputs_embeds=embeddings, attention_mask=allowed, position_ids=position).logits
+        nll = torch.nn.functional.cross_entropy(logits[0, -length - 1:-1], ids, reduction="none")
+        loss = loss + (weights[field] * nll).sum()
+    (expected,) = torch.autograd.grad(loss, soft)
+    assert torch.allclose(soft.grad - 1, expected, atol=1e-5) and expected[3].abs().max() == 0
+
+
+def test_batches_hold_texts_of_about_equal_length_and_no_more_tokens_than_allowed(llm):
+    prompt, draw = prompt_of(llm), torch.Generator().manual_seed(0)
+    length = torch.randint(3, 41, (600,), generator=draw)
+    texts = infer.Texts(torch.zeros(600, 40), None, length)
+    rows = torch.randperm(600, generator=draw)
+    found = list(infer.batches(prompt, texts, rows, 2000))
+    assert sorted(torch.cat(found).tolist()) == list(range(600))
+    tokens = [len(index) * (len(prompt.segment) + int(length[rows[index]].max())) for index in found]
+    padded = sum(len(index) * int(length[rows[index]].max()) for index in found)
+    assert max(tokens) <= 2000 and padded < 1.15 * int(length.sum()) and len(found) < 60
+    assert [len(index) for index in infer.batches(prompt, texts, rows[:5], 1)] == [1] * 5
+
+
 def test_no_logits_of_all_rows_are_ever_held(llm, monkeypatch):
     prompt, sizes = prompt_of(llm), []
     monkeypatch.setattr(infer, "CHUNK", 4 * prompt.head.out_features)

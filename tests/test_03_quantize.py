@@ -1,4 +1,5 @@
 import argparse
+import json
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from conftest import quantize, run_stage
+from conftest import quantize, run_pipeline, run_stage
 
 
 def clusters(num_users=1200, dim=24, num_codes=4, spread=3.0, seed=0):
@@ -185,6 +186,26 @@ def test_the_direction_of_the_label_is_found_whatever_its_variance():
     rows = user, item, label, torch.zeros(4000).long()
     found = quantize.label_direction(torch.eye(4), deviation, rows, 20)[:, 0]
     assert found.shape == (4,) and float(found @ torch.tensor([0, 0, 1.0, 1.0])) / 2**0.5 > 0.97
+
+
+def test_what_ratings_tell_is_quantized_along_the_labels_direction_into_eight_codes(small_run, tmp_path):
+    """By default; other profiles choose their directions, and --codes still decides."""
+    run = tmp_path / "run"
+    run_pipeline(run, small_run[0], stages=2, ratings=True)
+    for options, sizes in (((), [4, 3, 8]), (("--codes", 2, 2, 3), [2, 2, 3])):
+        run_stage("03_quantize.py", "--run-dir", run, "--epochs", 2, *options)
+        codebook = torch.load(run / "codebook.pt", weights_only=True)
+        assert [len(part["codebook"]) for part in codebook.values()] == sizes
+        assert codebook["judgement"]["transform"].shape[1] == 1
+    told = lambda options: (run / "profiles.pt.json").write_text(json.dumps(
+        json.loads((run / "profiles.pt.json").read_text()) | {"options": options}))
+    args = argparse.Namespace(run_dir=run)
+    for options, expected in (({"ratings": "liked", "route": ["title", "brand+rating"]}, [False, True]),
+                              ({"ratings": "stars", "route": ["none"]}, [True, True]),
+                              ({"ratings": "none", "route": ["title", "brand"]}, [False, False]),
+                              ({}, [False, False])):
+        told(options)
+        assert quantize.is_rated(args, ["a", "b"]) == expected
 
 
 def test_codes_of_train_rows_are_those_without_their_own_fold(small_run, tmp_path):

@@ -1,9 +1,13 @@
+import argparse
 import html
 import re
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
+
+import common
 
 from conftest import case_study, prepare, run_pipeline, run_stage, write_table
 
@@ -31,6 +35,105 @@ def test_overrepresented_finds_what_a_code_has_more_and_nothing_in_equal_codes()
     assert np.isclose(found[0][0][1], odds / np.sqrt(1 / first + 1 / second))
 
 
+@pytest.fixture(scope="module")
+def llm(llm_folder):
+    """With the attention implementation that tells its weights"""
+    return common.load_llm(argparse.Namespace(run_dir="unused"), str(llm_folder), attn_implementation="eager")
+
+
+@pytest.mark.parametrize("num_soft", [1, 2])
+def test_attention_to_the_soft_tokens_is_the_models_own_and_its_rows_sum_to_one(llm, num_soft):
+    model, _ = llm
+    embed, prefix = model.get_input_embeddings(), [5, 6, 7]
+    text = torch.tensor([[8, 9, 10, 11], [12, 8, 9, 5]])
+    soft = torch.randn(2, num_soft * 32, generator=torch.Generator().manual_seed(0))
+    for layers, heads in ((None, None), ([1], None), (None, [0, 3]), ([0], [2])):
+        found = case_study.attention_to_soft(model, prefix, soft, text, layers, heads)
+        for row in range(2):  # one text, one layer, one head after the other
+            inputs = torch.cat([embed(torch.tensor(prefix)), soft[row].view(num_soft, 32), embed(text[row])])
+            with torch.no_grad():
+                attentions = model(inputs_embeds=inputs[None], output_attentions=True).attentions
+            total, number = torch.zeros(4), 0
+            for layer in layers or range(2):
+                for head in heads or range(4):
+                    weights = attentions[layer][0, head]
+                    assert torch.allclose(weights.sum(1), torch.ones(len(inputs)), atol=1e-5)
+                    total, number = total + weights[3 + num_soft:, 3:3 + num_soft].sum(1), number + 1
+            assert torch.allclose(found[row], total / number, atol=1e-5)
+
+
+def test_a_words_attention_is_the_mean_of_its_tokens_whatever_the_others_sentences_are(llm):
+    model, tokenizer = llm
+    args = argparse.Namespace(layers=None, heads=None)
+    sentences = [(["The", "user", "likes"], ["skillet", "racer"]), (["The", "user"], ["a"]),
+                 (["The", "user", "likes"], ["racer", "skillet"])]
+    soft = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    together = case_study.attention_by_word(args, model, tokenizer, [5, 6], soft, sentences)
+    for user, (words, is_content, weights) in enumerate(together):
+        noise, content = sentences[user]
+        assert words == noise + content and is_content.sum() == len(content)
+        ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+        of_token = case_study.attention_to_soft(model, [5, 6], soft[user][None], torch.tensor([sum(ids, [])]))[0]
+        first = 0
+        for part, weight in zip(ids, weights):
+            assert np.isclose(float(of_token[first:first + len(part)].mean()), weight, atol=1e-5)
+            first += len(part)
+    share = case_study.content_share([([], np.array([False, True, True]), np.array([0.2, 0.1, 0.5]))])
+    assert np.isclose(share[0], 0.3 / 0.5)
+
+
+def test_lens_words_are_those_whose_log_probability_rises_most(llm):
+    model, _ = llm
+    ids, words = torch.arange(20, 60), [f"w{index}" for index in range(40)]
+    generator = torch.Generator().manual_seed(0)
+    soft, shared = torch.randn(3, 32, generator=generator), torch.randn(32, generator=generator)
+    found = case_study.lens_words(model, ids, [5, 6, 7], soft, shared, words, 4, batch_size=2)
+    before = model.get_input_embeddings()(torch.tensor([5, 6, 7]))
+    expects = lambda theta: model(inputs_embeds=torch.cat([before, theta[None]])[None]).logits[0, -1]
+    for user in range(3):
+        with torch.no_grad():
+            rise = (expects(soft[user]).log_softmax(0) - expects(shared).log_softmax(0))[20:60]
+        assert found[user] == [words[place] for place in rise.argsort(descending=True)[:4]]
+
+
+def test_words_are_scored_by_how_often_they_occur_in_held_out_items():
+    own = [["Boots", "trail"], ["pan"], ["harp"], ["kite"], ["unread"]]
+    other = [["pan"], ["boots"], ["harp"], ["flute"], ["unread"]]
+    texts = [{"boots", "trail"}, {"pan"}, {"harp"}, {"flute"}, set()]
+    auc, half, num = case_study.held_out_score(own, other, texts)
+    assert num == 4 and auc == (1 + 1 + 0.5 + 0) / 4
+    assert np.isclose(half, 1.96 * np.std([1, 1, 0.5, 0], ddof=1) / 2)
+    assert np.isnan(case_study.held_out_score(own[:1], other[:1], texts[:1])[0])
+
+
+def test_the_words_of_a_planted_profile_are_its_categorys_far_above_the_control():
+    """Profiles that lie at the words of what their users will have: found, and scored so."""
+    generator, words = torch.Generator().manual_seed(0), [f"word{'abcdefgh'[k]}" for k in range(8)]
+    embeddings, kind = torch.randn(8, 16, generator=generator), np.arange(200) % 4
+    deviation = torch.stack([embeddings[2 * k] + embeddings[2 * k + 1] for k in kind])
+    deviation = deviation + 0.5 * torch.randn(200, 16, generator=generator)
+    found = case_study.nearest_words(deviation, embeddings, words, 2)
+    texts = [{words[2 * k], words[2 * k + 1]} for k in kind]
+    other = [found[place - 1] for place in range(200)]
+    auc, half, _ = case_study.held_out_score(found, other, texts)
+    assert auc - half > 0.9
+    shuffled = [found[place] for place in np.random.default_rng(0).permutation(200)]
+    auc, half, _ = case_study.held_out_score(shuffled, other, texts)
+    assert abs(auc - 0.5) < 0.15
+
+
+def test_sentences_tell_train_words_and_the_level_of_prices():
+    items = pd.DataFrame({"title": ["red racer", "iron skillet", "blue racer"], "brand": None,
+                          "category": ["Games", "Kitchen", "Games"], "price": [1.0, 50.0, 9.0]})
+    rows = pd.DataFrame({"user": [0, 0, 1, 2], "item": [0, 2, 1, 2]})
+    noise, content = case_study.sentences_of(0, rows, items)[0]
+    assert noise == ["The", "user", "likes"] and set(content[:2]) == {"Games", "racer"}
+    levels = case_study.sentences_of(1, rows, items)
+    assert [levels[user][1] for user in range(3)] == [["low"], ["high"], ["medium"]]
+    items["price"] = np.nan
+    assert case_study.sentences_of(1, rows, items)[0][0] == ["The", "user", "likes"]
+
+
 def test_vocabulary_words_begin_a_word_and_hold_letters_only():
     class Tokenizer:
         tokens = ["Ġgames", "ames", "Ġ12", "▁guitar", "Ġof", "Ġcafÿ", "<|endoftext|>", None]
@@ -53,13 +156,21 @@ def test_titles_are_escaped_and_the_report_needs_no_network(tmp_path, monkeypatc
     run_pipeline(tmp_path / "run", tmp_path / "raw")
     page = (tmp_path / "run/report.html").read_text()
     assert "<script" not in page and html.escape("<script>alert(") in page
-    assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page)
+    assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,|#part)', page)
 
 
 def test_the_report_has_its_pictures_tables_and_figures(small_run):
     page = (small_run[1] / "report.html").read_text()
-    # usage, mask, one map per profile
-    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 4
+    # usage, mask, curves; a map and an attention per profile
+    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 7
+    folder = small_run[1] / "report"
+    drawn = {path.stem for path in folder.glob("*.png")}
+    assert len(drawn) == 7 and drawn == {path.stem for path in folder.glob("*.csv")}
+    for path in folder.glob("*.csv"):
+        assert len(pd.read_csv(path)) > 0
+    parts = re.findall(r'href="#(part\d+)"', page)
+    assert len(parts) == len(set(parts)) == page.count("<h2 id=") == len(case_study.HEADINGS)
+    assert all(f'<h2 id="{part}">' in page for part in parts)
     assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
     for part in ("held-out NLL", "Do they help dcn?", "codes - random", "control: those of user"):
         assert part in page
@@ -84,10 +195,13 @@ def test_options_move_what_they_should(small_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     pages = []
-    for options in ((), ("--num-users", 3), ("--seed", 4), ("--num-words", 2)):
+    for options in ((), ("--num-users", 3), ("--seed", 4), ("--num-words", 2), ("--num-scored", 9),
+                    ("--layers", 1), ("--heads", 0, 2)):
         run_stage("05_case_study.py", "--run-dir", run, *options)
         pages.append((run / "report.html").read_text())
-    assert len(set(pages)) == 4 and pages[1].count("<h3>User ") == 3
+    assert len(set(pages)) == 7 and pages[1].count("<h3>User ") == 3
+    line = run_stage("05_case_study.py", "--run-dir", run, "--layers", 4, ok=False)
+    assert "--layers 4: this LLM has 4, counted from 0" in line
 
 
 def test_a_missing_predecessor_is_named(small_run, tmp_path):
