@@ -865,7 +865,7 @@ class Profiles(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# inference: the shared point, the score, the gradient
+# the score: what all users share, and one step from it
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1304,6 +1304,11 @@ def descend(args, prompt, streams, train, profiles, prior, pull, noise, num_samp
     return between(best), objective[best]
 
 
+# ----------------------------------------------------------------------------------------------------------
+# the gradient: the paper's way, a block of users at a time
+# ----------------------------------------------------------------------------------------------------------
+
+
 def add_gradient(args, prompt, soft, stream, rows, owner, weights):
     """soft.grad += ∇ of the loss of those rows; the keys and values of each θ are made once for all batches."""
     keys = prompt.keys_of(soft, stream.sees)
@@ -1343,6 +1348,39 @@ def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pul
         if step in snapshots:
             history.append(soft.detach().float().cpu())
     return torch.stack(history) if snapshots else soft.detach().float().cpu()
+
+
+def profiles_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior, tune, num_users,
+                         progress):
+    """Profiles by gradient, a block of users at a time, fold by fold; finished blocks are on disk"""
+    num_steps = args.steps
+    if args.stop == "heldout":
+        num_steps = progress.keep("steps", lambda: choose_steps(args, prompt, streams, by_fold[-1], weights,
+                                                                shared, noise, pull, tune))
+    blocks, size = torch.arange(num_users).split(args.batch_size), args.batch_size
+    name = lambda fold: f"fold-{fold}"
+    with tqdm(total=len(by_fold) * num_users, desc="gradient", unit="user", mininterval=2) as bar:
+        for fold, evidence in enumerate(by_fold):
+
+            def make(index):
+                users = blocks[index]
+                first, last = int(users[0]), int(users[-1]) + 1
+                found = infer_by_gradient(args, prompt, evidence.of(first, last), weights,
+                                          start_of(args, prompt, shared, users), shared, noise, pull,
+                                          num_steps, users, prior)
+                bar.update(len(users))
+                return found
+
+            progress.keep_blocks(name(fold), len(blocks), make)
+
+    def profiles_of(fold, users):
+        result, block = torch.empty(len(users), *shared.shape), users // size
+        for index in block.unique().tolist():
+            mine = block == index
+            result[mine] = progress.read(f"{name(fold)}-{index}")[users[mine] - index * size]
+        return result
+
+    return Profiles((len(by_fold), num_users, *shared.shape), profiles_of)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1427,6 +1465,77 @@ def choose_steps(args, prompt, streams, evidence, weights, shared, noise, pull, 
     print(f"steps chosen on {len(events.user):,} held-out rows of {len(pilot)} users: "
           f"{best} (out of {snapshots})")
     return best
+
+
+# ----------------------------------------------------------------------------------------------------------
+# before a long run: what fits into memory, what it will take
+# ----------------------------------------------------------------------------------------------------------
+
+
+def bytes_per_token(prompt):
+    """What a token of a batch needs until backward has passed: about 34 numbers per layer and dimension"""
+    layers = prompt.model.config.num_hidden_layers
+    return 34 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
+
+
+def tokens_that_fit(prompt, share=0.6):
+    """Tokens per batch that fill `share` of the free memory; on a CPU more than 4,096 gain nothing."""
+    if prompt.device.type == "cuda":
+        free, most = torch.cuda.mem_get_info()[0], 2**17
+    else:
+        free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4096
+    return int(max(16, min(most, share * free / bytes_per_token(prompt))))
+
+
+def estimate(args, prompt, streams, evidence, num_users):
+    """Users, tokens, FLOPs, memory and time that the run will take on this machine, from a few batches."""
+    events = evidence.events
+    ones = torch.ones(len(FIELDS))
+    shared = first_soft(args, prompt, 1, torch.Generator().manual_seed(args.seed))[0]
+    tokens, seconds = 0, 0.0
+    if args.method == "gradient":
+        first = max(0, num_users // 2 - args.batch_size // 2)
+        last = min(num_users, first + args.batch_size)
+        some = evidence.of(first, last)
+        noise = torch.zeros(len(shared), shared.shape[1], shared.shape[1])
+        users, start = torch.arange(first, last), shared.expand(last - first, -1, -1)
+        one_step = lambda: infer_by_gradient(args, prompt, some, ones, start, shared, noise, 0.0, 1, users)
+        rows, passes = len(events.user), args.steps * (args.folds + 1)
+        mine = sum(int(stream.texts.length[pairs.row].sum()) for stream, pairs in some)
+        tokens = mine / max(1, int(evidence.first[last] - evidence.first[first])) * rows * passes
+        measured = mine, timed(one_step)
+        what = f"{args.steps} steps at most for each" + f", {args.folds + 1} times" * bool(args.folds)
+    else:
+        measured = 0, 0.0
+        for stream in streams:
+            rows = (told_of(stream.texts) > 0).nonzero()[:, 0]
+            sample = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:512]]
+            pass_over = lambda: scores_of(prompt, stream, sample, shared, ones, args.tokens_per_batch)
+            measured = (measured[0] + int(stream.texts.length[sample].sum()), measured[1] + timed(pass_over))
+            parts = 1 + (stream.num_verdicts > 1)  # of the item and of the verdict
+            tokens += parts * int(stream.texts.length[rows].sum())
+        what = "each text of the catalogue once; a user costs a sum"
+    seconds = tokens * measured[1] / max(1, measured[0])
+    body = sum(value.numel() for value in prompt.body.parameters()) - prompt.embed.weight.numel()
+    flops = 4 * (body + prompt.head.weight.numel())  # forward and backward, without weight gradients
+    weights = sum(value.numel() * value.element_size() for value in prompt.model.parameters())
+    profiles = 4 * (args.folds + 1) * num_users * shared.numel()
+    print(f"estimate: {num_users:,} users, {len(events.user):,} rows, {tokens:,.0f} tokens of evidence "
+          f"({what})\n  {tokens * flops:.3g} FLOPs, {seconds:,.0f} s on {prompt.device}, as measured on "
+          f"{measured[0]:,} tokens; to fit θ̄, {args.shared_steps} minibatches of 64 texts, and to report come on top\n"
+          f"  memory: weights {weights / 2**30:.2f} GiB, a batch of {args.tokens_per_batch:,} tokens "
+          f"{args.tokens_per_batch * bytes_per_token(prompt) / 2**30:.2f} GiB; "
+          f"disk: profiles.pt {profiles / 2**30:.2f} GiB")
+
+
+def timed(work):
+    """Seconds of its second call: the first one pays for what is only done once."""
+    for _ in range(2):
+        started = time.time()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.time() - started
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1527,72 +1636,6 @@ def infer_only(args):
           f"with evidence among {len(item):,} rows of items that the run knows")
 
 
-def bytes_per_token(prompt):
-    """What a token of a batch needs until backward has passed: about 34 numbers per layer and dimension"""
-    layers = prompt.model.config.num_hidden_layers
-    return 34 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
-
-
-def tokens_that_fit(prompt, share=0.6):
-    """Tokens per batch that fill `share` of the free memory; on a CPU more than 4,096 gain nothing."""
-    if prompt.device.type == "cuda":
-        free, most = torch.cuda.mem_get_info()[0], 2**17
-    else:
-        free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4096
-    return int(max(16, min(most, share * free / bytes_per_token(prompt))))
-
-
-def estimate(args, prompt, streams, evidence, num_users):
-    """Users, tokens, FLOPs, memory and time that the run will take on this machine, from a few batches."""
-    events = evidence.events
-    ones = torch.ones(len(FIELDS))
-    shared = first_soft(args, prompt, 1, torch.Generator().manual_seed(args.seed))[0]
-    tokens, seconds = 0, 0.0
-    if args.method == "gradient":
-        first = max(0, num_users // 2 - args.batch_size // 2)
-        last = min(num_users, first + args.batch_size)
-        some = evidence.of(first, last)
-        noise = torch.zeros(len(shared), shared.shape[1], shared.shape[1])
-        users, start = torch.arange(first, last), shared.expand(last - first, -1, -1)
-        one_step = lambda: infer_by_gradient(args, prompt, some, ones, start, shared, noise, 0.0, 1, users)
-        rows, passes = len(events.user), args.steps * (args.folds + 1)
-        mine = sum(int(stream.texts.length[pairs.row].sum()) for stream, pairs in some)
-        tokens = mine / max(1, int(evidence.first[last] - evidence.first[first])) * rows * passes
-        measured = mine, timed(one_step)
-        what = f"{args.steps} steps at most for each" + f", {args.folds + 1} times" * bool(args.folds)
-    else:
-        measured = 0, 0.0
-        for stream in streams:
-            rows = (told_of(stream.texts) > 0).nonzero()[:, 0]
-            sample = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:512]]
-            pass_over = lambda: scores_of(prompt, stream, sample, shared, ones, args.tokens_per_batch)
-            measured = (measured[0] + int(stream.texts.length[sample].sum()), measured[1] + timed(pass_over))
-            parts = 1 + (stream.num_verdicts > 1)  # of the item and of the verdict
-            tokens += parts * int(stream.texts.length[rows].sum())
-        what = "each text of the catalogue once; a user costs a sum"
-    seconds = tokens * measured[1] / max(1, measured[0])
-    body = sum(value.numel() for value in prompt.body.parameters()) - prompt.embed.weight.numel()
-    flops = 4 * (body + prompt.head.weight.numel())  # forward and backward, without weight gradients
-    weights = sum(value.numel() * value.element_size() for value in prompt.model.parameters())
-    profiles = 4 * (args.folds + 1) * num_users * shared.numel()
-    print(f"estimate: {num_users:,} users, {len(events.user):,} rows, {tokens:,.0f} tokens of evidence "
-          f"({what})\n  {tokens * flops:.3g} FLOPs, {seconds:,.0f} s on {prompt.device}, as measured on "
-          f"{measured[0]:,} tokens; to fit θ̄, {args.shared_steps} minibatches of 64 texts, and to report come on top\n"
-          f"  memory: weights {weights / 2**30:.2f} GiB, a batch of {args.tokens_per_batch:,} tokens "
-          f"{args.tokens_per_batch * bytes_per_token(prompt) / 2**30:.2f} GiB; "
-          f"disk: profiles.pt {profiles / 2**30:.2f} GiB")
-
-
-def timed(work):
-    """Seconds of its second call: the first one pays for what is only done once."""
-    for _ in range(2):
-        started = time.time()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return time.time() - started
-
-
 def load_prompt(args, train, streams, pieces, names, name_texts, rank=0):
     """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1652,39 +1695,6 @@ def fit_common(args, prompt, streams, evidence, train, own, is_warm, progress):
     noise = torch.stack([next(of_stream[k][-1] for of_stream in information if k in of_stream)
                          for k in range(prompt.num_profiles)])
     return shared, weights, information, noise
-
-
-def profiles_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior, tune, num_users,
-                         progress):
-    """Profiles by gradient, a block of users at a time, fold by fold; finished blocks are on disk"""
-    num_steps = args.steps
-    if args.stop == "heldout":
-        num_steps = progress.keep("steps", lambda: choose_steps(args, prompt, streams, by_fold[-1], weights,
-                                                                shared, noise, pull, tune))
-    blocks, size = torch.arange(num_users).split(args.batch_size), args.batch_size
-    name = lambda fold: f"fold-{fold}"
-    with tqdm(total=len(by_fold) * num_users, desc="gradient", unit="user", mininterval=2) as bar:
-        for fold, evidence in enumerate(by_fold):
-
-            def make(index):
-                users = blocks[index]
-                first, last = int(users[0]), int(users[-1]) + 1
-                found = infer_by_gradient(args, prompt, evidence.of(first, last), weights,
-                                          start_of(args, prompt, shared, users), shared, noise, pull,
-                                          num_steps, users, prior)
-                bar.update(len(users))
-                return found
-
-            progress.keep_blocks(name(fold), len(blocks), make)
-
-    def profiles_of(fold, users):
-        result, block = torch.empty(len(users), *shared.shape), users // size
-        for index in block.unique().tolist():
-            mine = block == index
-            result[mine] = progress.read(f"{name(fold)}-{index}")[users[mine] - index * size]
-        return result
-
-    return Profiles((len(by_fold), num_users, *shared.shape), profiles_of)
 
 
 def write_profiles(args, value, needs, words, inputs, facts, figures):
