@@ -27,6 +27,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer
 
 from common import (VectorQuantizer, at_least, fail, fig4_mask, load_llm, read_artifacts, read_sidecar,
@@ -390,13 +391,13 @@ def headline(quantized, inferred, results):
 
 
 def code_cards(bank, names, sizes, had, items, typical, num_words):
-    """One row per code: had [N, M] (1 = a train row), typical: for each name and code, user ids -> HTML"""
+    """One row per code: had sparse [N, M] (1 = a train row), typical: for each name and code, user ids -> HTML"""
     features, parts = item_features(items), []
     price = items["price"].to_numpy(float)
     show = lambda pairs: ", ".join(f"{word} ({z:.0f})" for word, z in pairs) or "none above chance"
     for name, num_codes in zip(names, sizes):
         member = np.stack([bank[name] == code for code in range(num_codes)]).astype(float)  # [K, N]
-        counts = member @ had  # [K, M]
+        counts = (had.T @ member.T).T  # [K, M]
         columns = {"code": range(num_codes), "users": [f"{int(size):,}" for size in member.sum(1)]}
         for title, of_item, texts in features:
             more = overrepresented(np.asarray(counts @ of_item), texts, num_words)
@@ -507,8 +508,8 @@ def main(args):
     if "fold" in stored:  # the last profile is the one with all evidence
         stored |= {key: stored[key][-1] for key in ("profiles", "num_evidence")}
     train = interactions[interactions["split"] == "train"]
-    had = np.zeros((len(bank), len(items)), dtype=np.float32)
-    had[train["user"], train["item"]] = 1
+    pairs = train[["user", "item"]].drop_duplicates()
+    had = sparse.csr_matrix((np.ones(len(pairs)), (pairs["user"], pairs["item"])), (len(bank), len(items)))
 
     rng = np.random.default_rng(args.seed)
     maps, typical = [], {}
