@@ -54,7 +54,7 @@ from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
 
 PAPER = {"lr": 0.001}  # it tells neither batch size nor penalty
 # penalty of the embeddings: no network scales those of the shallow ones, nor the first-order weights, up again
-WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | {"ffm": 3e-4, "afm": 1e-4, "fibinet": 1e-4}
+WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1e-4, 3e-3), "net_decay": (0.0,), "start": (0.5, 0.05)}
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
     add("--lr", type=at_least(0, float), default=0.005, help="learning rate of Adam")
     add("--weight-decay", type=at_least(0, float),
-        help="L2 penalty of the embeddings (default: 3e-3; FFM 3e-4, AFM and FiBiNET 1e-4)")
+        help="L2 penalty of the embeddings (default: 3e-3; FFM, AFM and FiBiNET 1e-4)")
     add("--start", type=at_least(0, float), default=0.5,
         help="standard deviation of the first embeddings of ids that many rows have")
     add("--net-decay", type=at_least(0, float), default=0.0, help="L2 penalty of all other parameters")
@@ -330,6 +330,11 @@ def rows_of(args, run, features, seeds):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def decay_of(args, model):
+    """The penalty of a model's embeddings: as asked for, or its own"""
+    return WEIGHT_DECAY[model] if args.weight_decay is None else args.weight_decay
+
+
 def same_shape(features, num_profiles):
     """Feature sets by shape, each a list that trains in one stack: F = 2, 2 + P or 3 fields, or P vectors"""
     shapes = {"none": 0, "leniency": 1, "dense": "vectors"}
@@ -344,9 +349,8 @@ def train_group(args, name, run, features, seeds):
     for the chosen only.
     """
     rows, places = rows_of(args, run, features, seeds)
-    decay = WEIGHT_DECAY[name] if args.weight_decay is None else args.weight_decay
     grid = list(itertools.product(*GRID.values())) if args.tune else [
-        (args.lr, decay, args.net_decay, args.start)]
+        (args.lr, decay_of(args, name), args.net_decay, args.start)]
     # candidates of one rate stop at about the same epoch, so that few wait for the last
     todo = [(feature, seed, *candidate) for candidate in grid for feature in features for seed in seeds]
     members = [Member(places[feature, seed], seed, *candidate) for feature, seed, *candidate in todo]
@@ -399,6 +403,7 @@ def key_of(args, run, model, feature, seed):
     skip = {"run_dir", "models", "features", "splits", "codebook_sizes", "bench"}
     skip |= set() if args.tune else {"seed", "seeds"}  # a choice is made over all seeds
     told = {key: value for key, value in vars(args).items() if key not in skip}
+    told["weight_decay"] = decay_of(args, model)
     text = json.dumps([told, run.digests, model, feature, seed], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

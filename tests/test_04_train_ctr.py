@@ -456,3 +456,13 @@ def test_figures_5_and_6_show_what_stage_3_makes_of_other_sizes(small_run, tmp_p
         assert {row["size"] for row in figures} == sizes and len(figures) == 6 * len(sizes)
     made = json.loads((run / "codes-5-2/feature_bank.parquet.json").read_text())
     assert made["options"]["codes"] == [5, 2]
+
+
+def test_each_model_has_a_penalty_of_its_own_unless_one_is_asked_for():
+    args = ctr.parse_args([])
+    assert [ctr.decay_of(args, name) for name in ("ffm", "afm", "fibinet", "dcn")] == [1e-4, 1e-4, 1e-4, 3e-3]
+    asked = ctr.parse_args(["--weight-decay", "0.003"])
+    assert {ctr.decay_of(asked, name) for name in ctr.MODELS} == {3e-3}
+    run = SimpleNamespace(digests={})
+    key = lambda args, model: ctr.key_of(args, run, model, "none", 0)
+    assert key(args, "dcn") == key(asked, "dcn") and key(args, "ffm") != key(asked, "ffm")
