@@ -19,7 +19,7 @@ Writes  codebook.pt: per profile name codebook float32 [K, C], transform float32
         new_codes.parquet: with --apply, user_id and the codes
 
 Example: python 03_quantize.py        (30 seconds)
-  wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.99 of 4, background 2.98 of 3
+  wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.99 of 4, background 2.99 of 3
 """
 
 import argparse
