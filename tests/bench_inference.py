@@ -298,7 +298,7 @@ def main():
     parser.add_argument("--only", choices=["speed", "memory", "score", "million"], help="one part alone")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
     args = parser.parse_args()
-    args.users, args.tokens_per_batch = 12 if args.quick else 32, 4096
+    args.users, args.tokens_per_batch = 8 if args.quick else 32, 4096
     wanted = lambda part: args.only in (None, part)
     figures = dict.fromkeys(("speedup_over_naive", "matmul_share", "memory_ratio_100k_2k",
                              "score_time_ratio_10x_users", "speedup_over_frozen", "speedup_over_naive_history",
