@@ -18,7 +18,6 @@ import contextlib
 import copy
 import io
 import json
-import resource
 import statistics
 import subprocess
 import sys
