@@ -551,7 +551,7 @@ class Prompt:
     def keys_of(self, soft, sees):
         """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width]
 
-        An empty list where none is read, or where they cannot be made apart from the rest (plain causal mask).
+        An empty list where none is read, or where they cannot be made apart (plain causal mask).
         """
         sees, soft = sees.to(self.device), soft.to(self.device)
         if self.mask != "fig4" or not sees.any():
@@ -1310,7 +1310,7 @@ def descend(args, prompt, streams, train, profiles, prior, pull, noise, num_samp
 
 
 def add_gradient(args, prompt, soft, stream, rows, owner, weights):
-    """soft.grad += ∇ of the loss of those rows; the keys and values of each θ are made once for all batches."""
+    """soft.grad += ∇ of the loss of those rows; keys and values of each θ are made once for all batches."""
     keys = prompt.keys_of(soft, stream.sees)
     leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in keys]
     is_apart = prompt.mask == "fig4"
@@ -1522,7 +1522,8 @@ def estimate(args, prompt, streams, evidence, num_users):
     profiles = 4 * (args.folds + 1) * num_users * shared.numel()
     print(f"estimate: {num_users:,} users, {len(events.user):,} rows, {tokens:,.0f} tokens of evidence "
           f"({what})\n  {tokens * flops:.3g} FLOPs, {seconds:,.0f} s on {prompt.device}, as measured on "
-          f"{measured[0]:,} tokens; to fit θ̄, {args.shared_steps} minibatches of 64 texts, and to report come on top\n"
+          f"{measured[0]:,} tokens; to fit θ̄, {args.shared_steps} minibatches of 64 texts, and to report come on "
+          f"top\n"
           f"  memory: weights {weights / 2**30:.2f} GiB, a batch of {args.tokens_per_batch:,} tokens "
           f"{args.tokens_per_batch * bytes_per_token(prompt) / 2**30:.2f} GiB; "
           f"disk: profiles.pt {profiles / 2**30:.2f} GiB")

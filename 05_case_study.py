@@ -326,7 +326,8 @@ STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}"
     "td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}"
-    "img{max-width:100%}table{display:block;overflow-x:auto}@media print{body{margin:0}nav{display:none}}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}.dim{color:#777}")
+    "img{max-width:100%}table{display:block;overflow-x:auto}@media print{body{margin:0}"
+    "nav{display:none}}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}.dim{color:#777}")
 
 
 HEADINGS = ("The codes", "What each code stands for", "Do words of profiles mean anything?", "A few users",
