@@ -1736,13 +1736,14 @@ def main(args):
     by_fold = [Evidence(*sorted_by_user(events, num_users), make) for events in kept]
     count = torch.stack([evidence_counts(args, streams, events, num_users, len(names)) for events in kept])
     check_lengths(args, prompt, streams, own)
+    inputs = ["interactions.parquet", "items.parquet"]
+    # as asked for: how much memory is free now must not decide whether a run goes on
+    recipe = recipe_of(args, prompt, inputs + ["codebook.pt"] * bool(args.prior))
     args.tokens_per_batch = args.tokens_per_batch or tokens_that_fit(prompt)
     if args.estimate:
         return estimate(args, prompt, streams, by_fold[-1], num_users)
     generator = torch.Generator().manual_seed(args.seed)
     tune, report = heldout_rows(interactions, verdict, streams, args.heldout, args.seed)
-    inputs = ["interactions.parquet", "items.parquet"]
-    recipe = recipe_of(args, prompt, inputs + ["codebook.pt"] * bool(args.prior))
     progress = Progress(args, recipe, generator, rank, world)
 
     inference_started = time.time()

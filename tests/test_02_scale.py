@@ -1,6 +1,7 @@
 """Stage 2 at scale: shortcuts that change no number, nothing lost, several processes, little memory."""
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
@@ -352,6 +353,24 @@ def test_a_kill_before_the_rename_and_a_full_disk_lose_nothing(small_run, tmp_pa
     torch.set_num_threads(threads)
     finish(run)
     assert bits(run) == expected and not (run / "progress").exists()
+
+
+def test_a_run_goes_on_with_its_own_batches_when_other_memory_is_free(small_run, tmp_path, monkeypatch):
+    run, replace = fresh(small_run, tmp_path / "run"), Path.replace
+    options = ["--run-dir", run, *OPTIONS]
+
+    def full(self, target):
+        if Path(target).name == "map.pt":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(infer, "tokens_that_fit", lambda prompt: 512)
+    run_stage("02_infer_profiles.py", *options, ok=False)
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(infer, "tokens_that_fit", lambda prompt: 300)
+    assert "going on with the unfinished run" in run_stage("02_infer_profiles.py", *options)
+    assert json.loads((run / "profiles.pt.json").read_text())["options"]["tokens_per_batch"] == 512
 
 
 def test_several_processes_give_the_bits_of_one_and_the_others_of_a_dead_one_go_on(small_run, tmp_path,
