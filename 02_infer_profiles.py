@@ -630,7 +630,7 @@ TINY = {"batch": 24, "length": 96, "lr": 2e-3, "width": 128, "layers": 4, "vocab
 
 
 def pretrain_tiny(folder, histories, name_texts, task_text, num_steps, seed):
-    """A 4-layer GPT-2 of width 128, pretrained on the train items' texts -> loss
+    """A 4-layer GPT-2 of width 128, pretrained on the train items' texts -> loss by step
 
     histories: lists of texts, of a user each. It reads a user's items in random order, so that it learns what
     goes with what, as a large LLM knows from the world; random offsets train all positions. About a minute on
@@ -659,7 +659,7 @@ def pretrain_tiny(folder, histories, name_texts, task_text, num_steps, seed):
                                   fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], total_steps=num_steps,
                                                    pct_start=0.1)
-    size, stream = TINY["batch"] * TINY["length"], []
+    size, stream, curve = TINY["batch"] * TINY["length"], [], []
     bar = tqdm(range(num_steps), desc="pretrain tiny", unit="step", mininterval=2)
     for step in bar:
         while len(stream) < size:
@@ -676,11 +676,12 @@ def pretrain_tiny(folder, histories, name_texts, task_text, num_steps, seed):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        curve.append(loss.item())
         if step % 50 == 49:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{curve[-1]:.3f}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return loss.item()
+    return curve
 
 
 def make_tiny_llm(args, train, streams, pieces, name_texts):
@@ -704,7 +705,8 @@ def make_tiny_llm(args, train, streams, pieces, name_texts):
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        loss = pretrain_tiny(temporary, histories, name_texts, args.task_text, args.tiny_steps, args.seed)
+        curve = pretrain_tiny(temporary, histories, name_texts, args.task_text, args.tiny_steps, args.seed)
+        (temporary / "curve.json").write_text(json.dumps(curve))
         (temporary / stamp.name).write_text(made_from)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
@@ -712,7 +714,7 @@ def make_tiny_llm(args, train, streams, pieces, name_texts):
         shutil.rmtree(temporary, ignore_errors=True)
         fail(f"cannot write {folder}: {error.strerror}; free some space or choose another --run-dir")
     print(f"tiny LLM: pretrained on {len(train.user):,} train interactions in {time.time() - started:.0f} s, "
-          f"loss {loss:.3f}")
+          f"loss {curve[-1]:.3f}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -905,20 +907,25 @@ def weighted_nll(prompt, soft, stream, rows, weights, owner=None, keys=None):
 
 
 def fit_shared(args, prompt, evidence, weights, generator, batch_size=64):
-    """One θ̄ for all users, by Adam on minibatches of their evidence -> float32 [P, S D]"""
+    """One θ̄ for all users, by Adam on minibatches of their evidence -> float32 [P, S D], nats per row by
+    step
+    """
     soft = first_soft(args, prompt, 1, generator).to(prompt.device).requires_grad_()
     optimizer = torch.optim.Adam([soft], lr=0.3 * prompt.scale)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.shared_steps)
+    curve = []
     for _ in tqdm(range(args.shared_steps), desc="shared start", unit="step", mininterval=2):
         optimizer.zero_grad()
+        curve.append(0.0)
         for stream, pairs in evidence:
             rows = pairs.row[torch.randint(len(pairs.row), (batch_size,), generator=generator)]
             for index in batches(prompt, stream.texts, rows, args.tokens_per_batch):
                 loss = weighted_nll(prompt, soft, stream, rows[index], weights)
                 (loss / batch_size).backward()
+                curve[-1] += loss.item() / batch_size
         optimizer.step()
         schedule.step()
-    return soft.detach()[0].float().cpu()
+    return soft.detach()[0].float().cpu(), curve
 
 
 def scores_of(prompt, stream, rows, shared, weights, max_tokens):
@@ -1522,8 +1529,8 @@ def estimate(args, prompt, streams, evidence, num_users):
     profiles = 4 * (args.folds + 1) * num_users * shared.numel()
     print(f"estimate: {num_users:,} users, {len(events.user):,} rows, {tokens:,.0f} tokens of evidence "
           f"({what})\n  {tokens * flops:.3g} FLOPs, {seconds:,.0f} s on {prompt.device}, as measured on "
-          f"{measured[0]:,} tokens; to fit θ̄, {args.shared_steps} minibatches of 64 texts, and to report come on "
-          f"top\n"
+          f"{measured[0]:,} tokens; to fit θ̄, {args.shared_steps} minibatches of 64 texts, and to report "
+          f"come on top\n"
           f"  memory: weights {weights / 2**30:.2f} GiB, a batch of {args.tokens_per_batch:,} tokens "
           f"{args.tokens_per_batch * bytes_per_token(prompt) / 2**30:.2f} GiB; "
           f"disk: profiles.pt {profiles / 2**30:.2f} GiB")
@@ -1673,7 +1680,9 @@ def check_lengths(args, prompt, streams, own):
 
 
 def fit_common(args, prompt, streams, evidence, train, own, is_warm, progress):
-    """What all users share: θ̄ [P, S D], field weights, information by stream, noise [P, S D, S D]"""
+    """What all users share: θ̄ [P, S D], field weights, information by stream, noise [P, S D, S D], and the
+    curve of θ̄
+    """
     generator, most = progress.generator, 4096
     warm = is_warm.nonzero()[:, 0]
     if args.evidence == "history":  # their texts are made for the purpose: not of all users
@@ -1682,7 +1691,7 @@ def fit_common(args, prompt, streams, evidence, train, own, is_warm, progress):
     counts, mentions = ([torch.bincount(rows_of(stream, events), minlength=len(stream.texts.ids)).float()
                          for stream in streams] for events in (train, own))
     weights = torch.ones(len(FIELDS))
-    shared = progress.keep("shared", lambda: fit_shared(args, prompt, of_warm(), weights, generator))
+    shared, curve = progress.keep("shared", lambda: fit_shared(args, prompt, of_warm(), weights, generator))
     if args.field_weights == "noise":
         weights = progress.keep("weights", lambda: field_weights(args, prompt, streams, counts, shared,
                                                                  generator))
@@ -1695,7 +1704,7 @@ def fit_common(args, prompt, streams, evidence, train, own, is_warm, progress):
         information.append(information_of(scores, stream, count, needed, shared, weights))
     noise = torch.stack([next(of_stream[k][-1] for of_stream in information if k in of_stream)
                          for k in range(prompt.num_profiles)])
-    return shared, weights, information, noise
+    return shared, weights, information, noise, curve
 
 
 def write_profiles(args, value, needs, words, inputs, facts, figures):
@@ -1747,8 +1756,8 @@ def main(args):
     progress = Progress(args, recipe, generator, rank, world)
 
     inference_started = time.time()
-    shared, weights, information, noise = fit_common(args, prompt, streams, by_fold[-1], train, own, is_warm,
-                                                     progress)
+    shared, weights, information, noise, curve = fit_common(args, prompt, streams, by_fold[-1], train, own,
+                                                            is_warm, progress)
     prior, needs, objective = read_prior(args, names, shared), None, None
     if args.method == "score":
         coordinates = coordinates_of(args, prompt, streams, information, own, is_warm)
@@ -1783,8 +1792,8 @@ def main(args):
     facts = {"names": names, "llm": llm, "users": num_users, "users_with_evidence": int(has_evidence.sum())}
     write_profiles(args, value, needs, words, inputs, facts,
                    {"pull": pull, "field_weights": dict(zip(FIELDS, weights.tolist())),
-                    "heldout_nll": figures, "objective": objective, "seconds": time.time() - started,
-                    "inference_seconds": seconds})
+                    "heldout_nll": figures, "objective": objective, "curve": curve,
+                    "seconds": time.time() - started, "inference_seconds": seconds})
     progress.clear()
     if locked:
         locked.close()

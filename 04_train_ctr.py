@@ -50,12 +50,14 @@ from sklearn.preprocessing import normalize
 
 from common import (at_least, fail, logloss, options_text, parse_with_presets, read_artifacts, read_sidecar,
                     sha256_of, stage_parser, start_stage, with_interval, write_artifact)
-from ctr_models import MODELS, Member, Rows, WithVectors, train_stack
+from ctr_models import MODELS, Member, Rows, WithVectors, table_rows, train_stack
 
 PAPER = {"lr": 0.001}  # it tells neither batch size nor penalty
-# penalty of the embeddings: no network scales those of the shallow ones, nor the first-order weights, up again
+# penalty of the embeddings: no network scales those of the shallow ones, nor first-order weights, up again
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
-GRID = {"lr": (0.001, 0.005), "weight_decay": (1e-4, 3e-3), "net_decay": (0.0,), "start": (0.5, 0.05)}
+CHOICES = ("lr", "weight_decay", "net_decay", "start")  # what a row was trained with
+# the decay as a multiple of the model's own
+GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
@@ -106,8 +108,9 @@ def parse_args(argv=None):
     add("--start", type=at_least(0, float), default=0.5,
         help="standard deviation of the first embeddings of ids that many rows have")
     add("--net-decay", type=at_least(0, float), default=0.0, help="L2 penalty of all other parameters")
-    grid = ", ".join(f"--{key.replace('_', '-')} {' or '.join(map(str, GRID[key]))}" for key in GRID)
-    add("--tune", action="store_true", help=f"choose on valid, for each model and feature set, among {grid}")
+    grid = "; ".join(f"--{key.replace('_', '-')} {' or '.join(map(str, GRID[key]))}" for key in GRID)
+    add("--tune", action="store_true",
+        help=f"choose on valid, for each model and feature set, among {grid}; the decay times the model's own")
     add("--batch-size", type=at_least(1), default=512, help="rows per step")
     add("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
@@ -294,25 +297,20 @@ def leniency_of(split, seed, num_codes=4, num_folds=5):
 def rows_of(args, run, features, seeds):
     """Feature sets of one shape, F fields -> Rows for their models, and the place of each (feature, seed)"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # a user without train rows is unknown to the models: one id for all of them, behind the others
-    is_warm = run.history > 0
-    num_users = len(run.users) + (bool(args.id_dropout) or not is_warm.all())
-    user_id = np.where(is_warm, np.arange(len(run.users)), len(run.users))
     places, ids, num_rows = {}, {name: [] for name in run.labels}, []
     for feature, seed in itertools.product(features, seeds):
         if feature not in DRAWN and seed != seeds[0]:
             places[feature, seed] = places[feature, seeds[0]]
             continue
         places[feature, seed] = len(num_rows)
-        fields, sizes = fields_of(feature, run, seed)
-        first = np.cumsum([0, num_users, run.num_items, *sizes])  # each field has its own rows
-        num_rows.append(int(first[-1]))
+        found, size, unknown = table_rows({name: run.split[name] for name in ids},
+                                          *fields_of(feature, run, seed), run.history > 0, run.num_items,
+                                          bool(args.id_dropout))
+        num_rows.append(size)
         for name in ids:
-            frame = run.split[name]
-            columns = np.column_stack([user_id[frame["user"]], frame["item"], fields[name]])
-            ids[name].append(torch.from_numpy(columns + first[:-1]))
+            ids[name].append(found[name])
     rows = Rows({name: torch.stack(parts).to(device) for name, parts in ids.items()}, run.labels, num_rows,
-                unknown=num_users - 1)
+                unknown=unknown)
     if features == ["dense"]:
         users = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in ids}
         if run.fold is not None:  # the vectors of fold after fold, the last those with all evidence
@@ -335,6 +333,15 @@ def decay_of(args, model):
     return WEIGHT_DECAY[model] if args.weight_decay is None else args.weight_decay
 
 
+def candidates_of(args, model):
+    """What a model is trained with, in the order of CHOICES: the options, or with --tune all of the grid"""
+    decay = decay_of(args, model)
+    if not args.tune:
+        return [(args.lr, decay, args.net_decay, args.start)]
+    return [(lr, share * decay, args.net_decay, start) for lr, share, start in
+            itertools.product(*GRID.values())]
+
+
 def same_shape(features, num_profiles):
     """Feature sets by shape, each a list that trains in one stack: F = 2, 2 + P or 3 fields, or P vectors"""
     shapes = {"none": 0, "leniency": 1, "dense": "vectors"}
@@ -349,10 +356,9 @@ def train_group(args, name, run, features, seeds):
     for the chosen only.
     """
     rows, places = rows_of(args, run, features, seeds)
-    grid = list(itertools.product(*GRID.values())) if args.tune else [
-        (args.lr, decay_of(args, name), args.net_decay, args.start)]
     # candidates of one rate stop at about the same epoch, so that few wait for the last
-    todo = [(feature, seed, *candidate) for candidate in grid for feature in features for seed in seeds]
+    todo = [(feature, seed, *candidate) for candidate in candidates_of(args, name) for feature in features
+            for seed in seeds]
     members = [Member(places[feature, seed], seed, *candidate) for feature, seed, *candidate in todo]
     width = MODELS[name](rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
                          args.hidden).width
@@ -362,13 +368,14 @@ def train_group(args, name, run, features, seeds):
         figures, stack = train_stack(args, name, members[first:first + most], rows, args.compile)
         found += figures
         probabilities += list(stack.predict(rows, "test"))
-    table = pd.DataFrame(todo, columns=["features", "seed", *GRID]).join(pd.DataFrame(found))
+    table = pd.DataFrame(todo, columns=["features", "seed", *CHOICES]).join(pd.DataFrame(found))
     chosen = {}
     for feature in features:
-        mean = table[table["features"] == feature].groupby(list(GRID))["valid_logloss"].mean()
+        mean = table[table["features"] == feature].groupby(list(CHOICES))["valid_logloss"].mean()
         if not np.isfinite(mean.min()):
             fail(f"{name} diverged with --lr {mean.index[-1][0]:g}: lower it")
-        is_mine = (table["features"] == feature) & (table[list(GRID)] == np.array(mean.idxmin())).all(axis=1)
+        is_mine = (table["features"] == feature) & (table[list(CHOICES)]
+                                                    == np.array(mean.idxmin())).all(axis=1)
         for place, row in table[is_mine].iterrows():
             figures = row.drop(["features", "seed"]).to_dict()
             chosen[feature, row["seed"]] = figures | score(run, probabilities[place])
@@ -452,7 +459,7 @@ def train_run(args, run, models, features, seeds):
             row = finished[key]
             rows.append(row)
             was = f"{row['seconds']:.1f}s" if (feature, seed) in missing else "finished before"
-            chosen_options = " ".join(f"{row[key]:g}" for key in GRID)
+            chosen_options = " ".join(f"{row[key]:g}" for key in CHOICES)
             print(f"{model:7} {feature:8} split {run.split_seed} seed {seed} | "
                   f"lr, decays, start {chosen_options} | epoch {row['best_epoch']:02d}/{args.epochs} | "
                   f"valid auc {row['valid_auc']:.4f} logloss {row['valid_logloss']:.4f} | "

@@ -190,8 +190,8 @@ def write_artifact(args, name, value, inputs=(), **facts):
 
     value: a data frame, or an iterator of arrow tables (row groups that need not fit into memory together); a
     text; or a dict of tensors and plain values (see _write_streamed for large ones). `facts` (counts, the
-    numbers the stage printed, seconds) go into the sidecar as they are. The sidecar comes to its place first with the digest of what follows, so
-    that a kill in between is found out by `read_artifacts`.
+    numbers the stage printed, seconds) go into the sidecar as they are. The sidecar comes to its place first
+    with the digest of what follows, so that a kill in between is found out by `read_artifacts`.
     """
     run_dir = Path(args.run_dir)
     with whole_file(run_dir / name) as file:

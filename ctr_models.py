@@ -347,6 +347,21 @@ class Rows(NamedTuple):
         return [] if self.vectors is None else [self.vectors[self.users[split][rows]]]
 
 
+def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
+    """Ids as rows of one table in which each field has rows of its own, user and item before all others.
+
+    split: by name a data frame with columns user and item [n]; fields: by name the further ids int64 [n, P],
+    of `sizes`. Users without a train row are unknown to the models and share one id behind the others, which
+    has_unknown makes in any case. -> {name: int64 [n, 2 + P]}, rows of the table, the unknown user's.
+    """
+    num_users = len(is_warm) + (has_unknown or not is_warm.all())
+    user_id = np.where(is_warm, np.arange(len(is_warm)), len(is_warm))
+    first = np.cumsum([0, num_users, num_items, *sizes])
+    ids = {name: torch.from_numpy(np.column_stack([user_id[frame["user"]], frame["item"], fields[name]])
+                                  + first[:-1]) for name, frame in split.items()}
+    return ids, int(first[-1]), num_users - 1
+
+
 def build(name, num_fields, field_dim, num_layers, hidden, dims=()):
     """A model of the zoo; its last fields are vectors of widths `dims`, if there are any."""
     model = MODELS[name](num_fields, field_dim, num_layers, hidden)

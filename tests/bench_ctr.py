@@ -80,7 +80,7 @@ def library_epoch(ids, label, batch_size):
     return epoch
 
 
-def seconds_of(functions, rounds=3):
+def seconds_of(functions, rounds=5):
     """Median seconds of each function, run in turn so that a change of the machine's speed meets them all"""
     taken = [[] for _ in functions]
     for _ in range(rounds):

@@ -532,7 +532,8 @@ def test_the_shared_point_and_personal_steps_lower_the_nll_and_leave_the_llm_unt
     ones = torch.ones(len(infer.FIELDS))
     nll = lambda soft: float(sum(infer.weighted_nll(prompt, soft, stream, pairs.row, ones, pairs.user)
                                  for stream in streams))
-    shared = infer.fit_shared(args, prompt, evidence, ones, torch.Generator().manual_seed(0))
+    shared, curve = infer.fit_shared(args, prompt, evidence, ones, torch.Generator().manual_seed(0))
+    assert len(curve) == 25 and np.mean(curve[-5:]) < np.mean(curve[:5])
     start, everyone = soft_for(prompt, 1).expand(3, -1, -1), shared.expand(3, -1, -1)
     noise = torch.zeros(2, shared.shape[1], shared.shape[1])
     own = infer.infer_by_gradient(args, prompt, evidence, ones, everyone, shared, noise, 0.0, 10,

@@ -1,4 +1,3 @@
-import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -61,7 +60,7 @@ def test_test_labels_reach_neither_training_nor_any_choice():
     second.labels["test"] = 1 - second.labels["test"]
     (one,), (two,) = (group(run, "--tune").values() for run in (first, second))
     assert one["auc"] == pytest.approx(1 - two["auc"])
-    for key in ("valid_auc", "valid_logloss", "best_epoch", *ctr.GRID):
+    for key in ("valid_auc", "valid_logloss", "best_epoch", *ctr.CHOICES):
         assert one[key] == two[key]
 
 
@@ -94,19 +93,21 @@ def test_codes_that_tell_are_used_and_random_ones_are_not():
 
 
 def test_the_choice_is_the_best_mean_on_valid_and_is_that_run():
-    run = small_run_of()
-    chosen = group(run, "--tune", features=["codes", "random"], seeds=[0, 1])
+    run, grid = small_run_of(), ctr.candidates_of(settings("--tune", "--net-decay", 0.02), "dcn")
+    assert {row[1] for row in grid} == {3e-3, 0.1 * 3e-3} and {row[2] for row in grid} == {0.02}
+    assert len(grid) == 8
+    chosen = group(run, "--tune", "--net-decay", 0.02, features=["codes", "random"], seeds=[0, 1])
     for feature in ("codes", "random"):
         mean = {}
-        for values in itertools.product(*ctr.GRID.values()):
-            options = [f"--{key.replace('_', '-')}={value}" for key, value in zip(ctr.GRID, values)]
+        for values in grid:
+            options = [f"--{key.replace('_', '-')}={value}" for key, value in zip(ctr.CHOICES, values)]
             alone = group(run, *options, features=[feature], seeds=[0, 1])
             mean[values] = np.mean([figures["valid_logloss"] for figures in alone.values()])
-            if values == tuple(chosen[feature, 0][key] for key in ctr.GRID):
+            if values == tuple(chosen[feature, 0][key] for key in ctr.CHOICES):
                 for seed in (0, 1):
                     assert chosen[feature, seed] == pytest.approx(alone[feature, seed], abs=1e-5, nan_ok=True)
         for seed in (0, 1):
-            assert tuple(chosen[feature, seed][key] for key in ctr.GRID) == min(mean, key=mean.get)
+            assert tuple(chosen[feature, seed][key] for key in ctr.CHOICES) == min(mean, key=mean.get)
 
 
 def test_a_finished_row_is_never_trained_twice_and_a_killed_run_ends_the_same(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,10 @@
 import argparse
 import html
 import re
+import shutil
+import subprocess
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,12 +30,43 @@ def test_overrepresented_finds_what_a_code_has_more_and_nothing_in_equal_codes()
     names = ["a", "b", "c", "d"]
     counts = np.array([[50.0, 10, 10, 30], [10, 50, 10, 30], [10, 10, 50, 30]])
     found = case_study.overrepresented(counts, names, 2)
-    assert [[name for name, _ in row] for row in found] == [["a"], ["b"], ["c"]]
+    assert [[name for name, *_ in row] for row in found] == [["a"], ["b"], ["c"]]
     assert case_study.overrepresented(np.full((3, 4), 40.0), names, 2) == [[], [], []]
-    own, other, prior = counts[0], counts[1:].sum(0), 0.1 * counts.sum(0) + 0.01  # the first z by hand
+    own, other, prior = counts[0], counts[1:].sum(0), 0.1 * counts.sum(0) + 0.01  # the first one by hand
     first, second = own[0] + prior[0], other[0] + prior[0]
     odds = np.log(first / ((own + prior).sum() - first)) - np.log(second / ((other + prior).sum() - second))
-    assert np.isclose(found[0][0][1], odds / np.sqrt(1 / first + 1 / second))
+    error = np.sqrt(1 / first + 1 / second)
+    assert np.allclose(found[0][0][1:], np.exp([odds, odds - 1.96 * error, odds + 1.96 * error]))
+
+
+def test_of_a_thousand_names_by_chance_hardly_any_is_told():
+    """A test of each name at 2.5% would tell of 25 in every code."""
+    rng = np.random.default_rng(0)
+    found = case_study.overrepresented(rng.poisson(20, (4, 1000)).astype(float), list(range(1000)), 1000)
+    assert sum(map(len, found)) <= 2
+
+
+def test_facts_are_groups_and_agree_with_codes_that_follow_them():
+    users = pd.DataFrame({"user": range(80), "user_id": "u", "age": [20 + k // 2 for k in range(80)],
+                          "gender": ["F", None, "M", "M"] * 20, "zip_code": [str(k) for k in range(80)]})
+    facts = case_study.facts_of(users)
+    assert list(facts) == ["age", "gender"]
+    assert facts["age"].iloc[[0, 79]].tolist() == ["20 to 29", "50 to 59"] and facts["age"].nunique() == 4
+    codes = np.stack([np.arange(80) // 20, np.random.default_rng(0).integers(4, size=80)], 1)
+    run = argparse.Namespace(users=users, codes=codes, names=["told", "untold"], sizes=[4, 4])
+    agreed = {row[:2]: row[2:] for row in case_study.agreement(run)}
+    assert float(agreed["told", "age"][0]) > 0.99 and agreed["told", "age"][1] == "below 1e-16"
+    assert abs(float(agreed["untold", "age"][0])) < 0.1 and float(agreed["untold", "age"][1]) > 0.01
+    codes[:, 1] = 4  # unknown
+    assert all(row[0] == "told" for row in case_study.agreement(run))
+
+
+def test_items_fall_into_thirds_by_price():
+    items = pd.DataFrame({"title": "a", "category": "b", "brand": None,
+                          "price": [1.0, 2, 3, 4, 5, 6, np.nan]})
+    (_, counts, names), = [part for part in case_study.item_features(items) if part[0] == "price levels"]
+    assert sorted(names) == ["$2.67 to $4.33", "above $4.33", "up to $2.67"]
+    assert counts.sum(0).tolist() == [2, 2, 2] and counts[6].sum() == 0
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +107,8 @@ def test_a_words_attention_is_the_mean_of_its_tokens_whatever_the_others_sentenc
         noise, content = sentences[user]
         assert words == noise + content and is_content.sum() == len(content)
         ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
-        of_token = case_study.attention_to_soft(model, [5, 6], soft[user][None], torch.tensor([sum(ids, [])]))[0]
+        of_token = case_study.attention_to_soft(model, [5, 6], soft[user][None],
+                                                torch.tensor([sum(ids, [])]))[0]
         first = 0
         for part, weight in zip(ids, weights):
             assert np.isclose(float(of_token[first:first + len(part)].mean()), weight, atol=1e-5)
@@ -176,37 +211,122 @@ def test_the_report_has_its_pictures_tables_and_figures(small_run):
         assert part in page
 
 
-def test_the_report_tells_train_rows_only(small_run):
-    raw, run = small_run
+def tables_of(page, user_id):
+    """The tables of one user in a page: {title: rows as lists of texts, the header first}"""
+    part = page.split(f"<h3>User {user_id}</h3>")[1].split("<h3>")[0].split("<h2")[0]
+    cells = lambda row: [html.unescape(cell) for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", row)]
+    return {title: [cells(row) for row in re.findall(r"<tr>(.*?)</tr>", rows)]
+            for title, rows in re.findall(r"<h4>(.*?)</h4><table>(.*?)</table>", part)}
+
+
+def test_a_users_page_tells_train_rows_as_evidence_valid_ones_as_held_out_and_never_a_test_row(small_run):
     names = ("interactions", "items", "feature_bank")
-    interactions, items, bank = (pd.read_parquet(run / f"{name}.parquet") for name in names)
-    page = (run / "report.html").read_text()
-    for user_id, told in re.findall(r"<h3>User (\w+)</h3><p>Had \(train rows\): (.*?)</p>", page):
+    interactions, items, bank = (pd.read_parquet(small_run[1] / f"{name}.parquet") for name in names)
+    page, titles, num_held_out = (small_run[1] / "report.html").read_text(), items["title"].to_numpy(), 0
+    shown = re.findall(r"<h3>User (\w+)</h3>", page)
+    assert len(shown) == 2
+    for user_id in shown:
         rows = interactions[interactions["user"] == bank.set_index("user_id").loc[user_id, "user"]]
-        titles = items["title"].to_numpy()
-        shown = {title.strip() for title in told.split(" … ")[0].split(";")}
-        assert shown <= set(titles[rows.loc[rows["split"] == "train", "item"]])
-        assert len(shown) == min(12, (rows["split"] == "train").sum())
+        of_split = {split: set(titles[frame["item"]]) for split, frame in rows.groupby("split")}
+        tables = tables_of(page, user_id)
+        had, held_out = ([rows[1:] for title, rows in tables.items() if title.startswith(start)]
+                         for start in ("Had (train", "Held-out"))
+        assert {title for title, _ in had[0]} <= of_split["train"]
+        assert len(had[0]) == min(12, (rows["split"] == "train").sum())
+        if "valid" in of_split:
+            assert {row[0] for row in held_out[0]} == of_split["valid"]
+            num_held_out += len(held_out[0])
+            assert all(1 <= int(rank) <= len(items) for row in held_out[0] for rank in row[2:])
+        recommended = tables["Recommended by dcn"]
+        assert recommended[0] == ["rank", "without codes", "with codes"] and len(recommended) == 6
+        assert not {title for row in recommended[1:] for title in row[1:]} & of_split["train"]
+    assert num_held_out
+
+
+def test_what_is_recommended_comes_from_the_model_that_stage_4_scored(small_run):
+    """The same weights: the logloss of the valid rows is that of stage 4's table."""
+    args = case_study.parse_args(["--run-dir", str(small_run[1])])
+    run = case_study.read_run(args)
+    valid = run.split["valid"]
+    scores = case_study.click_scores(run, np.arange(len(run.bank)))
+    for feature, of_users in scores.items():
+        row = run.results[(run.results["model"] == "dcn") & (run.results["features"] == feature)].iloc[0]
+        found = common.logloss(valid["label"], of_users[valid["user"], valid["item"]])
+        assert np.isclose(found, row["valid_logloss"], atol=1e-5)
+    assert list(scores) == ["none", "codes"] and not np.allclose(scores["none"], scores["codes"])
+
+
+def test_one_users_page_is_printed_and_drawn(small_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    before = (run / "report.html").read_bytes()
+    user_id = pd.read_parquet(run / "feature_bank.parquet")["user_id"].iat[7]
+    printed = run_stage("05_case_study.py", "--run-dir", run, "--user", user_id, "--num-items", 3)
+    page = (run / "report/user-7.html").read_text()
+    tables = tables_of(page, user_id)
+    assert len(tables["Recommended by dcn"]) == 1 + 3
+    for title, rows in tables.items():
+        assert title in printed and all(str(cell)[:50] in printed for row in rows for cell in row)
+    drawn = {path.name for path in (run / "report/user-7").iterdir()}
+    assert drawn == {f"{kind}-{name}.{end}" for name in ("hobby", "background") for end in ("png", "csv")
+                     for kind in ("attention",)} | {f"map-{name}-by-code.{end}" for end in ("png", "csv")
+                                                    for name in ("hobby", "background")}
+    assert page.count("<img alt=") == 4 and (run / "report.html").read_bytes() == before
+    line = run_stage("05_case_study.py", "--run-dir", run, "--user", "nobody", ok=False)
+    assert "--user nobody: there is no such user; for example u" in line
+
+
+def test_pages_of_cold_users_tell_their_support_rows(tmp_path):
+    """With ratings and folds, too: the profile read is the one with all evidence."""
+    write_table(tmp_path / "raw")
+    run_pipeline(tmp_path / "run", tmp_path / "raw", split=("cold-user",), ratings=True, stages=4)
+    interactions, bank = (pd.read_parquet(tmp_path / f"run/{name}.parquet")
+                          for name in ("interactions", "feature_bank"))
+    cold = interactions.loc[interactions["split"] == "support", "user"].iat[0]
+    user_id = bank["user_id"].iat[cold]
+    run_stage("05_case_study.py", "--run-dir", tmp_path / "run", "--user", user_id)
+    tables = tables_of((tmp_path / f"run/report/user-{cold}.html").read_text(), user_id)
+    (rows,) = [rows for title, rows in tables.items() if title.startswith("Had (")]
+    mine = interactions[interactions["user"] == cold]
+    assert len(rows) - 1 == (mine["split"] == "support").sum() < len(mine)
+    assert not any(title.startswith("Held-out") for title in tables)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
+def test_a_browser_shows_titles_as_text_fetches_nothing_and_draws_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "clean", lambda text: text)
+    _, items = write_table(tmp_path / "raw")
+    items["title"] = [f"<script>document.title='taken'</script><img src=x onerror=alert(1)> {index}"
+                      for index in range(len(items))]
+    items.to_csv(tmp_path / "raw/items.csv.gz", index=False)
+    run_pipeline(tmp_path / "run", tmp_path / "raw")
+    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/own"]
+    address = (tmp_path / "run/report.html").as_uri()
+    page = subprocess.run([*chromium, "--dump-dom", address], capture_output=True, text=True,
+                          timeout=120).stdout
+    assert "<title>User inherent profiles</title>" in page and "<script" not in page
+    assert "&lt;script&gt;document.title" in page and page.count("<img") == page.count("<img alt=") > 5
+    picture = tmp_path / "page.png"
+    subprocess.run([*chromium, f"--screenshot={picture}", "--window-size=400,4000", address], timeout=120,
+                   capture_output=True)
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[:2] == (4000, 400) and pixels.std() > 0.05
 
 
 def test_options_move_what_they_should(small_run, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     pages = []
     for options in ((), ("--num-users", 3), ("--seed", 4), ("--num-words", 2), ("--num-scored", 9),
-                    ("--layers", 1), ("--heads", 0, 2)):
+                    ("--layers", 1), ("--heads", 0, 2), ("--num-items", 2)):
         run_stage("05_case_study.py", "--run-dir", run, *options)
         pages.append((run / "report.html").read_text())
-    assert len(set(pages)) == 7 and pages[1].count("<h3>User ") == 3
+    assert len(set(pages)) == 8 and pages[1].count("<h3>User ") == 3
     line = run_stage("05_case_study.py", "--run-dir", run, "--layers", 4, ok=False)
     assert "--layers 4: this LLM has 4, counted from 0" in line
 
 
 def test_a_missing_predecessor_is_named(small_run, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     (run / "results.parquet").unlink()
@@ -214,8 +334,6 @@ def test_a_missing_predecessor_is_named(small_run, tmp_path):
 
 
 def test_another_tiny_llm_than_that_of_the_profiles_is_refused(small_run, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     (run / "tiny_llm/made_from.txt").write_text("another")
