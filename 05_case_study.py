@@ -15,8 +15,8 @@ Writes  report.html: one file with its pictures inside, opens without a network
         report/: each picture as PNG, what it shows as csv
         with --user ID: report/user-N.html and report/user-N/ instead, and the page as text on the screen
 
-Example: python 05_case_study.py        (30 seconds)
-  wrote runs/demo/report.html: 4 users, 7 codes, 10 pictures
+Example: python 05_case_study.py        (15 seconds)
+  wrote runs/demo/report.html: 4 users, 7 codes, 9 pictures
 """
 
 import argparse
