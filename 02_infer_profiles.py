@@ -96,6 +96,8 @@ def parse_args(argv=None):
         help="fields per profile (default: title+category brand+price, and rating); none = all to all")
     add("--mask", choices=["fig4", "causal"], default="fig4", help="Fig. 4, or plain causal for the ablation")
     add("--soft-tokens", type=at_least(1), default=1, metavar="S", help="soft tokens per profile, S")
+    add("--rank", type=at_least(1), default=16, metavar="R",
+        help="score: directions of a profile's S · D in which users may differ")
     add("--init", choices=["random", "names", "vocab", "uniform"], default="random",
         help="first soft tokens: normal, the name's last word, words at random, U(-.1, .1)")
     add("--prior", type=Path, metavar="CODEBOOK",
@@ -1050,7 +1052,7 @@ def sum_by_user(user, row, of_row, num_users):
     return torch.from_numpy(incidence_of(user, row, num_users, len(of_row)) @ of_row.double().numpy())
 
 
-def project_scores(incidence, tables, count, noise, is_warm, rank=16, block=2**16):
+def project_scores(incidence, tables, count, noise, is_warm, rank, block=2**16):
     """Whiten scores by the noise and keep the directions in which the warm users (is_warm [N]) differ most.
 
     incidence sparse [N, R] and tables [R, D]: users' sums of scores; count [N] texts, noise [D, D] ->
@@ -1111,7 +1113,7 @@ def coordinates_of(args, prompt, streams, information, events, is_warm):
         own, strangers, known, noise = information[place][k]
         incidence, count = told_by(streams[place], events, is_warm, len(is_warm))
         tables = torch.cat([own, strangers])
-        projection, eigenvalues = project_scores(incidence, tables, count, noise, is_warm)
+        projection, eigenvalues = project_scores(incidence, tables, count, noise, is_warm, args.rank)
         # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
         edge = (1 + math.sqrt(len(noise) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
         excess = float(eigenvalues[eigenvalues > edge].mean()) - 1 if (eigenvalues > edge).any() else 0.1

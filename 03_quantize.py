@@ -316,9 +316,9 @@ def codes_of(part, profiles, num_evidence):
     return torch.where(num_evidence > 0, codes, len(part["codebook"]))
 
 
-def probe_known(args, stored, names, users, told, num_dims=16):
+def probe_known(args, stored, names, users, told, num_dims=32):
     """MovieLens: does a logistic regression on the profiles find gender and age? AUC over 5 folds, users with
-    evidence; a profile gives its 16 leading whitened directions. For checking only.
+    evidence; a profile gives its 32 leading whitened directions. For checking only.
     """
     if not {"gender", "age"} <= set(users):
         return {}

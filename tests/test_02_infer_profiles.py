@@ -386,7 +386,8 @@ class NoProgress:
 def score_case(llm, events, is_warm, **changes):
     """Profiles of a few users by the score method, all that is shared held fixed: a function of events."""
     prompt, streams = prompt_of(llm), [streams_of(llm)[0], rating_stream(llm)]
-    args = argparse.Namespace(**{"folds": 0, "pull": 2.0, "map_steps": 3, "tokens_per_batch": 500} | changes)
+    options = {"folds": 0, "pull": 2.0, "rank": 16, "map_steps": 3, "tokens_per_batch": 500}
+    args = argparse.Namespace(**options | changes)
     shared = soft_for(prompt, 1)[0]
     counts = [torch.bincount(infer.rows_of(stream, events), minlength=len(stream.texts.ids)).float()
               for stream in streams]
@@ -622,6 +623,14 @@ def test_methods_evidence_and_any_number_of_profiles_run(small_run, tmp_path, op
     assert torch.isfinite(profiles).all() and (profiles.std(-3) > 0).any()
     assert stored["num_evidence"].shape == profiles.shape[:-1]
     assert np.isfinite(sidecar["heldout_nll"]["own"])
+
+
+def test_the_rank_says_in_how_many_directions_profiles_differ(small_run, tmp_path):
+    _, stored, _ = infer_run(small_run, tmp_path, "--llm", "tiny", "--rank", 3)
+    for k in range(2):
+        profiles = stored["profiles"][:, k].double()
+        sizes = torch.linalg.svdvals(profiles - profiles.mean(0))
+        assert sizes[2] > 1e-3 * sizes[0] and sizes[3] < 1e-5 * sizes[0]
 
 
 def test_reviews_are_evidence_their_first_sentence_only(small_run, tmp_path):
