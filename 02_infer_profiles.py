@@ -118,7 +118,7 @@ def parse_args(argv=None):
     add("--shared-steps", type=at_least(1), default=100, help="minibatch steps that fit the shared θ̄")
     add("--map-steps", type=at_least(1), default=150, help="score: minibatch steps that fit the map to θ")
     add("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
-    add("--batch-size", type=at_least(1), default=128, help="gradient: users per block")
+    add("--batch-size", type=at_least(1), help="gradient: users per block (default 128, with CUDA 1024)")
     add("--tokens-per-batch", type=at_least(1),
         help="tokens per forward pass, prompt included (default: what memory holds; without CUDA 4096 at "
              "most)")
@@ -347,12 +347,13 @@ def cut(texts, rows):
     return Texts(texts.ids[rows, :length], texts.field[rows, :length], texts.length[rows])
 
 
-def batches(prompt, texts, rows, max_tokens, enough=256, least=0.85):
+def batches(prompt, texts, rows, max_tokens, least=0.85):
     """Split rows [R] into batches of texts of about equal length, longest first: yields places in `rows`.
 
-    A batch ends at max_tokens, or, once it has `enough` of them, before texts shorter than `least` of its
-    longest: what is padded away costs more than a small batch.
+    A batch ends at max_tokens, or, once it has enough of them to keep the machine busy, before texts shorter
+    than `least` of its longest: what is padded away costs more than a small batch.
     """
+    enough = 1024 if prompt.device.type == "cuda" else 256
     lengths = texts.length[rows]
     order, start = torch.argsort(lengths, descending=True, stable=True), 0
     ordered = lengths[order]
@@ -1482,12 +1483,12 @@ def choose_steps(args, prompt, streams, evidence, weights, shared, noise, pull, 
 
 
 def bytes_per_token(prompt):
-    """What a token of a batch needs until backward has passed: about 34 numbers per layer and dimension"""
+    """What a token of a batch needs until backward has passed: at most 20 numbers per layer and dimension"""
     layers = prompt.model.config.num_hidden_layers
-    return 34 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
+    return 20 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
 
 
-def tokens_that_fit(prompt, share=0.6):
+def tokens_that_fit(prompt, share=0.75):
     """Tokens per batch that fill `share` of the free memory; on a CPU more than 4,096 gain nothing."""
     if prompt.device.type == "cuda":
         free, most = torch.cuda.mem_get_info()[0], 2**17
@@ -1646,6 +1647,14 @@ def infer_only(args):
           f"with evidence among {len(item):,} rows of items that the run knows")
 
 
+def compile_mlps(model):
+    """On CUDA, what stands between an MLP's matrix products becomes one kernel; not without a C compiler."""
+    if model.device.type == "cuda" and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        for module in model.modules():
+            if type(module).__name__.endswith("MLP"):
+                module.compile(dynamic=True)
+
+
 def load_prompt(args, train, streams, pieces, names, name_texts, rank=0):
     """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1658,6 +1667,7 @@ def load_prompt(args, train, streams, pieces, names, name_texts, rank=0):
     if dist.is_initialized():  # the others read what the first has made
         dist.barrier()
     model, tokenizer = load_llm(args, llm, device)
+    compile_mlps(model)
     prompt = Prompt(model, tokenizer, names, name_texts, args.task_text, args.soft_tokens, args.mask)
     print(f"LLM: {sum(p.numel() for p in model.parameters()):,} parameters, D {prompt.embedding.shape[1]}, "
           f"{prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} on {device}; "
@@ -1738,6 +1748,8 @@ def main(args):
     routes = routes_of(args, items.iloc[train.item.unique().numpy()], names)
     streams, pieces = streams_of(args, routes, interactions, items, words)
     prompt, tokenizer, llm = load_prompt(args, train, streams, pieces, names, name_texts, rank)
+    # a GPU wants large batches of texts of one length, which a large block has; profiles are the same
+    args.batch_size = args.batch_size or (1024 if prompt.device.type == "cuda" else 128)
 
     most = args.review_tokens if args.evidence == "review" else None
     streams = [stream._replace(texts=tokenize(tokenizer, of_row, most))

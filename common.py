@@ -82,13 +82,16 @@ def parse_with_presets(parser, argv, **presets):
 
 
 def start_stage(args):
-    """Seed every generator and say what runs. torch stays deterministic: same seed, same bits."""
+    """Seed every generator and say what runs. torch stays deterministic: same seed, same bits, without
+    the NaN that it would write into all new memory to show who reads it too early.
+    """
     if args.seed >= 2**32:
         fail(f"--seed {args.seed}: it must be below 2**32 = {2**32}")
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False
     options = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()) if value is not None)
     print(f"{Path(sys.argv[0]).name} | {options}")
 
@@ -308,19 +311,25 @@ def load_llm(args, llm, device="cpu", **options_of_model):
     if not tokenizer.is_fast or len(tokenizer) < 3:
         fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; "
              f"save a fast tokenizer there")
-    model = _fuse_gelu(loaded).to(device).eval().requires_grad_(False)
+    model = fuse(loaded).to(device).eval().requires_grad_(False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
              f"{model.get_input_embeddings().num_embeddings:,}; they do not belong together")
     return model, tokenizer
 
 
-def _fuse_gelu(model):
-    """The model with GPT-2's gelu in one call instead of eight: the same function in half a layer's time."""
+def fuse(model):
+    """The model with GPT-2's GELU and Llama's RMSNorm in one call each instead of six to eight: the same
+    functions, in a fraction of the time and of the memory traffic.
+    """
     for module in model.modules():
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
                 setattr(module, name, nn.GELU(approximate="tanh"))
+            elif type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(len(child.weight), child.variance_epsilon, device="meta")
+                norm.weight = child.weight
+                setattr(module, name, norm)
     return model
 
 
