@@ -730,7 +730,7 @@ def join_processes():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for each other, no more
         if rank:
             sys.stdout = open(os.devnull, "w")
@@ -1483,12 +1483,12 @@ def choose_steps(args, prompt, streams, evidence, weights, shared, noise, pull, 
 
 
 def bytes_per_token(prompt):
-    """What a token of a batch needs until backward has passed: at most 20 numbers per layer and dimension"""
+    """What a token of a batch needs until backward has passed: about 22 numbers per layer and dimension"""
     layers = prompt.model.config.num_hidden_layers
-    return 20 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
+    return 22 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
 
 
-def tokens_that_fit(prompt, share=0.75):
+def tokens_that_fit(prompt, share=0.8):
     """Tokens per batch that fill `share` of the free memory; on a CPU more than 4,096 gain nothing."""
     if prompt.device.type == "cuda":
         free, most = torch.cuda.mem_get_info()[0], 2**17
@@ -1647,14 +1647,6 @@ def infer_only(args):
           f"with evidence among {len(item):,} rows of items that the run knows")
 
 
-def compile_mlps(model):
-    """On CUDA, what stands between an MLP's matrix products becomes one kernel; not without a C compiler."""
-    if model.device.type == "cuda" and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        for module in model.modules():
-            if type(module).__name__.endswith("MLP"):
-                module.compile(dynamic=True)
-
-
 def load_prompt(args, train, streams, pieces, names, name_texts, rank=0):
     """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1667,7 +1659,6 @@ def load_prompt(args, train, streams, pieces, names, name_texts, rank=0):
     if dist.is_initialized():  # the others read what the first has made
         dist.barrier()
     model, tokenizer = load_llm(args, llm, device)
-    compile_mlps(model)
     prompt = Prompt(model, tokenizer, names, name_texts, args.task_text, args.soft_tokens, args.mask)
     print(f"LLM: {sum(p.numel() for p in model.parameters()):,} parameters, D {prompt.embedding.shape[1]}, "
           f"{prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} on {device}; "

@@ -165,7 +165,6 @@ def speed(args, shape, device):
     model, tokenizer = llm_of_shape(shape, device)
     prompt_of = lambda model: infer.Prompt(model, tokenizer, ["hobby", "background"], NAME_TEXTS, TASK_TEXT)
     quick = fuse(copy.deepcopy(model, {id(value): value for value in model.parameters()}))  # the same weights
-    infer.compile_mlps(quick)
     plain, prompt = prompt_of(model), prompt_of(quick)
     args.tokens_per_batch = infer.tokens_that_fit(prompt)
 

@@ -1,6 +1,7 @@
 """Stage 2 at scale: shortcuts that change no number, nothing lost, several processes, little memory."""
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import common
-from conftest import NAME_TEXTS, ROOT, TASK_TEXT, dies, infer, run_process, run_stage
+from conftest import NAME_TEXTS, ROOT, TASK_TEXT, dies, infer, run_process, run_stage, save_llm
 from test_02_infer_profiles import events_of, prompt_of, soft_for, streams_of, texts_of
 
 
@@ -106,12 +107,38 @@ def test_no_logits_of_all_rows_are_ever_held(llm, monkeypatch):
     assert max(sizes) <= 5 and sum(sizes) == 50
 
 
-def test_gelu_in_one_call_changes_nothing(llm):
-    from transformers.activations import NewGELUActivation
+@pytest.mark.parametrize("architecture, slow", [("gpt2", "NewGELUActivation"), ("llama", "LlamaRMSNorm")])
+def test_fused_calls_change_nothing(tmp_path, architecture, slow):
+    """Nothing is left in small calls, the weights are the same ones, and so are NLL and gradient."""
+    from transformers import AutoModelForCausalLM
 
-    assert not [module for module in llm[0].modules() if isinstance(module, NewGELUActivation)]
-    x = torch.linspace(-6, 6, 1000)
-    assert torch.allclose(NewGELUActivation()(x), torch.nn.GELU(approximate="tanh")(x), atol=1e-6)
+    folder = save_llm(tmp_path / "llm", architecture)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    for value in model.parameters():  # norms are saved as ones
+        value += 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    fused = common.fuse(copy.deepcopy(model, {id(value): value for value in model.parameters()}))
+    kinds = lambda model: [type(module).__name__ for module in model.modules()]
+    assert slow in kinds(model) and slow not in kinds(fused)
+    assert all(one is two for one, two in zip(model.parameters(), fused.parameters(), strict=True))
+    found = []
+    for each in (model, fused):
+        embeddings = torch.randn(3, 7, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        logits = each(inputs_embeds=embeddings.requires_grad_(), use_cache=False).logits
+        loss = logits.logsumexp(2).sum()
+        found.append((loss, *torch.autograd.grad(loss, embeddings)))
+    for one, two in zip(*found):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_more_processes_than_gpus_share_them(monkeypatch):
+    chosen = []
+    for key, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(infer.dist, "init_process_group", lambda *args, **options: None)
+    assert infer.join_processes() == (0, 4) and chosen == [1]
 
 
 def test_a_llm_that_changes_its_logits_behind_the_head_is_refused(llm, capsys, monkeypatch):
