@@ -85,10 +85,13 @@ def row_of(name, folder):
     pair = lambda key, digits: " · ".join(
         "–" if coded.get(f"{profile}_{key}") is None else f"{coded[f'{profile}_{key}']:.{digits}f}"
         for profile in coded["names"])
-    ari = " · ".join(f"{coded[f'{profile}_vs_true_{profile}']:.2f} ({coded[f'{profile}_share_of_bayes']:.0%})"
-                     for profile in coded["names"] if f"{profile}_share_of_bayes" in coded)
-    cross = [value for key, value in coded.items() if "_vs_true_" in key and key.split("_vs_true_")[0]
-             != key.split("_vs_true_")[1]]
+    # by place: the released recipe's `likes` and `level` are to find what `hobby` and `background` find
+    truths = [key.split("_vs_")[1] for key in coded if key.startswith(f"{coded['names'][0]}_vs_true_")]
+    pairs = dict(zip(coded["names"], truths))
+    share = lambda name: (f" ({coded[key]:.0%})" if (key := f"{name}_share_of_bayes") in coded else "")
+    ari = " · ".join(f"{coded[f'{name}_vs_{truth}']:.2f}{share(name)}" for name, truth in pairs.items())
+    cross = [coded[f"{name}_vs_{truth}"] for name in coded["names"] for truth in truths
+             if pairs.get(name) != truth]
     probes = " · ".join(f"{coded[key]:.2f}" for key in ("probe_gender", "probe_age_over_30") if key in coded)
     gain = scored["gains"]["dcn"]
     return [name, f"{shared[0]:+.4f} ± {shared[1]:.4f}", f"{shuffled[0]:+.4f} ± {shuffled[1]:.4f}",
