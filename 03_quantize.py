@@ -86,12 +86,14 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def whiten(deviation, gain, noise, num_dims, most, quiet=False):
+def whiten(deviation, gain, noise, num_dims, most, is_to_scale=True, quiet=False):
     """Directions in which users differ more than sampling explains.
 
     deviation θ - θ̄ [N, D], gain [N], noise [D, D] (covariance of gain · deviation, if users did not differ)
     -> transform [D, C], all eigenvalues. Whitened, noise has variance 1; pure noise of N users in D
     dimensions stays below (1 + √(D/N))² (Marchenko and Pastur), so what stands above tells of users.
+    is_to_scale: else noise is known but for a factor (a few steps of AdamW go as far as the learning rate
+    says), and most directions are taken to be noise: their median is its variance.
     """
     values, vectors = torch.linalg.eigh(noise.double())
     kept = values > 1e-6 * values.max()  # what is below is float32's rounding, not a direction
@@ -99,12 +101,13 @@ def whiten(deviation, gain, noise, num_dims, most, quiet=False):
     z = gain.double()[:, None] * (deviation.double() @ to_unit)  # [N, R]
     eigenvalues, directions = torch.linalg.eigh(torch.atleast_2d(torch.cov(z.T)))
     eigenvalues, directions = eigenvalues.flip(0), directions.flip(1)
-    edge = (1 + math.sqrt(noise.shape[0] / len(z))) ** 2
+    level = 1.0 if is_to_scale else float(eigenvalues.median())
+    edge = level * (1 + math.sqrt(noise.shape[0] / len(z))) ** 2
     above = int((eigenvalues > edge).sum())
     num_dims = min(num_dims or max(1, min(above, most)), len(eigenvalues))
     leading = " ".join(f"{value:.2f}" for value in eigenvalues[:10])
     if not quiet:
-        print(f"  whitened eigenvalues (noise 1, its edge {edge:.2f}): {leading} | "
+        print(f"  whitened eigenvalues (noise {level:.3g}, its edge {edge:.3g}): {leading} | "
               f"{above} above the edge, {num_dims} kept")
     return (to_unit @ directions[:, :num_dims]).float(), eigenvalues
 
@@ -395,6 +398,7 @@ def is_rated(args, names):
 def starts_of(args, stored, names, told, rows, valid, num_items):
     """Transform [D, C] and mean [D] of each profile (see whiten), profiles around the mean [F + 1, N, D]"""
     rated = is_rated(args, names)
+    is_to_scale = read_sidecar(args, "profiles.pt")["options"].get("method", "score") == "score"
     starts, means, deviations, eigenvalues = [], [], [], {}
     for k, (name, num_codes) in enumerate(zip(names, args.codes)):
         profiles, mine = stored["profiles"][:, :, k], told[k]
@@ -403,7 +407,7 @@ def starts_of(args, stored, names, told, rows, valid, num_items):
         print(f"{name}: {int(mine.sum()):,} users with evidence in train rows, {num_codes} codes")
         if args.whiten:
             transform, values = whiten(deviation[-1, mine], stored["gain"][mine, k], stored["noise"][k],
-                                       args.dims, num_codes - 1)
+                                       args.dims, num_codes - 1, is_to_scale)
             eigenvalues[f"{name}_eigenvalues"] = values.tolist()
             if not args.dims and args.rec_weight and len(valid[0]):
                 every, _ = whiten(deviation[-1, mine], stored["gain"][mine, k], stored["noise"][k], 16, 0,

@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -32,6 +33,26 @@ def test_whitening_finds_exactly_the_directions_that_hold_information():
     whitened = KMeans(4, n_init=4, random_state=0).fit_predict((deviation @ transform).numpy())
     plain = KMeans(4, n_init=4, random_state=0).fit_predict(deviation.numpy())
     assert adjusted_rand_score(kind, whitened) > 0.85 > 0.3 > adjusted_rand_score(kind, plain)
+
+
+@pytest.mark.parametrize("factor", [0.01, 30.0])
+def test_whitening_does_not_ask_how_large_steps_of_gradient_were(factor):
+    deviation, noise, _ = clusters()
+    gain = torch.ones(len(deviation))
+    found, _ = quantize.whiten(factor * deviation, gain, noise, 0, 10, is_to_scale=False)
+    assert found.shape == (24, 3)
+    assert quantize.whiten(factor * deviation, gain, noise, 0, 10)[0].shape[1] in (1, 10)  # none, or all
+
+
+@pytest.mark.parametrize("method, is_known", [("score", True), ("gradient", False)])
+def test_only_scores_come_with_the_size_of_their_noise(small_run, tmp_path, method, is_known):
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    sidecar = json.loads((run / "profiles.pt.json").read_text())
+    sidecar["options"]["method"] = method
+    (run / "profiles.pt.json").write_text(json.dumps(sidecar))
+    printed = run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 2, "--epochs", 1)
+    assert ("(noise 1, its edge" in printed) == is_known
 
 
 def test_dims_and_most_bind_the_number_of_directions():
@@ -209,8 +230,6 @@ def test_what_ratings_tell_is_quantized_along_the_labels_direction_into_eight_co
 
 
 def test_codes_of_train_rows_are_those_without_their_own_fold(small_run, tmp_path):
-    import shutil
-
     import common
 
     run = tmp_path / "run"
@@ -246,8 +265,6 @@ def test_the_recommendation_loss_reaches_encoder_and_items_through_the_codewords
 
 
 def test_the_bank_holds_one_code_per_user_and_unknown_for_those_without_evidence(small_run, tmp_path):
-    import shutil
-
     import common
 
     run = tmp_path / "run"
