@@ -4,16 +4,16 @@
 
 Prints tables, medians of interleaved repetitions, and as its last line one JSON object (null: not measured).
 
-Speed: personal steps of AdamW on a LLM of GPT-2's shape with random weights (on a GPU with room Llama-2-7B's,
-too), in the dtype and with the settings of the stage, histories as long as those of Amazon's games (5.5 train
-rows a user, 11 tokens a title). The naive loop: one forward pass of Hugging Face's model, as it is loaded, with
-all logits over a padded batch of 8 texts, the prompt computed anew for each, a dense AdamW over all users;
-`frozen` is the same with requires_grad_(False) for the LLM, which is one line more than people write. PEFT's
-prompt tuning (where peft is installed) has one prompt per adapter, in front of the text, without the mask:
-batch 1, with GPT-2's shape only. All take the same steps; ours and the naive loop must come to the same NLL.
-Ours works on blocks: on a CPU 64 users (the stage's has 128; --quick 16), on a GPU 1,024 as in the stage. What
-the others take for a text does not depend on how many users there are: they have the first 8 (--quick 4, on a
-GPU 32); a user is as many texts as users have on average.
+Speed: personal steps of AdamW on a LLM of GPT-2's shape with random weights (on a GPU with room
+Llama-2-7B's, too), in the dtype and with the settings of the stage, histories as long as those of Amazon's
+games (5.5 train rows a user, 11 tokens a title). The naive loop: one forward pass of Hugging Face's model, as
+it is loaded, with all logits over a padded batch of 8 texts, the prompt computed anew for each, a dense AdamW
+over all users; `frozen` is the same with requires_grad_(False) for the LLM, which is one line more than
+people write. PEFT's prompt tuning (where peft is installed) has one prompt per adapter, in front of the text,
+without the mask: batch 1, with GPT-2's shape only. All take the same steps; ours and the naive loop must come
+to the same NLL (1e-4; in bfloat16 1e-3). Ours works on blocks: on a CPU 64 users (the stage's has 128;
+--quick 16), on a GPU 1,024 as in the stage. What the others take for a text does not depend on how many users
+there are: they have the first 8 (--quick 4, on a GPU 32); a user is as many texts as users have on average.
 
 Memory and the score method: whole runs of the stage with a LLM of width 768 and one small layer, so that what
 users cost is seen; memory in blocks of 1,024 users, titles only.
@@ -62,7 +62,7 @@ def games_like(num_users, vocabulary, evidence, seed=0):
 
 
 def llm_of_shape(shape, device):
-    """A LLM of that shape with random weights, as transformers builds it, in the stage's dtype; a tokenizer"""
+    """A LLM of that shape with random weights, as transformers builds it, and a tokenizer"""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -179,9 +179,9 @@ def speed(args, shape, device):
         body -= model.transformer.wpe.weight.numel()
     result, lr = {}, 0.1 * prompt.scale
     print(f"{shape}'s shape on {device}, {prompt.embedding.dtype}, {torch.get_num_threads()} threads, "
-          f"{args.users} users, {args.tokens_per_batch:,} tokens per batch\n| evidence | way | users per second "
-          f"and step | tokens per second | share of the matrix product | peak memory (MiB) | NLL after 2 steps | "
-          f"ratio |\n|---|---|---|---|---|---|---|---|")
+          f"{args.users} users, {args.tokens_per_batch:,} tokens per batch\n"
+          "| evidence | way | users per second and step | tokens per second | share of the matrix product | "
+          "peak memory (MiB) | NLL after 2 steps | ratio |\n|---|---|---|---|---|---|---|---|")
     for evidence in ("items",) if args.quick else ("items", "history"):
         stream, pairs = games_like(args.users, model.config.vocab_size, evidence)
         mine = pairs.user < args.users_of_others
@@ -212,9 +212,9 @@ def speed(args, shape, device):
                 if device == "cuda":
                     torch.cuda.synchronize()
                 taken[name].append(time.perf_counter() - started)
-        tokens = {name: int(stream.texts.length[(pairs if name == "ours" else few).row].sum()) for name in ways}
-        users = {name: len((pairs if name == "ours" else few).row) / len(pairs.row) * args.users
-                 for name in ways}
+        rows = {name: (pairs if name == "ours" else few).row for name in ways}
+        tokens = {name: int(stream.texts.length[row].sum()) for name, row in rows.items()}
+        users = {name: len(row) / len(pairs.row) * args.users for name, row in rows.items()}
         per_user = {name: [s / users[name] for s in seconds] for name, seconds in taken.items()}
         flops = 4 * (body + prompt.head.weight.numel())  # a token's: forward, and backward to the θ
         for name, seconds in taken.items():
@@ -223,8 +223,8 @@ def speed(args, shape, device):
             share = statistics.median(tokens[name] * flops / s / rate for s, rate in zip(seconds, rates))
             result[evidence, name] = {"ratio": ratio, "share": share}
             told = f"{nll[name] / tokens['naive']:.5f}" if name in nll else "–"
-            print(f"| {evidence} | {name} | {users[name] / took:.2f} | {tokens[name] / took:,.0f} | {share:.0%} | "
-                  f"{peaks[name]} | {told} | {ratio:.2f} |", flush=True)
+            print(f"| {evidence} | {name} | {users[name] / took:.2f} | {tokens[name] / took:,.0f} | "
+                  f"{share:.0%} | {peaks[name]} | {told} | {ratio:.2f} |", flush=True)
         least = 1e-3 if prompt.embedding.dtype == torch.bfloat16 else 1e-4
         assert abs(nll["naive"] / nll["ours"] - 1) < least, "the ways do not come to the same NLL"
     return result
@@ -330,7 +330,7 @@ def main():
                              "speedup_over_peft", "million_users_seconds", "llama_speedup_over_naive",
                              "llama_matmul_share"))
     with torch.device("cpu"):
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} interleaved rounds")
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     if wanted("speed"):
         found = speed(args, "gpt2", "cuda" if cuda else "cpu")
         figures |= {"speedup_over_naive": found["items", "ours"]["ratio"],
