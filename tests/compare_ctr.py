@@ -47,7 +47,9 @@ def library_model(name, sizes, l2, seed):
                              **linear),
         "pnn": lambda: PNN(columns, **deep, **penalties),
         "deepfm": lambda: DeepFM(columns, columns, **deep, **linear),
-        "autoint": lambda: AutoInt(columns, columns, att_layer_num=3, att_head_num=2, **deep, **penalties),
+        # the library's default adds an MLP beside the attention (AutoInt+), which ours does not have
+        "autoint": lambda: AutoInt(columns, columns, att_layer_num=3, att_head_num=2, dnn_hidden_units=(),
+                                   **penalties),
         "afm": lambda: AFM(columns, columns, attention_factor=8, afm_dropout=0.2, **linear),
         "fibinet": lambda: FiBiNET(columns, columns, **deep, **linear)}
     with contextlib.redirect_stdout(io.StringIO()):
