@@ -190,9 +190,21 @@ def test_the_directions_that_matter_to_what_users_like_are_kept():
     assert kept(kind[0][user] * (item % 2 * 2 - 1) > 0) == "leading 1"
     assert kept(kind[1][user] * (item % 2 * 2 - 1) > 0) == "second"
     label = (kind[0][user] * (item % 2 * 2 - 1) > 0).float()
-    told = [quantize.rec_loss_of(codes[None], 2, *rows_of(label), 6, 0) for codes in ((kind[0] > 0).long(),
-                                                                                       (kind[1] > 0).long())]
+    told = [quantize.rec_loss_of((values > 0).long()[None], 2, *rows_of(label), 6, 0).mean() for values in kind]
     assert told[0] < 0.2 and told[1] > 0.6
+
+
+@pytest.mark.parametrize("better, kept", [(0.0007, "leading 2"), (0.02, "leading 1")])
+def test_a_direction_is_given_up_for_no_tie(monkeypatch, better, kept):
+    """Less loss on valid rows without it, by less and by more than the standard error, .1 / √1000."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(1000)
+    losses = iter([0.6 + noise - noise.mean() - better] * 2 + [np.full(1000, 0.6)] * 2)
+    monkeypatch.setattr(quantize, "rec_loss_of", lambda *_: next(losses))
+    candidates = {"leading 1": torch.eye(2)[:, :1], "leading 2": torch.eye(2)}
+    deviation = torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(0))
+    chosen = quantize.choose_directions(argparse.Namespace(seed=0), candidates, deviation, torch.ones(50).bool(),
+                                        torch.ones(1, 50), 2, (), (), 6)
+    assert chosen is candidates[kept]
 
 
 def test_the_direction_of_the_label_is_found_whatever_its_variance():
