@@ -311,14 +311,14 @@ def load_llm(args, llm, device="cpu", **options_of_model):
     if not tokenizer.is_fast or len(tokenizer) < 3:
         fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' places in the text; "
              f"save a fast tokenizer there")
-    model = fuse(loaded).to(device).eval().requires_grad_(False)
+    model = _fuse(loaded).to(device).eval().requires_grad_(False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
              f"{model.get_input_embeddings().num_embeddings:,}; they do not belong together")
     return model, tokenizer
 
 
-def fuse(model):
+def _fuse(model):
     """The model with GPT-2's GELU and Llama's RMSNorm in one call each instead of six to eight: the same
     functions, in a fraction of the time and of the memory traffic.
     """

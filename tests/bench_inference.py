@@ -39,7 +39,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import NAME_TEXTS, ROOT, TASK_TEXT, bpe_tokenizer, ctr, infer  # noqa: E402
 
-from common import fuse, write_artifact  # noqa: E402
+from common import _fuse, write_artifact  # noqa: E402
 
 ALL_USERS = 3284  # as many as games has: the dense AdamW moves them all
 
@@ -164,7 +164,7 @@ def speed(args, shape, device):
     """A table of the ways, for items and for histories: {(evidence, way): figures}"""
     model, tokenizer = llm_of_shape(shape, device)
     prompt_of = lambda model: infer.Prompt(model, tokenizer, ["hobby", "background"], NAME_TEXTS, TASK_TEXT)
-    quick = fuse(copy.deepcopy(model, {id(value): value for value in model.parameters()}))  # the same weights
+    quick = _fuse(copy.deepcopy(model, {id(value): value for value in model.parameters()}))  # the same weights
     plain, prompt = prompt_of(model), prompt_of(quick)
     args.tokens_per_batch = infer.tokens_that_fit(prompt)
 

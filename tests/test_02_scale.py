@@ -116,7 +116,7 @@ def test_fused_calls_change_nothing(tmp_path, architecture, slow):
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     for value in model.parameters():  # norms are saved as ones
         value += 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
-    fused = common.fuse(copy.deepcopy(model, {id(value): value for value in model.parameters()}))
+    fused = common._fuse(copy.deepcopy(model, {id(value): value for value in model.parameters()}))
     kinds = lambda model: [type(module).__name__ for module in model.modules()]
     assert slow in kinds(model) and slow not in kinds(fused)
     assert all(one is two for one, two in zip(model.parameters(), fused.parameters(), strict=True))
