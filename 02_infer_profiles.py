@@ -65,13 +65,13 @@ FIELDS = ("title", "category", "brand", "price", "rating", "review")
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
 DEFAULT_ROUTE = ["title+category", "brand+price"]
 JUDGEMENT = "judgement=his judgement is"  # a third profile, told by ratings
+TARGET = re.compile(r" ?\{(title|category|brand|price)\}")  # in a profile's text: of the item that is told
 PAPER = {"method": "gradient", "evidence": "history", "route": ["none"], "start": "random", "lr": 0.001,
          "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none"}
-# differs from the released code: its prompt also holds brand and price of the target item
 RELEASED = {"method": "gradient", "evidence": "review", "route": ["none"], "mask": "causal",
             "start": "random", "init": "uniform", "lr": 0.01, "steps": 10, "pull": 0.0, "stop": "none",
             "field_weights": "none", "batch_size": 8,
-            "profiles": ["likes=The user likes", "level=The consumption level of this user is"],
+            "profiles": ["likes=The user likes {brand}", "level=The consumption level of this user is {price}"],
             "task_text": "The user says"}
 
 
@@ -82,7 +82,9 @@ def parse_args(argv=None):
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add("--released", action="store_true", help="the released code's recipe: " + options_text(RELEASED))
     add("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2, tiny, as at hand")
-    add("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT", help="names N_k, their texts")
+    add("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT",
+        help="names N_k, their texts; with --mask causal {title}, {category}, {brand}, {price} in a text stand "
+             "for those of the item that is told behind it, as the released code has it")
     add("--task-text", default="The user has bought", help="task text D before the evidence")
     add("--method", choices=["score", "gradient"], default="score", help="natural gradient, or AdamW by user")
     add("--evidence", choices=["items", "history", "review"], default="items",
@@ -165,6 +167,10 @@ def check_profiles(parser, args):
         parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _")
     if {"user", "user_id"} & set(names):
         parser.error("--profiles: user and user_id are columns of the feature bank; take another name")
+    has_target = any(TARGET.search(text) for text in args.profiles)
+    if has_target and (args.mask != "causal" or args.evidence == "history"):
+        parser.error("--profiles: a text with an item's {title}, {category}, {brand} or {price} needs "
+                     "--mask causal and one item at a time: --evidence items or review")
     if args.route is None:
         is_default = len(names) == len(DEFAULT_ROUTE) and args.evidence != "review"
         args.route = DEFAULT_ROUTE if is_default else ["none"]
@@ -187,8 +193,9 @@ def check_profiles(parser, args):
 # evidence: what users had, as streams of tokens of which each knows the field it comes from
 # ----------------------------------------------------------------------------------------------------------
 
-# ids, field [R, T] int64 (index in FIELDS of what is told; -1 = context or pad), length [R] int64
-Texts = namedtuple("Texts", "ids field length")
+# ids, field [R, T] int64 (index in FIELDS of what is told; -1 = context or pad), length [R] int64; target
+# int64 [R, A] or None: tokens of the item in the profiles' texts (see TARGET), -1 = none
+Texts = namedtuple("Texts", "ids field length target", defaults=[None])
 # fields it tells; sees bool [P]: the θ it may read; texts by row: item · num_verdicts + verdict, or (reviews)
 # by interaction
 Stream = namedtuple("Stream", "fields sees num_verdicts texts")
@@ -236,16 +243,24 @@ def select(events, mask):
     return type(events)(*(column[mask] for column in events))
 
 
+def is_known(value):
+    return value is not None and value == value and str(value).strip() not in ("", "<NA>")
+
+
+def price_of(item):
+    """Two digits of it, or nothing: the LLM would spend its likelihood on cents."""
+    return f"{float(f'{item.price:.2g}'):g}" if is_known(item.price) else ""
+
+
 def pieces_of(item, fields, verdict=""):
     """Those fields of an item as (field, text) pieces: " Hiking: Rustic Boots One by Frugo for $22 liked."
 
-    A missing field is left out. Prices are told to two digits: the LLM would spend its likelihood on cents.
-    A rating without its title says nothing: the title then stands there as `context`, read but not told.
+    A missing field is left out. A rating without its title says nothing: the title then stands there as
+    `context`, read but not told.
     """
-    present = lambda value: value is not None and value == value and str(value).strip() not in ("", "<NA>")
-    price = f"{float(f'{item.price:.2g}'):g}" if present(item.price) else ""
-    texts = {"category": f" {item.category}:" if present(item.category) else "", "title": f" {item.title}",
-             "brand": f" by {item.brand}" if present(item.brand) else "", "price": price and f" for ${price}",
+    price = price_of(item)
+    texts = {"category": f" {item.category}:" if is_known(item.category) else "", "title": f" {item.title}",
+             "brand": f" by {item.brand}" if is_known(item.brand) else "", "price": price and f" for ${price}",
              "rating": verdict and f" {verdict}"}
     shown = (*fields, "title") if "rating" in fields else fields
     pieces = [(field if field in fields else "context", text) for field, text in texts.items()
@@ -276,6 +291,31 @@ def tokenize(tokenizer, rows, most=None):
         field.append(torch.tensor([index.get(pieces[p][0], -1) for p in piece], dtype=torch.long))
     pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
     return Texts(pad(ids, 0), pad(field, -1), torch.tensor([len(row) for row in ids]))
+
+
+def targets_of(tokenizer, name_texts, items):
+    """What the placeholders in the profiles' texts stand for, in their order: int64 [M, A_i] each, -1 = pad"""
+    targets = []
+    for field in [field for text in name_texts for field in TARGET.findall(text)]:
+        value_of = price_of if field == "price" else lambda item, name=field: getattr(item, name)
+        texts = tokenize(tokenizer, [[("context", f" {value_of(item)}")] if is_known(value_of(item)) else []
+                                     for item in items.itertuples()])
+        is_pad = torch.arange(texts.ids.shape[1]) >= texts.length[:, None]
+        targets.append(texts.ids.masked_fill(is_pad, -1))
+    return targets
+
+
+def tell(args, tokenizer, streams, pieces, targets, interactions, items):
+    """The streams with their texts, and in these the tokens of the items that the profiles' texts name"""
+    most, told = args.review_tokens if args.evidence == "review" else None, []
+    for stream, of_row in zip(streams, pieces):
+        texts = tokenize(tokenizer, of_row, most)
+        if targets:
+            item = (torch.tensor(interactions["item"].to_numpy()) if "review" in stream.fields else
+                    torch.arange(len(items)).repeat_interleave(stream.num_verdicts))
+            texts = texts._replace(target=torch.cat(targets, 1)[item])
+        told.append(stream._replace(texts=texts))
+    return told
 
 
 def routes_of(args, items, names):
@@ -344,7 +384,8 @@ def told_of(texts):
 def cut(texts, rows):
     """Those rows of texts, without the columns that are padding in all of them."""
     length = int(texts.length[rows].max())
-    return Texts(texts.ids[rows, :length], texts.field[rows, :length], texts.length[rows])
+    target = None if texts.target is None else texts.target[rows]
+    return Texts(texts.ids[rows, :length], texts.field[rows, :length], texts.length[rows], target)
 
 
 def batches(prompt, texts, rows, max_tokens, least=0.85):
@@ -466,17 +507,22 @@ class Prompt:
     """[N_1 θ_1 N_2 θ_2 … D] H (eq. 3) around a frozen LLM, with the mask of Fig. 4; S soft tokens per θ_k.
 
     Under that mask no θ reaches the names nor the task text but its last token: their keys and values are
-    made once. Those of a user's θ are made once for all his texts.
+    made once. Those of a user's θ are made once for all his texts. room: tokens of each TARGET in name_texts,
+    at most, in their order.
     """
 
-    def __init__(self, model, tokenizer, names, name_texts, task_text, num_soft=1, mask="fig4"):
+    def __init__(self, model, tokenizer, names, name_texts, task_text, num_soft=1, mask="fig4", room=()):
         self.names, self.num_soft, self.mask = names, num_soft, mask
         self.model, self.device, self.num_profiles = model, model.device, len(name_texts)
         self.body, self.head = model.base_model, model.get_output_embeddings()
         # every stream that starts blind begins as the LLM was trained to begin: with its BOS, if it has one
         bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
         plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-        blocks = [[*bos, *plain(text), *[0] * num_soft] for text in name_texts]  # 0: a soft token's place
+        room, blocks = iter(room), []
+        for text in name_texts:
+            opening, *rest = (plain(part) for part in TARGET.split(text)[::2])
+            target = [token for part in rest for token in [*[-1] * next(room), *part]]  # -1: an item's place
+            blocks.append([*bos, *opening, *target, *[0] * num_soft])  # 0: a soft token's place
         blocks.append([*bos, *plain(task_text)])
         # differs from the paper: positions start anew in each profile block, so that a profile cannot even
         # tell how long the other's name is; the task text goes on behind the longest block
@@ -491,8 +537,9 @@ class Prompt:
         ends = np.cumsum([len(block) for block in blocks[:-1]])
         self.soft_places = as_tensor([range(end - num_soft, end) for end in ends.tolist()])  # [P S]
         self.is_soft = torch.zeros_like(self.segment, dtype=torch.bool).index_fill(0, self.soft_places, True)
-        self.embed = model.get_input_embeddings()
-        self.embedding = self.embed(as_tensor(blocks)).detach()  # [L, D]
+        self.embed, ids = model.get_input_embeddings(), as_tensor(blocks)
+        self.target_places = (ids < 0).nonzero()[:, 0]  # [A]
+        self.embedding = self.embed(ids.clamp(min=0)).detach()  # [L, D]
         self.name_embeddings = torch.stack([  # of the words that the profiles are named by [P, D]
             self.embed(torch.tensor(plain(f" {name}"), device=self.device)).mean(0).detach()
             for name in names])
@@ -528,9 +575,9 @@ class Prompt:
                            position_ids=self.position[places][None], past_key_values=cache).last_hidden_state
         return hidden, cache.made
 
-    def inputs(self, soft, ids, sees):
-        """soft [B, P, S D], ids [B, T], sees [B, P] -> embeddings [B, L + T, D], mask [B, 1, L + T, L + T],
-        positions [1, L + T]"""
+    def inputs(self, soft, ids, sees, target=None):
+        """soft [B, P, S D], ids [B, T], sees [B, P], target [B, A] -> embeddings [B, L + T, D],
+        mask [B, 1, L + T, L + T], positions [1 or B, L + T]"""
         (batch, num_tokens), start = ids.shape, int(self.position[-1]) + 1
         evidence = self.embed(ids)  # [B, T, D]
         soft = soft.to(evidence.dtype).reshape(batch, len(self.soft_places), -1)  # [B, P S, D]
@@ -538,11 +585,18 @@ class Prompt:
         segment = F.pad(self.segment, (0, num_tokens), value=self.num_profiles + 1)
         position = torch.cat([self.position, torch.arange(start, start + num_tokens, device=self.device)])
         mask = fig4_mask(segment, F.pad(self.is_soft, (0, num_tokens)), sees, self.mask == "causal")
-        return torch.cat([prefix, evidence], 1), mask, position[None]
+        position = position[None]
+        if target is not None:  # as if the places that this item leaves empty were not there
+            is_there = torch.ones(batch, len(segment), dtype=torch.bool, device=self.device)
+            is_there[:, self.target_places] = target >= 0
+            prefix = prefix.index_copy(1, self.target_places, self.embed(target.clamp(min=0)))
+            itself = torch.eye(len(segment), dtype=torch.bool, device=self.device)
+            mask, position = mask & (is_there[:, None, None] | itself), is_there.cumsum(1) - 1
+        return torch.cat([prefix, evidence], 1), mask, position
 
-    def hidden_of_all(self, soft, ids, sees, owner, keys=None):
+    def hidden_of_all(self, soft, ids, sees, owner, target=None):
         """The whole prompt for each text: what predicts its tokens, [B, T, D]; soft [U, P, S D], owner [B]"""
-        embeddings, mask, position = self.inputs(soft[owner], ids, sees.expand(len(ids), -1))
+        embeddings, mask, position = self.inputs(soft[owner], ids, sees.expand(len(ids), -1), target)
         hidden = self.body(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
                            use_cache=False).last_hidden_state
         return hidden[:, len(self.segment) - 1:-1]
@@ -588,8 +642,12 @@ class Prompt:
         ids, field, sees = texts.ids.to(self.device), texts.field.to(self.device), sees.to(self.device)
         if owner is None:
             owner = torch.arange(len(ids), device=self.device).clamp(max=len(soft) - 1)
-        hidden_of = self.hidden_of_text if self.mask == "fig4" else self.hidden_of_all
-        hidden, told = hidden_of(soft.to(self.device), ids, sees, owner, keys), field >= 0
+        soft, told = soft.to(self.device), field >= 0
+        if self.mask == "fig4":
+            hidden = self.hidden_of_text(soft, ids, sees, owner, keys)
+        else:
+            target = None if texts.target is None else texts.target.to(self.device)
+            hidden = self.hidden_of_all(soft, ids, sees, owner, target)
         nll = torch.zeros(ids.shape, device=self.device)
         return nll.masked_scatter(told, HeadNLL.apply(hidden[told], self.head, ids[told]))
 
@@ -1647,23 +1705,25 @@ def infer_only(args):
           f"with evidence among {len(item):,} rows of items that the run knows")
 
 
-def load_prompt(args, train, streams, pieces, names, name_texts, rank=0):
-    """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name"""
+def load_prompt(args, train, streams, pieces, items, names, name_texts, rank=0):
+    """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name, targets_of the items"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm = args.llm
     if llm == "auto":
         llm, reason = choose_llm()
         print(f"--llm auto: {llm}, because {reason}")
     if llm == "tiny" and rank == 0:
-        make_tiny_llm(args, train, streams, pieces, name_texts)
+        make_tiny_llm(args, train, streams, pieces, [TARGET.sub("", text) for text in name_texts])
     if dist.is_initialized():  # the others read what the first has made
         dist.barrier()
     model, tokenizer = load_llm(args, llm, device)
-    prompt = Prompt(model, tokenizer, names, name_texts, args.task_text, args.soft_tokens, args.mask)
+    targets = targets_of(tokenizer, name_texts, items)
+    prompt = Prompt(model, tokenizer, names, name_texts, args.task_text, args.soft_tokens, args.mask,
+                    [target.shape[1] for target in targets])
     print(f"LLM: {sum(p.numel() for p in model.parameters()):,} parameters, D {prompt.embedding.shape[1]}, "
           f"{prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} on {device}; "
           f"prompt of {len(prompt.segment)} tokens")
-    return prompt, tokenizer, llm
+    return prompt, tokenizer, llm, targets
 
 
 def check_lengths(args, prompt, streams, own):
@@ -1738,13 +1798,12 @@ def main(args):
     names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
     routes = routes_of(args, items.iloc[train.item.unique().numpy()], names)
     streams, pieces = streams_of(args, routes, interactions, items, words)
-    prompt, tokenizer, llm = load_prompt(args, train, streams, pieces, names, name_texts, rank)
+    prompt, tokenizer, llm, targets = load_prompt(args, train, streams, pieces, items, names, name_texts,
+                                                  rank)
     # a GPU wants large batches of texts of one length, which a large block has; profiles are the same
     args.batch_size = args.batch_size or (1024 if prompt.device.type == "cuda" else 128)
 
-    most = args.review_tokens if args.evidence == "review" else None
-    streams = [stream._replace(texts=tokenize(tokenizer, of_row, most))
-               for stream, of_row in zip(streams, pieces)]
+    streams = tell(args, tokenizer, streams, pieces, targets, interactions, items)
     kept = [*(select(own, own.fold != left_out) for left_out in range(args.folds)), own]
     make = functools.partial(evidence_of, args, tokenizer, streams, pieces)
     by_fold = [Evidence(*sorted_by_user(events, num_users), make) for events in kept]
@@ -1786,8 +1845,8 @@ def main(args):
     figures = report_heldout(args, prompt, streams, profiles, shared, report, generator)
 
     value = {"profiles": profiles, "shared": shared, "noise": noise, "gain": gain, "num_evidence": count,
-             "has_evidence": has_evidence, "names": list(names), "texts": list(name_texts), "llm": llm,
-             "num_soft": args.soft_tokens,
+             "has_evidence": has_evidence, "names": list(names), "llm": llm, "num_soft": args.soft_tokens,
+             "texts": [TARGET.sub("", text) for text in name_texts],
              "tiny_llm": (Path(args.run_dir) / TINY_STAMP).read_text() if llm == "tiny" else ""}
     if args.folds:
         value["fold"] = train.fold  # of each train row, in the order of interactions.parquet

@@ -219,6 +219,35 @@ def test_the_causal_mask_lets_profiles_see_what_stands_before_them(llm):
         assert torch.equal(*hidden) == (block == 0)
 
 
+def test_the_released_prompt_names_the_items_brand_and_price(llm):
+    """Against one text at a time, its prompt written out: what an item lacks is not there, not even a pad."""
+    model, tokenizer = llm
+    name_texts, words = ("He likes {brand}", "at {price} dollars"), ("", " more")
+    plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    targets = infer.targets_of(tokenizer, name_texts, ITEMS)
+    prompt = prompt_of(llm, name_texts, mask="causal", room=[target.shape[1] for target in targets])
+    streams = [infer.Stream(("title",), torch.ones(2, dtype=torch.bool), 2, None)]
+    pieces = [[infer.pieces_of(item, ("title",)) for item in ITEMS.itertuples() for _ in words]]
+    args = argparse.Namespace(evidence="items")
+    (stream,) = infer.tell(args, tokenizer, streams, pieces, targets, None, ITEMS)
+    soft = soft_for(prompt, len(pieces[0]))
+    texts = infer.cut(stream.texts, torch.arange(len(soft)).flip(0))
+    nll = prompt.nll(soft.flip(0), texts, stream.sees).flip(0)
+    bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
+    for row in range(len(soft)):
+        item = ITEMS.iloc[row // 2]
+        brand = plain(f" {item.brand}") if isinstance(item.brand, str) else []
+        price = plain({3: " 3", 12.99: " 13", 140: " 140", 5.5: " 5.5"}.get(item.price, ""))
+        embed = lambda *ids: prompt.embed(torch.tensor(sum(ids, []), dtype=torch.long))
+        before = [embed(bos, plain("He likes"), brand), soft[row, :1],
+                  embed(plain("at"), price, plain(" dollars")), soft[row, 1:], embed(plain(TASK_TEXT))]
+        told = stream.texts.ids[row, :stream.texts.length[row]]
+        logits = model(inputs_embeds=torch.cat([*before, prompt.embed(told)])[None]).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits[-len(told) - 1:-1], told, reduction="none")
+        assert torch.allclose(nll[row, :len(told)], expected, atol=1e-5)
+    assert {len(set((target >= 0).sum(1).tolist())) for target in targets} == {2, 4}  # of several lengths
+
+
 @pytest.mark.parametrize("num_soft", [2, 3])
 def test_each_of_several_soft_tokens_counts_and_none_sees_the_other_profile(llm, num_soft):
     prompt, streams = prompt_of(llm, num_soft=num_soft), streams_of(llm)
@@ -791,6 +820,8 @@ def test_a_text_longer_than_the_context(llm, capsys):
     (["--route", "colour", "price"], "--route"), (["--route", "title"], "--route"),
     (["--task-text", " "], "--task-text"), (["--method", "magic"], "--method"),
     (["--meth", "score"], "--meth"), (["--evidence", "history"], "--method gradient"),
+    (["--profiles", "a=likes {brand}"], "--mask causal"),
+    (["--released", "--evidence", "history"], "one item at a time"),
     (["--paper", "--released"], "two recipes"), (["--folds", "1"], "--folds"),
     (["--ratings", "--evidence", "review"], "--ratings"),
     (["--ratings", "--route", "title", "price"], "rating"),
