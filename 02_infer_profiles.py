@@ -10,7 +10,7 @@ paper's: AdamW on each user's own θ. `--route` lets each field of an item tell 
 infers each user F times more, without each fold. Only train rows are evidence (and a cold user's support
 rows, of his own profile); half of the users' validation rows choose step lengths, the other half report.
 `--prior` pulls each user to his codeword instead of θ̄ (eq. 7). `--paper` = the paper's text, `--released` =
-the released code's recipe. `--only-users` places new users by scores.pt, with no LLM. Finished work is on
+the released code's recipe. `--only-users` places new users by what the run has fitted. Finished work is on
 disk, so that a killed run goes on where it stood; blocks of users are dealt to the processes of torchrun.
 
 Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
@@ -18,7 +18,7 @@ Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds
         shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did
         not differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N],
         names, texts, llm; with folds fold int64 [train rows]; with --prior the codebook that it was
-        scores.pt: with --method score all that a new user's profile needs
+        scores.pt: with --method score all that a new user's profile needs (by gradient: profiles.pt, the LLM)
         new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names
         tiny_llm/: the LLM, where --llm is tiny; progress/: finished work, until the run is done
 
@@ -71,8 +71,8 @@ PAPER = {"method": "gradient", "evidence": "history", "route": ["none"], "start"
 RELEASED = {"method": "gradient", "evidence": "review", "route": ["none"], "mask": "causal",
             "start": "random", "init": "uniform", "lr": 0.01, "steps": 10, "pull": 0.0, "stop": "none",
             "field_weights": "none", "batch_size": 8,
-            "profiles": ["likes=The user likes {brand}", "level=The consumption level of this user is {price}"],
-            "task_text": "The user says"}
+            "task_text": "The user says", "profiles": ["likes=The user likes {brand}",
+                                                       "level=The consumption level of this user is {price}"]}
 
 
 def parse_args(argv=None):
@@ -83,8 +83,8 @@ def parse_args(argv=None):
     add("--released", action="store_true", help="the released code's recipe: " + options_text(RELEASED))
     add("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2, tiny, as at hand")
     add("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT",
-        help="names N_k, their texts; with --mask causal {title}, {category}, {brand}, {price} in a text stand "
-             "for those of the item that is told behind it, as the released code has it")
+        help="names N_k, their texts; with --mask causal {title}, {category}, {brand}, {price} in a text "
+             "stand for those of the item that is told behind it, as in the released code")
     add("--task-text", default="The user has bought", help="task text D before the evidence")
     add("--method", choices=["score", "gradient"], default="score", help="natural gradient, or AdamW by user")
     add("--evidence", choices=["items", "history", "review"], default="items",
@@ -105,8 +105,8 @@ def parse_args(argv=None):
     add("--prior", type=Path, metavar="CODEBOOK",
         help="codebook.pt of this run: pull each user to his codeword (eq. 7) instead of θ̄; a round of EM")
     add("--only-users", type=Path, metavar="FILE",
-        help="infer new users from a table user_id, item_id (and rating), with scores.pt as it is: "
-             "no LLM runs")
+        help="infer new users from a table user_id, item_id (and rating) with what the run has fitted: "
+             "no LLM runs, unless the run was by gradient")
     add("--review-tokens", type=at_least(1), default=15, help="tokens of a review's first sentence at most")
     add("--max-history", type=at_least(1), default=20, help="latest items of a user in one history")
     add("--start", choices=["shared", "random"], default="shared", help="gradient: start at θ̄, or at random")
@@ -260,8 +260,8 @@ def pieces_of(item, fields, verdict=""):
     """
     price = price_of(item)
     texts = {"category": f" {item.category}:" if is_known(item.category) else "", "title": f" {item.title}",
-             "brand": f" by {item.brand}" if is_known(item.brand) else "", "price": price and f" for ${price}",
-             "rating": verdict and f" {verdict}"}
+             "brand": f" by {item.brand}" if is_known(item.brand) else "",
+             "price": price and f" for ${price}", "rating": verdict and f" {verdict}"}
     shown = (*fields, "title") if "rating" in fields else fields
     pieces = [(field if field in fields else "context", text) for field, text in texts.items()
               if field in shown and text]
@@ -294,7 +294,7 @@ def tokenize(tokenizer, rows, most=None):
 
 
 def targets_of(tokenizer, name_texts, items):
-    """What the placeholders in the profiles' texts stand for, in their order: int64 [M, A_i] each, -1 = pad"""
+    """What the placeholders in the profiles' texts stand for, in order: int64 [M, A_i] each, -1 = pad"""
     targets = []
     for field in [field for text in name_texts for field in TARGET.findall(text)]:
         value_of = price_of if field == "price" else lambda item, name=field: getattr(item, name)
@@ -1420,7 +1420,9 @@ def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pul
 
 def profiles_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior, tune, num_users,
                          progress):
-    """Profiles by gradient, a block of users at a time, fold by fold; finished blocks are on disk"""
+    """Profiles by gradient, a block of users at a time, fold by fold, and after how many steps; finished
+    blocks are on disk
+    """
     num_steps = args.steps
     if args.stop == "heldout":
         num_steps = progress.keep("steps", lambda: choose_steps(args, prompt, streams, by_fold[-1], weights,
@@ -1448,7 +1450,7 @@ def profiles_by_gradient(args, prompt, streams, by_fold, shared, weights, noise,
             result[mine] = progress.read(f"{name(fold)}-{index}")[users[mine] - index * size]
         return result
 
-    return Profiles((len(by_fold), num_users, *shared.shape), profiles_of)
+    return Profiles((len(by_fold), num_users, *shared.shape), profiles_of), num_steps
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1682,11 +1684,11 @@ def read_new_users(args, words, items):
     return as_tensor(item), as_tensor(verdict), as_tensor(user), list(user_ids)
 
 
-def infer_only(args):
-    """Profiles of new users from scores.pt: a sparse sum each, the same bits as in the run itself."""
-    if "scores.pt" not in read_sidecar(args, "profiles.pt")["inputs"]:
-        fail(f"--only-users: {args.run_dir}/profiles.pt was inferred by gradient; "
-             f"new users need --method score")
+def new_by_score(args):
+    """New users by scores.pt: a sparse sum each, the same bits as in the run itself, and no LLM.
+
+    -> profiles [N', P, S D], count of texts that tell of them [N', P], user ids, rows of known items
+    """
     needs, _, items = read_artifacts(args, "scores.pt", "profiles.pt", "items.parquet")
     item, verdict, user, user_ids = read_new_users(args, needs["words"], items)
     totals, counts = [], []
@@ -1698,15 +1700,59 @@ def infer_only(args):
     total, count = torch.stack(totals, 1), torch.stack(counts, 1)
     total = total + needs["pull"][:, None] * nearest_centers(total, count, needs["centers"])
     profiles = needs["shared"] + place_users(total, count, needs["pull"], needs["lift"])
-    value = {"profiles": profiles, "user_id": user_ids, "num_evidence": count.long(), "names": needs["names"],
-             "has_evidence": (count > 0).any(1)}
-    path = write_artifact(args, "new_profiles.pt", value, ["scores.pt", "items.parquet"], users=len(user_ids))
-    print(f"wrote {path}: {len(user_ids):,} new users, {int((count > 0).any(1).sum()):,} of them "
-          f"with evidence among {len(item):,} rows of items that the run knows")
+    return profiles, count.long(), user_ids, len(item)
+
+
+def new_by_gradient(args, made):
+    """The same by the run's AdamW steps from its θ̄; made: the sidecar of profiles.pt.
+
+    One user after the other, so that his profile has the same bits in any company; in the run's blocks it
+    differs by the order of sums. A random start is drawn for his id. A history is in the order of the table.
+    """
+    run = SimpleNamespace(**made["options"] | {"run_dir": args.run_dir, "only_users": args.only_users})
+    if run.prior or run.evidence == "review":
+        fail("--only-users: by gradient this needs a run of items or histories and without --prior"
+             f", not one with {'--prior' if run.prior else '--evidence review'}; take --method score")
+    stored, interactions, items = read_artifacts(args, "profiles.pt", "interactions.parquet", "items.parquet")
+    train, _, _, _, words = parts_of(run, interactions, len(stored["has_evidence"]))
+    run.llm = stored["llm"]
+    streams, make, prompt, _, names, _ = set_up(run, interactions, items, train, words)
+    run.tokens_per_batch = run.tokens_per_batch or tokens_that_fit(prompt)
+    item, verdict, user, user_ids = read_new_users(args, words, items)
+    nowhere = torch.full_like(item, -1)
+    events, first = sorted_by_user(Events(user, item, verdict, nowhere, nowhere), len(user_ids))
+    evidence = Evidence(events, first, make)
+    weights = torch.tensor([made["field_weights"][field] for field in FIELDS])
+    profiles = stored["shared"].repeat(len(user_ids), 1, 1)
+    heard = events.user.unique().tolist()  # the others stay at θ̄
+    for place in tqdm(heard, desc="new users", unit="user", mininterval=2):
+        number = int.from_bytes(hashlib.sha256(user_ids[place].encode()).digest()[:7], "big")
+        start = start_of(run, prompt, stored["shared"], torch.tensor([number]))
+        profiles[place] = infer_by_gradient(run, prompt, evidence.of(place, place + 1), weights, start,
+                                            stored["shared"], stored["noise"], made["pull"][0],
+                                            made["num_steps"], torch.tensor([place]))[0]
+    return profiles, evidence_counts(run, streams, events, len(user_ids), len(names)), user_ids, len(item)
+
+
+def infer_only(args):
+    """Profiles of new users, from what the run has fitted: nothing is trained but, by gradient, their θ."""
+    made = read_sidecar(args, "profiles.pt")
+    if made["options"]["method"] == "score":
+        inputs = ["scores.pt", "items.parquet"]
+        profiles, count, user_ids, num_rows = new_by_score(args)
+    else:
+        inputs = ["profiles.pt", "interactions.parquet", "items.parquet"]
+        profiles, count, user_ids, num_rows = new_by_gradient(args, made)
+    has_evidence = (count > 0).any(1)
+    value = {"profiles": profiles, "user_id": user_ids, "num_evidence": count, "names": made["names"],
+             "has_evidence": has_evidence}
+    path = write_artifact(args, "new_profiles.pt", value, inputs, users=len(user_ids))
+    print(f"wrote {path}: {len(user_ids):,} new users, {int(has_evidence.sum()):,} of them "
+          f"with evidence among {num_rows:,} rows of items that the run knows")
 
 
 def load_prompt(args, train, streams, pieces, items, names, name_texts, rank=0):
-    """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name, targets_of the items"""
+    """The LLM, chosen, made or found, in its prompt: Prompt, tokenizer, the LLM's name, targets_of items"""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm = args.llm
     if llm == "auto":
@@ -1724,6 +1770,20 @@ def load_prompt(args, train, streams, pieces, items, names, name_texts, rank=0):
           f"{prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} on {device}; "
           f"prompt of {len(prompt.segment)} tokens")
     return prompt, tokenizer, llm, targets
+
+
+def set_up(args, interactions, items, train, words, rank=0):
+    """The LLM in its prompt and the texts that it is to read: streams, what makes evidence of events (see
+    Evidence), Prompt, the LLM's name, the profiles' names, their texts
+    """
+    names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
+    routes = routes_of(args, items.iloc[train.item.unique().numpy()], names)
+    streams, pieces = streams_of(args, routes, interactions, items, words)
+    prompt, tokenizer, llm, targets = load_prompt(args, train, streams, pieces, items, names, name_texts,
+                                                  rank)
+    streams = tell(args, tokenizer, streams, pieces, targets, interactions, items)
+    make = functools.partial(evidence_of, args, tokenizer, streams, pieces)
+    return streams, make, prompt, llm, names, name_texts
 
 
 def check_lengths(args, prompt, streams, own):
@@ -1795,17 +1855,11 @@ def main(args):
     locked = lock(args.run_dir) if rank == 0 else None
     num_users = int(interactions["user"].max()) + 1
     train, own, is_warm, verdict, words = parts_of(args, interactions, num_users)
-    names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
-    routes = routes_of(args, items.iloc[train.item.unique().numpy()], names)
-    streams, pieces = streams_of(args, routes, interactions, items, words)
-    prompt, tokenizer, llm, targets = load_prompt(args, train, streams, pieces, items, names, name_texts,
-                                                  rank)
+    streams, make, prompt, llm, names, name_texts = set_up(args, interactions, items, train, words, rank)
     # a GPU wants large batches of texts of one length, which a large block has; profiles are the same
     args.batch_size = args.batch_size or (1024 if prompt.device.type == "cuda" else 128)
 
-    streams = tell(args, tokenizer, streams, pieces, targets, interactions, items)
     kept = [*(select(own, own.fold != left_out) for left_out in range(args.folds)), own]
-    make = functools.partial(evidence_of, args, tokenizer, streams, pieces)
     by_fold = [Evidence(*sorted_by_user(events, num_users), make) for events in kept]
     count = torch.stack([evidence_counts(args, streams, events, num_users, len(names)) for events in kept])
     check_lengths(args, prompt, streams, own)
@@ -1822,7 +1876,7 @@ def main(args):
     inference_started = time.time()
     shared, weights, information, noise, curve = fit_common(args, prompt, streams, by_fold[-1], train, own,
                                                             is_warm, progress)
-    prior, needs, objective = read_prior(args, names, shared), None, None
+    prior, needs, objective, num_steps = read_prior(args, names, shared), None, None, None
     if args.method == "score":
         coordinates = coordinates_of(args, prompt, streams, information, own, is_warm)
         profiles, needs = infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
@@ -1831,8 +1885,8 @@ def main(args):
         gain, pull = (count[-1] + needs["pull"]) / count[-1].clamp(min=1).sqrt(), needs["pull"].tolist()
     else:
         gain, pull = torch.ones(num_users, len(names)), 10.0 if args.pull is None else args.pull
-        profiles = profiles_by_gradient(args, prompt, streams, by_fold, shared, weights, noise, pull, prior,
-                                        tune, num_users, progress)
+        profiles, num_steps = profiles_by_gradient(args, prompt, streams, by_fold, shared, weights, noise,
+                                                   pull, prior, tune, num_users, progress)
         pull = [pull] * len(names)
     if rank:  # the first process writes
         return progress.clear()
@@ -1856,7 +1910,7 @@ def main(args):
     facts = {"names": names, "llm": llm, "users": num_users, "users_with_evidence": int(has_evidence.sum())}
     write_profiles(args, value, needs, words, inputs, facts,
                    {"pull": pull, "field_weights": dict(zip(FIELDS, weights.tolist())),
-                    "heldout_nll": figures, "objective": objective, "curve": curve,
+                    "heldout_nll": figures, "objective": objective, "curve": curve, "num_steps": num_steps,
                     "seconds": time.time() - started, "inference_seconds": seconds})
     progress.clear()
     if locked:
