@@ -5,7 +5,8 @@
 
 Runs stage 1 once, stages 2 to 4 for every rung in a folder of its own below --run-dir (finished rungs are
 kept), all with the tiny LLM of the default recipe, and prints one table. AUC is test AUC of a DCN with codes
-less the same with random codes (3 seeds; warm users with --split random, cold ones with --split cold-user).
+less the same with random codes (3 seeds), of warm users with --split random, of cold ones with --split
+cold-user (then with --id-dropout 0.3, so that they meet a trained unknown id).
 """
 
 import argparse
@@ -49,6 +50,12 @@ def run(script, run_dir, *options):
     subprocess.run([sys.executable, ROOT / script, "--run-dir", run_dir, *map(str, options)], check=True)
 
 
+def train_ctr(folder):
+    split = json.loads((folder / "interactions.parquet.json").read_text())["options"]["split"]
+    run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random", "--seeds", 3,
+        *["--id-dropout", 0.3] * (split == "cold-user"))
+
+
 def climb(folder, data, options, llm):
     """Stages 2 to 4 of one rung: (run directory, --llm of the next)"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,8 +67,7 @@ def climb(folder, data, options, llm):
     if not (folder / "results.parquet").exists():
         run("02_infer_profiles.py", folder, *of_stage_2, "--llm", llm)
         run("03_quantize.py", folder, *of_stage_3, "--stability", 2)
-        run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random",
-            "--seeds", 3)
+        train_ctr(folder)
 
 
 def em_rounds(folder, score, num_rounds=2):
@@ -73,8 +79,7 @@ def em_rounds(folder, score, num_rounds=2):
             run("02_infer_profiles.py", folder, "--prior", folder / "codebook.pt", "--llm",
                 score / "tiny_llm")
             run("03_quantize.py", folder)
-        run("04_train_ctr.py", folder, "--models", "dcn", "--features", "none", "codes", "random",
-            "--seeds", 3)
+        train_ctr(folder)
 
 
 def row_of(name, folder):

@@ -727,9 +727,9 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
 @pytest.mark.parametrize("options", [("--evidence", "items"), ("--evidence", "history", "--start", "random")],
                          ids=lambda options: options[1])
 def test_new_users_by_gradient_get_what_the_run_gives_them(small_run, tmp_path, options):
-    """Three users of the run come again: from θ̄ the same profiles; from a random start of their own, others."""
-    infer_run(small_run, tmp_path, "--method", "gradient", *options, "--llm", save_llm(tmp_path / "llm", "gpt2"),
-              "--stop", "none", "--steps", 4)
+    """Three users of the run come again: from θ̄ the same profiles; from a random start of their own, none."""
+    infer_run(small_run, tmp_path, "--method", "gradient", *options, "--stop", "none", "--steps", 4, "--llm",
+              save_llm(tmp_path / "llm", "gpt2"))
     run = tmp_path / "run"
     read = argparse.Namespace(run_dir=str(run))
     rows, items, users, stored = common.read_artifacts(read, "interactions.parquet", "items.parquet",
