@@ -13,25 +13,30 @@ start are chosen on valid from a grid, for each model and feature set alike. A g
 `random`. A killed run goes on where it stood.
 
 Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds train_codes.parquet; with
-        `dense` profiles.pt, codebook.pt
-Writes  results.parquet: one row per (model, features, split seed, seed): auc, logloss, calibration error, auc
-        by how much history the user has, valid figures, what was chosen, options
-        results.md: tables 2, 3, 4 beside the paper's, paired differences; seconds stand in the sidecars
-        finished.jsonl: every row that was ever finished here; none is trained twice
-        with --codebook-sizes figure5.png, figure6.png (AUC and logloss by K); with --bench table 6, printed
+        `dense` profiles.pt, codebook.pt; with --bench profiles.pt; for further splits and codebook sizes all
+        that stages 1 to 3 made, whose options they repeat
+Writes  results.parquet: the base rate's row, and one per (model, features, split seed, seed): rows (of
+        train), auc, logloss, calibration error, auc by how much history the user has, valid figures, what was
+        chosen, options
+        results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6; seconds of
+        training stand in the sidecars
+        finished.jsonl: every row that was ever finished here with this code; none is trained twice
+        with --codebook-sizes figure5.png, figure6.png (AUC and logloss by K)
 
-Example: python 04_train_ctr.py        (1 minute on two cores)
+Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
   wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0782 ± 0.0118, 77% of what the truth
   gains
 """
 
 import argparse
 import ctypes
+import functools
 import hashlib
 import io
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,7 +63,14 @@ WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibin
 CHOICES = ("lr", "weight_decay", "net_decay", "start")  # what a row was trained with
 # the decay as a multiple of the model's own
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}
-FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
+MEANING = {
+    "none": "user id and item id only", "codes": "and the codes of the feature bank (UserIP)",
+    "random": "and the same codes dealt to users at random: more parameters, no information",
+    "truth": "and the planted truth: the upper bound",
+    "cf": "and k-means codes of the users' SVD factors, without a LLM",
+    "leniency": "and the quartile of how generously the user rates, without a LLM",
+    "dense": "and the profiles themselves, not quantized (UserIP w.o. VQ)"}
+FEATURES = tuple(MEANING)
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
 DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("codes", "cf"),
@@ -90,7 +102,7 @@ def parse_args(argv=None):
     parser = stage_parser(__doc__)
     add = parser.add_argument
     add("--seed", type=at_least(0), default=0, help="first of the seeds")
-    add("--seeds", type=at_least(1), default=5, help="how many seeds of start, batches and random codes")
+    add("--seeds", type=at_least(1), default=5, help="how many seeds of start, batches, noise, drawn codes")
     add("--splits", type=at_least(1), default=1, help="how many splits of the data: stages 1 to 3 for each")
     add("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], help="what to train")
@@ -100,8 +112,8 @@ def parse_args(argv=None):
         help="share of train rows that meet the unknown user id instead of their own, anew in each step")
     add("--field-dim", type=at_least(1), default=8, help="width of a field's embedding, E")
     add("--layers", type=at_least(1), default=3, help="cross layers (DCN, DCNv2), attention layers (AutoInt)")
-    add("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of the MLP")
-    add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP")
+    add("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of an MLP, if any")
+    add("--dropout", type=at_least(0, float), default=0.2, help="dropout in the MLP, or in AFM's attention")
     add("--lr", type=at_least(0, float), default=0.005, help="learning rate of Adam")
     add("--weight-decay", type=at_least(0, float),
         help="L2 penalty of the embeddings (default: 3e-3; FFM, AFM and FiBiNET 1e-4)")
@@ -115,7 +127,7 @@ def parse_args(argv=None):
     add("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
     add("--compile", action="store_true",
-        help="compile each model's step (10 s and a C++ compiler each, then about twice as fast)")
+        help="compile each model's step (10 s and a C++ compiler each; pays from some 100,000 steps on)")
     add("--codebook-sizes", action="store_true", help="figures 5 and 6: stage 3 and the first model, many K")
     add("--bench", action="store_true", help="table 6: seconds per 10,000 rows: DCN, with bank, with vectors")
     args = parse_with_presets(parser, argv, paper=PAPER)
@@ -124,6 +136,11 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be below 1, not {getattr(args, name)}")
     if args.tune and args.paper:
         parser.error("--tune chooses what --paper sets: leave one of them out")
+    for name in ("lr", "start"):
+        if args.tune and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--tune chooses --{name}: leave one of them out")
+    if args.seed + args.seeds > 2**32:
+        parser.error(f"--seed {args.seed} --seeds {args.seeds}: seeds must be below 2**32 = {2**32}")
     return args
 
 
@@ -169,7 +186,7 @@ def further_run(args, name, stage, change):
             command = [sys.executable, str(Path(__file__).with_name(current)), *command_line(options)]
             print(f"{folder}: {current}", flush=True)
             if subprocess.run(command).returncode:
-                fail(f"{current} failed for {folder}: {' '.join(command)}")
+                fail(f"{current} failed for {folder}: {shlex.join(command)}")
     return folder
 
 
@@ -349,20 +366,21 @@ def same_shape(features, num_profiles):
     return [list(group) for _, group in itertools.groupby(sorted(features, key=key), key)]
 
 
-def train_group(args, name, run, features, seeds):
-    """One model with feature sets of one shape, all seeds and candidates -> figures by (feature, seed)
+def train_group(args, name, run, features, seeds, wanted=None):
+    """One model with feature sets of one shape, all candidates -> figures by (feature, seed)
 
-    The choice of rate and penalty is the best mean valid logloss over the seeds; test labels are looked at
-    for the chosen only.
+    wanted: which pairs of feature set and seed (default: all). The choice of rate and penalty is the best
+    mean valid logloss over the seeds; test labels are looked at for the chosen only.
     """
+    wanted = list(itertools.product(features, seeds)) if wanted is None else wanted
     rows, places = rows_of(args, run, features, seeds)
     # candidates of one rate stop at about the same epoch, so that few wait for the last
-    todo = [(feature, seed, *candidate) for candidate in candidates_of(args, name) for feature in features
-            for seed in seeds]
+    todo = [(feature, seed, *candidate) for candidate in candidates_of(args, name)
+            for feature, seed in wanted]
     members = [Member(places[feature, seed], seed, *candidate) for feature, seed, *candidate in todo]
     width = MODELS[name](rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
                          args.hidden).width
-    most = max(1, min(MOST_FLOATS // (max(rows.num_rows) * width), 4 * len(features) * len(seeds)))
+    most = max(1, min(MOST_FLOATS // (max(rows.num_rows) * width), 4 * len(wanted)))
     found, probabilities = [], []
     for first in range(0, len(members), most):
         figures, stack = train_stack(args, name, members[first:first + most], rows, args.compile)
@@ -373,7 +391,9 @@ def train_group(args, name, run, features, seeds):
     for feature in features:
         mean = table[table["features"] == feature].groupby(list(CHOICES))["valid_logloss"].mean()
         if not np.isfinite(mean.min()):
-            fail(f"{name} diverged with --lr {mean.index[-1][0]:g}: lower it")
+            tried = "; ".join(" ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in
+                                       zip(CHOICES, values)) for values in mean.index)
+            fail(f"{name} with {feature} diverged (no finite logloss on valid) with {tried}: lower them")
         is_mine = (table["features"] == feature) & (table[list(CHOICES)]
                                                     == np.array(mean.idxmin())).all(axis=1)
         for place, row in table[is_mine].iterrows():
@@ -406,34 +426,55 @@ def history_groups(run):
 
 
 def key_of(args, run, model, feature, seed):
-    """What decides a row's figures, as a digest: options, inputs, which row."""
-    skip = {"run_dir", "models", "features", "splits", "codebook_sizes", "bench"}
+    """What decides a row's figures, as a digest: options, inputs, which row, the code that trains it."""
+    skip = {"run_dir", "models", "features", "splits", "codebook_sizes", "bench", "paper"}
     skip |= set() if args.tune else {"seed", "seeds"}  # a choice is made over all seeds
     told = {key: value for key, value in vars(args).items() if key not in skip}
     told["weight_decay"] = decay_of(args, model)
-    text = json.dumps([told, run.digests, model, feature, seed], sort_keys=True, default=str)
+    text = json.dumps([told, run.digests, model, feature, seed, code_digests()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def code_digests():
+    """What of the program decides a row's figures: this file, the models, what they import; torch, device"""
+    here = Path(__file__).parent
+    digests = [sha256_of(here / name) for name in (Path(__file__).name, "ctr_models.py", "common.py")]
+    return [*digests, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu"]
 
 
 def read_finished(path):
     """finished.jsonl -> dict of rows by key; a line that a kill cut short is no row."""
     rows = {}
-    for line in path.read_text().split("\n") if path.exists() else []:
+    try:
+        lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}; move it away")
+    for line in lines:
         if not line:
             continue
         try:
             row = json.loads(line)
             rows[row.pop("key")] = row
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, AttributeError, TypeError):  # TypeError: a list
             print(f"{path}: an unfinished line is left out")
     return rows
+
+
+def append(path, text):
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; rows that stand in it are kept")
 
 
 def train_run(args, run, models, features, seeds):
     """All rows of one run, trained or found finished; the base rate first: list of dicts"""
     path = Path(args.run_dir) / "finished.jsonl"
     finished, told = read_finished(path), {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
-    is_cut = path.exists() and not path.read_text().endswith("\n")
+    append(path, "")  # that this cannot be written must not turn out after the first model
+    is_cut = path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     rate = float(run.labels["train"].mean())
     rows = [{"model": "base rate", "features": "none", **told, "seed": 0, "auc": 0.5,
              "logloss": logloss(run.labels["test"], rate),
@@ -441,20 +482,21 @@ def train_run(args, run, models, features, seeds):
     for model, group in itertools.product(models, same_shape(features, len(run.names))):
         keys = {place: key_of(args, run, model, *place) for place in itertools.product(group, seeds)}
         missing = [place for place, key in keys.items() if key not in finished]
-        todo = [feature for feature in group if feature in {place[0] for place in missing}]
-        of_seeds = seeds if args.tune else sorted({seed for _, seed in missing})
+        if args.tune:  # a choice is made over all seeds
+            missing = [place for place in keys if place[0] in {feature for feature, _ in missing}]
         started = time.time()
-        chosen = train_group(args, model, run, todo, of_seeds) if missing else {}
-        seconds = (time.time() - started) / max(1, len(chosen))
-        with open(path, "a") as file:
-            file.write("\n" * is_cut)  # a line that a kill cut short must not swallow the next
-            is_cut = False
-            for (feature, seed), figures in chosen.items():
-                if (feature, seed) in missing:
-                    row = {"model": model, "features": feature, **told, "seed": seed}
-                    finished[keys[feature, seed]] = row | figures | {"seconds": seconds}
-                    line = {"key": keys[feature, seed], **finished[keys[feature, seed]]}
-                    file.write(json.dumps(line) + "\n")
+        print(f"{model} with {', '.join(dict.fromkeys(feature for feature, _ in missing))}: "
+              f"{len(missing)} rows of split {run.split_seed} side by side …" if missing else
+              f"{model} with {', '.join(group)}: finished before", flush=True)
+        chosen = train_group(args, model, run, *(sorted(set(part), key=part.index) for part in zip(*missing)),
+                             missing) if missing else {}
+        seconds, lines = (time.time() - started) / max(1, len(chosen)), []
+        for (feature, seed), figures in chosen.items():
+            row = {"model": model, "features": feature, **told, "seed": seed} | figures | {"seconds": seconds}
+            finished[keys[feature, seed]] = row
+            lines.append(json.dumps({"key": keys[feature, seed], **row}) + "\n")
+        append(path, "\n" * is_cut + "".join(lines))  # a line that a kill cut short must not swallow the next
+        is_cut = False
         for (feature, seed), key in keys.items():
             row = finished[key]
             rows.append(row)
@@ -560,8 +602,9 @@ def table_of_differences(by, overlap):
                 oracle = by[model, "truth"]["auc"].mean() - by[model, "random"]["auc"].mean()
                 gains[model] |= {"oracle_auc_gain": oracle, "share_of_oracle": auc[0] / oracle}
                 share = f"{auc[0] / oracle:.0%}"
-        lines.append([model, f"{first} - {second}", with_interval(*auc[:2]), f"{auc[2]:.3f}",
-                      with_interval(*loss[:2]), f"{loss[2]:.3f}", share])
+        told = lambda p: "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+        lines.append([model, f"{first} - {second}", with_interval(*auc[:2]), told(auc[2]),
+                      with_interval(*loss[:2]), told(loss[2]), share])
     return markdown(header, lines), gains
 
 
@@ -611,7 +654,25 @@ def table_of_groups(by, run):
     return markdown(["model", "features", *titles], lines)
 
 
-def summarize(results, runs):
+def what_was_trained(args, results):
+    """The options behind the rows, in words; with --tune what was chosen, as a table: list of lines"""
+    trained = results[results["model"] != "base rate"]
+    fixed = (f"E {args.field_dim}, {args.layers} layers, MLP ({', '.join(map(str, args.hidden))}), dropout "
+             f"{args.dropout:g}, id dropout {args.id_dropout:g}, batch {args.batch_size}, "
+             f"at most {args.epochs} epochs, patience {args.patience}")
+    chosen = trained.groupby(["model", "features", "split_seed"], sort=False)[list(CHOICES)].first()
+    if args.tune:
+        header = ["model", "features", "split", "lr", "embeddings' decay", "other decay", "start"]
+        lines = [[*map(str, place), *(f"{value:g}" for value in row)]
+                 for place, row in zip(chosen.index, chosen.to_numpy())]
+        return [f"Options: {fixed}; the others were chosen on valid:", "", *markdown(header, lines)]
+    decays = " · ".join(f"{decay:g} ({', '.join(dict.fromkeys(group.index.get_level_values('model')))})"
+                        for decay, group in chosen.groupby("weight_decay"))
+    return [f"Options: {fixed}, lr {args.lr:g}, decay of the embeddings {decays}, of all else "
+            f"{args.net_decay:g}, start {args.start:g}."]
+
+
+def summarize(args, results, runs):
     """results.md, and what the codes gain by model"""
     first, by = runs[0], by_run(results)
     num_splits, num_seeds = len(runs), results.loc[results["model"] != "base rate", "seed"].nunique()
@@ -619,18 +680,29 @@ def summarize(results, runs):
     cold = int((first.history[first.split["test"]["user"]] == 0).sum())
     differences, gains = table_of_differences(by, overlap)
     interval = ("t test over splits and seeds, its variance corrected for the splits' overlap (Nadeau and "
-                "Bengio, 2003)" if num_splits > 1 else "t test over the seeds; the split is one and the same")
-    num_test = len(first.labels["test"])
+                "Bengio, 2003)" if num_splits > 1 else
+                "t test over the seeds of one split, so that it says nothing of other splits (--splits)")
+    num_test, many = len(first.labels["test"]), lambda num, what: f"{num} {what}{'s' * (num != 1)}"
+    read = [feature for feature in FEATURES if feature in set(results["features"])]
     text = [f"# Click-through rate: {first.prepared['dataset']}, {num_test:,} test rows", "",
-            f"Split: {first.prepared['split']}, drawn {num_splits} times, {num_seeds} seeds each; {cold:,} "
-            "of the first one's test rows are of users without a train row, whom the models know as unknown. "
-            "± is the standard deviation over splits and seeds.", "",
+            f"Split: {first.prepared['split']}, {many(num_splits, 'draw')} with {many(num_seeds, 'seed')} "
+            f"each; {cold:,} of the first one's test rows are of users without a train row, whom the models "
+            "know as unknown. In the tables of figures ± is the standard deviation over splits and seeds.", "",
+            "What models read: " + "; ".join(f"`{feature}`: {MEANING[feature]}" for feature in read)
+            + ". A gain counts only against `random`.", "", *what_was_trained(args, results), "",
             *paper_tables(by, first.prepared),
-            "## All figures", "", *table_of_means(by), "",
-            "## Paired differences", "", f"Mean ± half of the 95% interval: {interval}.", "", *differences,
-            "", "## AUC by history", "",
-            "Test rows by the number of train rows that their user has (first split).", "",
-            *table_of_groups(by, first)]
+            "## All figures", "",
+            "Logloss in nats; calibration error: mean gap of probability and share of clicks over ten bins "
+            "of equal size; RelaImpr (eq. 10, 11): relative to the same model with `none`, more is better.", "",
+            *table_of_means(by), ""]
+    if num_lines := len(differences) - 2:
+        text += ["## Paired differences", "",
+                 f"Here ± is half of the 95% interval: {interval}. AUC: more is better, logloss: less. p: that "
+                 f"the difference is 0, not corrected for {many(2 * num_lines, 'look')}. Share of the truth's "
+                 "gain: (codes - random) / (truth - random).", "", *differences, ""]
+    text += ["## AUC by history", "",
+             "Test rows by the number of train rows that their user has (first split).", "",
+             *table_of_groups(by, first)]
     return "\n".join(text) + "\n", gains
 
 
@@ -652,6 +724,7 @@ def draw_figure(title, results, column, path_name, args):
         axis.set_xticks(values.index, [str(size) for size in values.index])
         axis.set(xlabel=title, ylabel={"auc": "AUC", "logloss": "logloss (nats)"}[metric])
         axis.legend()
+    figure.suptitle(f"{args.models[0]}, {args.seeds} seeds; band: one standard deviation", fontsize=9)
     figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
@@ -790,13 +863,24 @@ def print_serving(figures):
              for name, row in figures.items()]
     header = ["way of serving", "batch 1: median", "p99", "batch 10,000: median", "p99", "ratio to DCN",
               "held (MB)", "peak of a batch (MB)"]
-    return ["Table 6: seconds per 10,000 rows; the paper: DCN 0.93, UserIP + DCN 1.21, KAR + DCN 4.78.", "",
+    return ["Table 6: seconds per 10,000 rows, random weights, "
+            f"{torch.get_num_threads()} threads; the paper: DCN 0.93, UserIP + DCN 1.21, KAR + DCN 4.78.", "",
             *markdown(header, lines)]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # main
 # ----------------------------------------------------------------------------------------------------------
+
+
+def check_further_runs(args, split):
+    """Exit where the runs that --splits and --codebook-sizes need cannot be made."""
+    what = "--splits" if args.splits > 1 else "--codebook-sizes"
+    if args.splits > 1 and split not in ("random", "cold-user"):
+        fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
+    if (args.splits > 1 or args.codebook_sizes) and read_sidecar(args, "profiles.pt")["options"].get("prior"):
+        fail(f"{what}: the profiles of {args.run_dir} come from a round of EM, which further runs do not "
+             f"repeat: run stages 2 and 3 without --prior, or leave {what} out")
 
 
 def check_features(args):
@@ -818,8 +902,7 @@ def main(args):
         fail("--compile: there is no C++ compiler (g++ or clang++) on this machine; leave it out")
     features = check_features(args)
     runs = [read_run(args, args.run_dir, features)]
-    if args.splits > 1 and (split := runs[0].prepared["split"]) not in ("random", "cold-user"):
-        fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
+    check_further_runs(args, runs[0].prepared["split"])
     for split_seed in range(runs[0].split_seed + 1, runs[0].split_seed + args.splits):
         folder = further_run(args, f"split-{split_seed}", "01_prepare.py", {"split_seed": split_seed})
         runs.append(read_run(args, folder, features))
@@ -830,17 +913,20 @@ def main(args):
     options = json.dumps(told, sort_keys=True)
     seconds = [row.get("seconds", 0.0) for row in rows]
     results = pd.DataFrame(rows).drop(columns="seconds").assign(options=options)
-    text, gains = summarize(results, runs)
+    text, gains = summarize(args, results, runs)
     print(text)
     facts = {"gains": gains, "seconds": time.time() - started, "seconds_per_row": seconds}
     if args.codebook_sizes:
         codebook_figures(args, runs[0], seeds)
+        text += "\nFigures 5 and 6, AUC and logloss by codebook size: figure5.png, figure6.png\n"
     if args.bench:
         stored = read_artifacts(args, "profiles.pt")[0]
         profiles = stored["profiles"][-1 if "fold" in stored else ...].flatten(1).float()
         facts["serving"] = serving_table(args, len(profiles), runs[0].num_items, torch.tensor(runs[0].codes),
                                          [size + 1 for size in runs[0].code_sizes], profiles)
-        print("\n".join(print_serving(facts["serving"])))
+        table = "\n".join(print_serving(facts["serving"]))
+        print(table)
+        text += f"\n## Serving\n\n{table}\n"
     write_artifact(args, "results.md", text, runs[0].inputs, **facts)
     path = write_artifact(args, "results.parquet", results, runs[0].inputs, **facts)
     final = f"wrote {path}: {len(results)} rows"

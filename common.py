@@ -235,9 +235,12 @@ def read_sidecar(args, name):
             fail(f"{needed} is missing: run `python {MADE_BY[name]} --run-dir {args.run_dir}` first, with "
                  f"the options of your run")
     try:
-        return json.loads(path.read_text())
-    except ValueError:
-        fail(f"{path} is not JSON: run `python {MADE_BY[name]} --run-dir {args.run_dir}` again")
+        sidecar = json.loads(path.read_text())
+        sidecar["sha256"], sidecar["inputs"], sidecar["options"]
+        return sidecar
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path} is not what a stage writes: run `python {MADE_BY[name]} --run-dir {args.run_dir}` "
+             f"again")
 
 
 def _read_frame(path):

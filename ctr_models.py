@@ -526,14 +526,16 @@ def train_stack(args, name, members, rows, is_compiled=False):
     """Train the members side by side: their figures on valid at the best epoch, and a stack of these weights.
 
     Every member sees the train rows in the order of its seed, with the noise of its seed: whatever else it
-    reads, and whoever is trained beside it. A member that makes no progress for `--patience` epochs is done.
+    reads, and whoever is trained beside it. A member that makes no progress for `--patience` epochs is done,
+    even where its compiled companions keep it in the stack. A step is that of the member alone to 1e-6; over
+    some hundred steps such roundings grow, and may let another epoch be the best.
     """
     options = name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers, \
         tuple(args.hidden), rows.dims
     stack = Stack(options, members, rows, args.batch_size, args.dropout, is_compiled)
     best = [{"valid_logloss": float("inf"), "best_epoch": 0} for _ in members]
     saved = {key: value.clone() for key, value in stack.state.items()}
-    running = np.arange(len(members))
+    running, done = np.arange(len(members)), np.zeros(len(members), dtype=bool)
     seeds = sorted({member.seed for member in members})
     seed_of = torch.tensor([seeds.index(member.seed) for member in members])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -542,17 +544,18 @@ def train_stack(args, name, members, rows, is_compiled=False):
         probabilities = stack.predict(rows, "valid")
         for place, member in enumerate(running):
             valid = logloss(rows.labels["valid"], probabilities[place])
-            if valid < best[member]["valid_logloss"]:  # nan, from a rate too high, is no progress
+            # nan, from a rate too high, is no progress
+            if not done[member] and valid < best[member]["valid_logloss"]:
                 auc = roc_auc_score(rows.labels["valid"], probabilities[place])
                 best[member] = {"valid_logloss": valid, "valid_auc": auc, "best_epoch": epoch}
                 for key, value in stack.state.items():
                     saved[key][member] = value[place]
-        done = np.array([epoch - best[member]["best_epoch"] >= args.patience for member in running])
+        done |= np.array([epoch - one["best_epoch"] >= args.patience for one in best])
         if done.all():
             break
-        if done.any() and not is_compiled:  # a compiled step holds for one G
-            stack.keep(torch.from_numpy(~done))
-            running = running[~done]
+        if done[running].any() and not is_compiled:  # a compiled step holds for one G
+            stack.keep(torch.from_numpy(~done[running]))
+            running = running[~done[running]]
     stack.state = saved
     return best, stack
 

@@ -143,6 +143,33 @@ def test_a_finished_row_is_never_trained_twice_and_a_killed_run_ends_the_same(tm
     assert len(calls) == 14  # other options are other rows
 
 
+def test_only_rows_that_are_missing_are_trained(tmp_path, monkeypatch, capsys):
+    run, trained = small_run_of(), []
+    train = ctr.train_stack
+    monkeypatch.setattr(ctr, "train_stack", lambda args, name, members, *rest:
+                        trained.append(len(members)) or train(args, name, members, *rest))
+    score = lambda features, seeds, *more: ctr.train_run(settings("--run-dir", tmp_path, *more), run, ["dcn"],
+                                                         features, range(seeds))
+    score(["codes"], 1)
+    score(["codes", "random"], 2)
+    score(["codes", "random"], 2, "--paper")  # the learning rate is that of the tests all the same
+    assert trained == [1, 3]
+    monkeypatch.setattr(ctr, "code_digests", lambda: ["another program"])
+    score(["codes"], 1)
+    assert trained == [1, 3, 1] and "3 rows of split 0" in capsys.readouterr().out
+
+
+def test_what_is_no_row_in_finished_jsonl_is_left_out_and_what_cannot_be_written_is_said(tmp_path, capsys):
+    path = tmp_path / "finished.jsonl"
+    path.write_bytes(b'123\n[1]\n{"no": "key"}\n\xff\xfe\n{"key": "a", "auc": 1}\n{"key": "b"')
+    assert ctr.read_finished(path) == {"a": {"auc": 1}}
+    assert capsys.readouterr().out.count("left out") == 5
+    path.unlink()
+    path.mkdir()
+    assert "cannot read" in dies(capsys, ctr.read_finished, path)
+    assert "cannot write" in dies(capsys, ctr.append, path, "")
+
+
 def test_history_groups_are_a_partition_by_train_rows():
     run = small_run_of()
     groups = ctr.history_groups(run)
@@ -306,6 +333,19 @@ def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
     assert results["model"].iloc[0] == "base rate" and results["auc"].iloc[0] == 0.5
     markdown = (small_run[1] / "results.md").read_text()
     assert "codes - random" in markdown and "base rate" in markdown
+    assert "1 draw with 2 seeds each" in markdown and "not corrected for 12 looks" in markdown
+    assert "lr 0.005, decay of the embeddings 0.003 (dcn, pnn)" in markdown and "< 0.001" not in markdown[:900]
+
+
+def test_runs_that_cannot_be_repeated_are_refused_before_anything_is_trained(small_run, tmp_path):
+    shutil.copytree(small_run[1], tmp_path / "run")
+    path = tmp_path / "run/profiles.pt.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["options"]["prior"] = "run/codebook.pt"
+    path.write_text(json.dumps(sidecar))
+    for more in (("--splits", 2), ("--codebook-sizes",)):
+        line = run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", *more, ok=False)
+        assert more[0] in line and "--prior" in line and not (tmp_path / "run/split-1").exists()
 
 
 def test_every_control_runs(small_run, tmp_path):

@@ -321,6 +321,19 @@ def test_each_model_of_a_stack_is_the_one_trained_alone(name, double):
     assert len({figure["valid_logloss"] for figure in figures}) == 4
 
 
+def test_a_member_that_is_done_stays_so_among_compiled_companions(double, monkeypatch):
+    """They keep it in the stack, but no later epoch may become its best. (Nothing is compiled here.)"""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ctr_models.functions_of.cache_clear()
+    rows, args = pairwise_rows(900, noise=0.2), settings(epochs=9, patience=1)
+    members = [Member(0, seed, lr, 1e-3, 0.0) for seed in range(3) for lr in (0.005, 0.05, 0.3)]
+    figures, stack = train_stack(args, "dcn", members, rows, is_compiled=True)
+    expected, apart = train_stack(args, "dcn", members, rows)
+    ctr_models.functions_of.cache_clear()
+    assert [one["best_epoch"] for one in figures] == [one["best_epoch"] for one in expected]
+    assert torch.allclose(stack.state["flat"], apart.state["flat"], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dcn", "afn", "ffm"])
 def test_a_step_is_that_of_torchs_adam_when_the_batch_meets_every_row(name, double):
     """Plain autograd, torch.optim.Adam with two groups of penalties; an id twice in a batch counts twice."""
