@@ -122,7 +122,7 @@ def parse_args(argv=None):
     add("--net-decay", type=at_least(0, float), default=0.0, help="L2 penalty of all other parameters")
     grid = "; ".join(f"--{key.replace('_', '-')} {' or '.join(map(str, GRID[key]))}" for key in GRID)
     add("--tune", action="store_true",
-        help=f"choose on valid, for each model and feature set, among {grid}; the decay times the model's own")
+        help=f"choose on valid, for each model and feature set, among {grid} (decay: of the model's own)")
     add("--batch-size", type=at_least(1), default=512, help="rows per step")
     add("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
@@ -687,19 +687,19 @@ def summarize(args, results, runs):
     text = [f"# Click-through rate: {first.prepared['dataset']}, {num_test:,} test rows", "",
             f"Split: {first.prepared['split']}, {many(num_splits, 'draw')} with {many(num_seeds, 'seed')} "
             f"each; {cold:,} of the first one's test rows are of users without a train row, whom the models "
-            "know as unknown. In the tables of figures ± is the standard deviation over splits and seeds.", "",
+            "know as unknown. Where figures stand, ± is the standard deviation over splits and seeds.", "",
             "What models read: " + "; ".join(f"`{feature}`: {MEANING[feature]}" for feature in read)
             + ". A gain counts only against `random`.", "", *what_was_trained(args, results), "",
             *paper_tables(by, first.prepared),
             "## All figures", "",
             "Logloss in nats; calibration error: mean gap of probability and share of clicks over ten bins "
-            "of equal size; RelaImpr (eq. 10, 11): relative to the same model with `none`, more is better.", "",
+            "of equal size; RelaImpr (eq. 10, 11): against the same model with `none`, more is better.", "",
             *table_of_means(by), ""]
     if num_lines := len(differences) - 2:
         text += ["## Paired differences", "",
-                 f"Here ± is half of the 95% interval: {interval}. AUC: more is better, logloss: less. p: that "
-                 f"the difference is 0, not corrected for {many(2 * num_lines, 'look')}. Share of the truth's "
-                 "gain: (codes - random) / (truth - random).", "", *differences, ""]
+                 f"Here ± is half of the 95% interval: {interval}. AUC: more is better, logloss: less. p: "
+                 f"that the difference is 0, not corrected for {many(2 * num_lines, 'look')}. Share of the "
+                 "truth's gain: (codes - random) / (truth - random).", "", *differences, ""]
     text += ["## AUC by history", "",
              "Test rows by the number of train rows that their user has (first split).", "",
              *table_of_groups(by, first)]

@@ -816,18 +816,19 @@ def main(args):
     body = [
         "<h1>User inherent profiles: what was inferred, and is it true?</h1>",
         contents(),
-        headline(*(run.sidecars[name] for name in ("feature_bank.parquet", "profiles.pt", "results.parquet"))),
+        headline(*(run.sidecars[name] for name in
+                   ("feature_bank.parquet", "profiles.pt", "results.parquet"))),
         f"<p>{len(run.bank):,} users, {len(run.items):,} items, {len(run.split['train']):,} train rows; LLM: "
         f"{html.escape(str(run.stored['llm']))}.</p>",
         heading("The codes"), usage, *maps, *curves,
         heading("What each code stands for"),
         f"<p>What its users have more often than all others: odds ratio ×, 95% interval; only what is surely "
         f"so (one-sided 2.5% for each list as a whole). {num_found[0]:,} such names; with the codes dealt to "
-        f"users at random {num_found[1]:,}. Rating habits: means over users ± half of the 95% interval. Train "
-        f"rows.</p>",
+        f"users at random {num_found[1]:,}. Rating habits: means over users ± half of the 95% interval. "
+        f"Train rows.</p>",
         cards_as_html(cards),
-        "<p>Agreement with what is known of users: adjusted mutual information (0: chance, 1: the same), p of "
-        "the chi-squared test.</p>" + table(("profile", "fact", "agreement", "p"), known) if known else "",
+        "<p>Agreement with what is known of users: adjusted mutual information (0: chance, 1: the same), p "
+        "of the chi-squared test.</p>" + table(("profile", "fact", "agreement", "p"), known) if known else "",
         heading("Do words of profiles mean anything?"),
         "<p>Share of users whose own words occur more often in their held-out (valid) items than another "
         "user's words do, ties counted half, ± half of the 95% interval; 0.5 if they tell nothing.</p>",

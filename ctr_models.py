@@ -391,9 +391,8 @@ def step_rows_(adam_, table, total, index, found, grad, *options):
 
 @functools.lru_cache(maxsize=None)  # a compiled step serves all stacks of its shape
 def functions_of(options, dropout, is_compiled):
-    """A model as functions of G copies' parameters: the model, logits, a step of the parameters, Adam.
-
-    The last two for full batches, compiled if so wished, and for a batch cut short.
+    """A model as functions of G copies' parameters: the model, `logits`, and twice the pair (a step of the
+    parameters, Adam's rule), for full batches, compiled if so wished, and for a batch cut short.
     """
     model = build(*options)
     named = dict(model.named_parameters())

@@ -74,7 +74,7 @@ def llm_of_shape(shape, device):
 
 
 def naive_loop(prompt, start, stream, pairs, lr, num_steps):
-    """As one writes it down: all logits, padded batches of 8 texts, dense AdamW over all users -> θ of ours"""
+    """As one writes it down: all logits, padded batches of 8, dense AdamW over all users -> θ of ours"""
     everyone = torch.zeros(ALL_USERS, *start.shape[1:], device=prompt.device)
     everyone[:len(start)] = start
     everyone.requires_grad_()
@@ -164,7 +164,8 @@ def speed(args, shape, device):
     """A table of the ways, for items and for histories: {(evidence, way): figures}"""
     model, tokenizer = llm_of_shape(shape, device)
     prompt_of = lambda model: infer.Prompt(model, tokenizer, ["hobby", "background"], NAME_TEXTS, TASK_TEXT)
-    quick = _fuse(copy.deepcopy(model, {id(value): value for value in model.parameters()}))  # the same weights
+    same_weights = {id(value): value for value in model.parameters()}
+    quick = _fuse(copy.deepcopy(model, same_weights))
     plain, prompt = prompt_of(model), prompt_of(quick)
     args.tokens_per_batch = infer.tokens_that_fit(prompt)
 
@@ -241,9 +242,10 @@ def save_wide_llm(folder):
 
     tokenizer = bpe_tokenizer("gpt2")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=768, intermediate_size=16, head_dim=16,
-                                 num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-                                 max_position_embeddings=256)).save_pretrained(folder)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=768, intermediate_size=16, head_dim=16,
+                         num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                         max_position_embeddings=256)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -266,8 +268,8 @@ def write_run(folder, num_users, num_items, of_user):
 
 def run_stage_2(folder, llm, *options):
     """The stage in a process of its own -> seconds of inference, peak memory in bytes, seconds in all"""
-    command = [sys.executable, ROOT / "02_infer_profiles.py", "--run-dir", folder, "--llm", llm, "--heldout", 50,
-               "--shared-steps", 5, "--map-steps", 20, *options]
+    command = [sys.executable, ROOT / "02_infer_profiles.py", "--run-dir", folder, "--llm", llm,
+               "--heldout", 50, "--shared-steps", 5, "--map-steps", 20, *options]
     # a process between, whose only child is the stage: its peak is that of the children
     told = subprocess.run([sys.executable, "-c", "import resource, subprocess, sys; "
                            "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
@@ -287,7 +289,8 @@ def memory_by_users(args, folder, llm):
         write_run(run, num_users, 500, 3)
         seconds, peak, _ = run_stage_2(run, llm, "--method", "gradient", "--stop", "none", "--steps", 1,
                                        "--batch-size", 1024, "--route", "title", "title")
-        print(f"gradient, {num_users:,} users, D 768: peak {peak / 2**20:,.0f} MiB, {seconds:.0f} s", flush=True)
+        print(f"gradient, {num_users:,} users, D 768: peak {peak / 2**20:,.0f} MiB, {seconds:.0f} s",
+              flush=True)
         peaks.append(peak)
     return peaks[1] / peaks[0]
 
@@ -316,7 +319,8 @@ def million_users(folder, llm):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--quick", action="store_true",
                         help="few users, items only, no frozen loop, no PEFT: under 5 minutes on two cores")
     parser.add_argument("--only", choices=["speed", "memory", "score", "million"], help="one part alone")
@@ -326,8 +330,8 @@ def main():
     args.users, args.users_of_others = (1024, 32) if cuda else (16, 4) if args.quick else (64, 8)
     wanted = lambda part: args.only in (None, part)
     figures = dict.fromkeys(("speedup_over_naive", "matmul_share", "memory_ratio_100k_2k",
-                             "score_time_ratio_10x_users", "speedup_over_frozen", "speedup_over_naive_history",
-                             "speedup_over_peft", "million_users_seconds", "llama_speedup_over_naive",
+                             "score_time_ratio_10x_users", "speedup_over_frozen",
+                             "speedup_over_naive_history", "speedup_over_peft", "million_users_seconds", "llama_speedup_over_naive",
                              "llama_matmul_share"))
     with torch.device("cpu"):
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds")

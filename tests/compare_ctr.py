@@ -47,7 +47,7 @@ def library_model(name, sizes, l2, seed):
                              **linear),
         "pnn": lambda: PNN(columns, **deep, **penalties),
         "deepfm": lambda: DeepFM(columns, columns, **deep, **linear),
-        # the library's default adds an MLP and first-order weights, which the paper's formula, and ours, lacks
+        # the library's default adds an MLP and first-order weights, which the formula, and ours, lacks
         "autoint": lambda: AutoInt([], columns, att_layer_num=3, att_head_num=2, dnn_hidden_units=(),
                                    **penalties),
         "afm": lambda: AFM(columns, columns, attention_factor=8, afm_dropout=0.2, **linear),

@@ -727,7 +727,7 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
 @pytest.mark.parametrize("options", [("--evidence", "items"), ("--evidence", "history", "--start", "random")],
                          ids=lambda options: options[1])
 def test_new_users_by_gradient_get_what_the_run_gives_them(small_run, tmp_path, options):
-    """Three users of the run come again: from θ̄ the same profiles; from a random start of their own, none."""
+    """Three users of the run come again: from θ̄ the same profiles, from a random start others."""
     infer_run(small_run, tmp_path, "--method", "gradient", *options, "--stop", "none", "--steps", 4, "--llm",
               save_llm(tmp_path / "llm", "gpt2"))
     run = tmp_path / "run"

@@ -202,7 +202,8 @@ def test_directions_by_blocks_of_users_are_those_of_the_covariance():
 
 def test_a_streamed_tensor_is_that_of_torch_save(tmp_path):
     parts = [torch.randn(3, 2, 5) for _ in range(4)]
-    value = {"names": ["a"], "other": torch.arange(7), "big": SimpleNamespace(shape=(12, 2, 5), blocks=lambda: parts)}
+    value = {"names": ["a"], "other": torch.arange(7),
+             "big": SimpleNamespace(shape=(12, 2, 5), blocks=lambda: parts)}
     args = argparse.Namespace(run_dir=tmp_path, seed=0)
     common.write_artifact(args, "profiles.pt", value)
     (stored,) = common.read_artifacts(args, "profiles.pt")
@@ -279,8 +280,9 @@ def fresh(small_run, folder):
 
 
 FORKS = multiprocessing.get_context("forkserver")  # processes that need not import torch anew
-FORKS.set_forkserver_preload(["pandas", "pyarrow.parquet", "scipy.sparse", "sklearn.cluster", "torch.distributed",
-                              "torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "matplotlib.pyplot"])
+FORKS.set_forkserver_preload(["pandas", "pyarrow.parquet", "scipy.sparse", "sklearn.cluster",
+                              "torch.distributed", "torch._dynamo",
+                              "transformers.models.gpt2.modeling_gpt2", "matplotlib.pyplot"])
 
 
 def stage_in_child(run, options):
@@ -310,8 +312,8 @@ def torchrun(run, *options):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                ROOT / "02_infer_profiles.py", "--run-dir", run, *OPTIONS, *options]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=environment)
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=environment)
 
 
 def wait_for_pieces(worker, run, number, pattern="*.pt"):

@@ -183,14 +183,16 @@ def test_the_directions_that_matter_to_what_users_like_are_kept():
     def kept(label):
         candidates = {"leading 1": torch.eye(2)[:, :1], "second": torch.eye(2)[:, 1:]}
         rows, valid = rows_of(label.float())
-        chosen = quantize.choose_directions(args, candidates, deviation[None], torch.ones(600).bool(), evidence,
-                                            2, rows, valid, 6)
+        everyone = torch.ones(600, dtype=torch.bool)
+        chosen = quantize.choose_directions(args, candidates, deviation[None], everyone, evidence, 2, rows,
+                                            valid, 6)
         return next(name for name, transform in candidates.items() if transform is chosen)
 
     assert kept(kind[0][user] * (item % 2 * 2 - 1) > 0) == "leading 1"
     assert kept(kind[1][user] * (item % 2 * 2 - 1) > 0) == "second"
     label = (kind[0][user] * (item % 2 * 2 - 1) > 0).float()
-    told = [quantize.rec_loss_of((values > 0).long()[None], 2, *rows_of(label), 6, 0).mean() for values in kind]
+    told = [quantize.rec_loss_of((values > 0).long()[None], 2, *rows_of(label), 6, 0).mean()
+            for values in kind]
     assert told[0] < 0.2 and told[1] > 0.6
 
 
@@ -202,7 +204,8 @@ def test_a_direction_is_given_up_for_no_tie(monkeypatch, better, kept):
     monkeypatch.setattr(quantize, "rec_loss_of", lambda *_: next(losses))
     candidates = {"leading 1": torch.eye(2)[:, :1], "leading 2": torch.eye(2)}
     deviation = torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(0))
-    chosen = quantize.choose_directions(argparse.Namespace(seed=0), candidates, deviation, torch.ones(50).bool(),
+    everyone = torch.ones(50, dtype=torch.bool)
+    chosen = quantize.choose_directions(argparse.Namespace(seed=0), candidates, deviation, everyone,
                                         torch.ones(1, 50), 2, (), (), 6)
     assert chosen is candidates[kept]
 

@@ -334,7 +334,7 @@ def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
     markdown = (small_run[1] / "results.md").read_text()
     assert "codes - random" in markdown and "base rate" in markdown
     assert "1 draw with 2 seeds each" in markdown and "not corrected for 12 looks" in markdown
-    assert "lr 0.005, decay of the embeddings 0.003 (dcn, pnn)" in markdown and "< 0.001" not in markdown[:900]
+    assert "lr 0.005, decay of the embeddings 0.003 (dcn, pnn)" in markdown
 
 
 def test_runs_that_cannot_be_repeated_are_refused_before_anything_is_trained(small_run, tmp_path):
