@@ -331,8 +331,8 @@ def main():
     wanted = lambda part: args.only in (None, part)
     figures = dict.fromkeys(("speedup_over_naive", "matmul_share", "memory_ratio_100k_2k",
                              "score_time_ratio_10x_users", "speedup_over_frozen",
-                             "speedup_over_naive_history", "speedup_over_peft", "million_users_seconds", "llama_speedup_over_naive",
-                             "llama_matmul_share"))
+                             "speedup_over_naive_history", "speedup_over_peft", "million_users_seconds",
+                             "llama_speedup_over_naive", "llama_matmul_share"))
     with torch.device("cpu"):
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     if wanted("speed"):
