@@ -181,13 +181,21 @@ def further_run(args, name, stage, change):
                         shutil.copy2(own / file, folder / file)
             continue
         options = mine["options"] | {"run_dir": str(folder)} | (change if current == stage else {})
-        if is_new or there.get("options") != options:
+        # a run that was killed between two stages has options as asked for, but inputs of another time
+        if is_new or there.get("options") != options or any(
+                digest_of(folder, name) != told for name, told in there.get("inputs", {}).items()):
             is_new = True
             command = [sys.executable, str(Path(__file__).with_name(current)), *command_line(options)]
             print(f"{folder}: {current}", flush=True)
             if subprocess.run(command).returncode:
                 fail(f"{current} failed for {folder}: {shlex.join(command)}")
     return folder
+
+
+def digest_of(run_dir, name):
+    """The digest in an artifact's sidecar; None where there is none"""
+    path = Path(run_dir) / f"{name}.json"
+    return json.loads(path.read_text())["sha256"] if path.exists() else None
 
 
 def command_line(options):

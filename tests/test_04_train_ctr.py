@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
+from common import write_artifact
 from conftest import ctr, dies, run_stage
 
 SPLITS = "train", "valid", "test"
@@ -483,6 +484,13 @@ def test_further_splits_are_made_by_the_stages_with_the_same_options(small_run, 
     assert "01_prepare.py" not in again and "finished before" in again
     assert pd.read_parquet(run / "results.parquet").equals(results)
     assert "Nadeau" in (run / "results.md").read_text()
+    # as after a kill between stages 1 and 2: the options are as asked for, but stage 2 has read other rows
+    path = run / "split-1/interactions.parquet"
+    made = json.loads((run / "split-1/interactions.parquet.json").read_text())["options"]
+    write_artifact(SimpleNamespace(**made), path.name, pd.read_parquet(path).iloc[:-1], split_seed=1, seed=0,
+                   **{key: value for key, value in made.items() if key in ("split", "dataset")})
+    mended = run_stage(*argv)
+    assert "01_prepare.py" not in mended and "02_infer_profiles.py" in mended and "03_quantize.py" in mended
 
 
 def test_figures_5_and_6_show_what_stage_3_makes_of_other_sizes(small_run, tmp_path, monkeypatch):
