@@ -439,7 +439,10 @@ def key_of(args, run, model, feature, seed):
     skip |= set() if args.tune else {"seed", "seeds"}  # a choice is made over all seeds
     told = {key: value for key, value in vars(args).items() if key not in skip}
     told["weight_decay"] = decay_of(args, model)
-    text = json.dumps([told, run.digests, model, feature, seed, code_digests()], sort_keys=True, default=str)
+    # what reads no profile is the same for any codebook
+    inputs = {name: digest for name, digest in run.digests.items()
+              if feature not in ("none", "leniency") or name == "interactions.parquet"}
+    text = json.dumps([told, inputs, model, feature, seed, code_digests()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -515,3 +515,12 @@ def test_each_model_has_a_penalty_of_its_own_unless_one_is_asked_for():
     run = SimpleNamespace(digests={})
     key = lambda args, model: ctr.key_of(args, run, model, "none", 0)
     assert key(args, "dcn") == key(asked, "dcn") and key(args, "ffm") != key(asked, "ffm")
+
+
+def test_rows_without_profiles_are_the_same_for_any_codebook_and_no_others():
+    args = ctr.parse_args([])
+    runs = [SimpleNamespace(digests={"interactions.parquet": rows, "feature_bank.parquet": bank})
+            for rows, bank in (("a", "b"), ("a", "c"), ("d", "b"))]
+    for feature in ctr.FEATURES:
+        first, other_bank, other_rows = (ctr.key_of(args, run, "dcn", feature, 0) for run in runs)
+        assert (first == other_bank) == (feature in ("none", "leniency")) and first != other_rows
