@@ -13,12 +13,13 @@ rows, of his own profile); half of the users' validation rows choose step length
 the released code's recipe. `--only-users` places new users by what the run has fitted. Finished work is on
 disk, so that a killed run goes on where it stood; blocks of users are dealt to the processes of torchrun.
 
-Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
+Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, profiles.pt
+        and, of a run with --method score, scores.pt
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
         shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did
         not differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N],
         names, texts, llm; with folds fold int64 [train rows]; with --prior the codebook that it was
-        scores.pt: with --method score all that a new user's profile needs (by gradient: profiles.pt, the LLM)
+        scores.pt: with --method score all that a new user's profile needs
         new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names
         tiny_llm/: the LLM, where --llm is tiny; progress/: finished work, until the run is done
 
@@ -95,13 +96,13 @@ def parse_args(argv=None):
     add("--folds", type=at_least(0), default=None, metavar="F",
         help="infer also without each of F folds of the train rows (default: 5 with --ratings, else 0)")
     add("--route", nargs="+", default=None, metavar="FIELDS",
-        help="fields per profile (default: title+category brand+price, and rating); none = all to all")
+        help="fields per profile (default of two: title+category brand+price; rating to a third); none = all")
     add("--mask", choices=["fig4", "causal"], default="fig4", help="Fig. 4, or plain causal for the ablation")
     add("--soft-tokens", type=at_least(1), default=1, metavar="S", help="soft tokens per profile, S")
     add("--rank", type=at_least(1), default=16, metavar="R",
         help="score: directions of a profile's S · D in which users may differ")
     add("--init", choices=["random", "names", "vocab", "uniform"], default="random",
-        help="first soft tokens: normal, the name's last word, words at random, U(-.1, .1)")
+        help="first soft tokens: normal, the name's own embedding, words at random, U(-.1, .1)")
     add("--prior", type=Path, metavar="CODEBOOK",
         help="codebook.pt of this run: pull each user to his codeword (eq. 7) instead of θ̄; a round of EM")
     add("--only-users", type=Path, metavar="FILE",
@@ -131,12 +132,16 @@ def parse_args(argv=None):
     if args.paper and args.released:
         parser.error("--paper and --released are two recipes: choose one")
     if args.only_users:
-        given = [name for name in vars(args) if name not in ("run_dir", "seed", "only_users")
+        given = [name for name in vars(args) if name not in ("run_dir", "only_users")
                  and getattr(args, name) != parser.get_default(name)]
         if given:
             parser.error(f"--only-users takes all options from the run: leave out "
                          f"--{given[0].replace('_', '-')}")
         return args
+    if args.method == "score" and args.pull == 0:
+        parser.error("--pull 0 leaves users without evidence nowhere: --method score needs a pull above 0")
+    if args.lr == 0:
+        parser.error("--lr must be above 0")
     check_evidence(parser, args)
     check_profiles(parser, args)
     return args
@@ -167,6 +172,9 @@ def check_profiles(parser, args):
         parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _")
     if {"user", "user_id"} & set(names):
         parser.error("--profiles: user and user_id are columns of the feature bank; take another name")
+    if unknown := re.findall(r"{[^}]*}", TARGET.sub("", " ".join(args.profiles))):
+        parser.error(f"--profiles: {unknown[0]} stands for nothing; {{title}}, {{category}}, {{brand}} and "
+                     f"{{price}} do")
     has_target = any(TARGET.search(text) for text in args.profiles)
     if has_target and (args.mask != "causal" or args.evidence == "history"):
         parser.error("--profiles: a text with an item's {title}, {category}, {brand} or {price} needs "
@@ -591,7 +599,7 @@ class Prompt:
             is_there[:, self.target_places] = target >= 0
             prefix = prefix.index_copy(1, self.target_places, self.embed(target.clamp(min=0)))
             itself = torch.eye(len(segment), dtype=torch.bool, device=self.device)
-            mask, position = mask & (is_there[:, None, None] | itself), is_there.cumsum(1) - 1
+            mask, position = mask & (is_there[:, None, None] | itself), (is_there.cumsum(1) - 1).clamp(min=0)
         return torch.cat([prefix, evidence], 1), mask, position
 
     def hidden_of_all(self, soft, ids, sees, owner, target=None):
@@ -1258,7 +1266,7 @@ def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
         return shared + place_users(total, count, pull, lift)
 
     needs = {"shared": shared, "lift": lift, "pull": pull, "told": [at.known for at in coordinates],
-             "tables": [at.strangers for at in coordinates], "centers": centers,
+             "tables": [at.strangers for at in coordinates],
              "num_verdicts": [streams[at.stream].num_verdicts for at in coordinates]}
     return Profiles((args.folds + 1, len(is_warm), *shared.shape), profiles_of), needs
 
@@ -1656,7 +1664,7 @@ def evidence_counts(args, streams, events, num_users, num_profiles):
 def read_new_users(args, words, items):
     """Rows of --only-users' table as item and verdict, int64 [R] each, whose they are, and the user ids."""
     read = pd.read_parquet if args.only_users.suffix == ".parquet" else functools.partial(
-        pd.read_csv, sep=None, engine="python", dtype={"user_id": str, "item_id": str})
+        pd.read_csv, sep=None, engine="python", dtype={"user_id": str, "item_id": str}, keep_default_na=False)
     try:
         table = read(args.only_users)
     except (OSError, ValueError, ImportError) as error:
@@ -1665,6 +1673,9 @@ def read_new_users(args, words, items):
     needed = ["user_id", "item_id", *["rating"] * (len(words) > 1)]
     if missing := [name for name in needed if name not in table]:
         fail(f"--only-users {args.only_users} has no column {missing[0]}; it needs {', '.join(needed)}")
+    nameless = table["user_id"].isna() | (table["user_id"].astype(str).str.strip() == "")
+    if nameless.any():
+        fail(f"--only-users {args.only_users}: {int(nameless.sum())} of {len(table)} rows have no user_id")
     table = table.drop_duplicates(["user_id", "item_id"], keep="last")
     place = pd.Series(items["item"].to_numpy(), index=items["item_id"].astype(str))
     item = place.reindex(table["item_id"].astype(str)).to_numpy()
@@ -1698,7 +1709,6 @@ def new_by_score(args):
         totals.append(sum_by_user(user[mine], row[mine], table, len(user_ids)).float())
         counts.append(torch.bincount(user[mine], minlength=len(user_ids)).float())
     total, count = torch.stack(totals, 1), torch.stack(counts, 1)
-    total = total + needs["pull"][:, None] * nearest_centers(total, count, needs["centers"])
     profiles = needs["shared"] + place_users(total, count, needs["pull"], needs["lift"])
     return profiles, count.long(), user_ids, len(item)
 
@@ -1710,33 +1720,42 @@ def new_by_gradient(args, made):
     differs by the order of sums. A random start is drawn for his id. A history is in the order of the table.
     """
     run = SimpleNamespace(**made["options"] | {"run_dir": args.run_dir, "only_users": args.only_users})
-    if run.prior or run.evidence == "review":
-        fail("--only-users: by gradient this needs a run of items or histories and without --prior"
-             f", not one with {'--prior' if run.prior else '--evidence review'}; take --method score")
     stored, interactions, items = read_artifacts(args, "profiles.pt", "interactions.parquet", "items.parquet")
     train, _, _, _, words = parts_of(run, interactions, len(stored["has_evidence"]))
-    run.llm = stored["llm"]
+    run.llm, stamp = stored["llm"], Path(args.run_dir) / TINY_STAMP
+    if run.llm == "tiny" and not (stamp.exists() and stamp.read_text() == stored["tiny_llm"]):
+        fail(f"--only-users: {stamp.parent} is not the LLM that {args.run_dir}/profiles.pt was inferred with: "
+             f"run stage 2 again")
     streams, make, prompt, _, names, _ = set_up(run, interactions, items, train, words)
-    run.tokens_per_batch = run.tokens_per_batch or tokens_that_fit(prompt)
+    run.tokens_per_batch = tokens_that_fit(prompt)
     item, verdict, user, user_ids = read_new_users(args, words, items)
     nowhere = torch.full_like(item, -1)
     events, first = sorted_by_user(Events(user, item, verdict, nowhere, nowhere), len(user_ids))
     evidence = Evidence(events, first, make)
     weights = torch.tensor([made["field_weights"][field] for field in FIELDS])
     profiles = stored["shared"].repeat(len(user_ids), 1, 1)
-    heard = events.user.unique().tolist()  # the others stay at θ̄
-    for place in tqdm(heard, desc="new users", unit="user", mininterval=2):
+    for place in tqdm(events.user.unique().tolist(), desc="new users", unit="user", mininterval=2):
+        mine = evidence.of(place, place + 1)
+        if not any(len(pairs.row) for _, pairs in mine):
+            continue  # he stays at θ̄
+        for stream, pairs in mine:
+            prompt.check_context(stream.texts.length[pairs.row], f"new user {user_ids[place]}: his text",
+                                 "give fewer of his rows")
         number = int.from_bytes(hashlib.sha256(user_ids[place].encode()).digest()[:7], "big")
         start = start_of(run, prompt, stored["shared"], torch.tensor([number]))
-        profiles[place] = infer_by_gradient(run, prompt, evidence.of(place, place + 1), weights, start,
-                                            stored["shared"], stored["noise"], made["pull"][0],
-                                            made["num_steps"], torch.tensor([place]))[0]
+        profiles[place] = infer_by_gradient(run, prompt, mine, weights, start, stored["shared"],
+                                            stored["noise"], made["pull"][0], made["num_steps"],
+                                            torch.tensor([place]))[0]
     return profiles, evidence_counts(run, streams, events, len(user_ids), len(names)), user_ids, len(item)
 
 
 def infer_only(args):
     """Profiles of new users, from what the run has fitted: nothing is trained but, by gradient, their θ."""
-    made = read_sidecar(args, "profiles.pt")
+    made, locked = read_sidecar(args, "profiles.pt"), lock(args.run_dir)
+    if made["options"]["prior"] or made["options"]["evidence"] == "review":
+        what = "a round of EM (--prior)" if made["options"]["prior"] else "--evidence review"
+        fail(f"--only-users: {args.run_dir}/profiles.pt is of {what}, which no table of items repeats: run "
+             f"stages 2 and 3 without it")
     if made["options"]["method"] == "score":
         inputs = ["scores.pt", "items.parquet"]
         profiles, count, user_ids, num_rows = new_by_score(args)
@@ -1749,6 +1768,7 @@ def infer_only(args):
     path = write_artifact(args, "new_profiles.pt", value, inputs, users=len(user_ids))
     print(f"wrote {path}: {len(user_ids):,} new users, {int(has_evidence.sum()):,} of them "
           f"with evidence among {num_rows:,} rows of items that the run knows")
+    locked.close()
 
 
 def load_prompt(args, train, streams, pieces, items, names, name_texts, rank=0):
@@ -1779,7 +1799,9 @@ def set_up(args, interactions, items, train, words, rank=0):
     names, name_texts = zip(*(text.split("=", 1) for text in args.profiles))
     routes = routes_of(args, items.iloc[train.item.unique().numpy()], names)
     streams, pieces = streams_of(args, routes, interactions, items, words)
-    prompt, tokenizer, llm, targets = load_prompt(args, train, streams, pieces, items, names, name_texts,
+    told = interactions.loc[interactions["split"].isin(["train", "valid", "support"]), "item"]
+    known = items.where(items["item"].isin(told))  # items that only test rows have stay untold
+    prompt, tokenizer, llm, targets = load_prompt(args, train, streams, pieces, known, names, name_texts,
                                                   rank)
     streams = tell(args, tokenizer, streams, pieces, targets, interactions, items)
     make = functools.partial(evidence_of, args, tokenizer, streams, pieces)
@@ -1850,7 +1872,7 @@ def main(args):
     start_stage(args)
     started = time.time()
     if args.only_users:
-        return infer_only(args)
+        return None if rank else infer_only(args)
     interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
     locked = lock(args.run_dir) if rank == 0 else None
     num_users = int(interactions["user"].max()) + 1

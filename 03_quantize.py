@@ -78,6 +78,12 @@ def parse_args(argv=None):
     args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
     if args.paper and args.released:
         parser.error("--paper and --released are two recipes: choose one")
+    given = [name for name in vars(args) if name not in ("run_dir", "apply")
+             and getattr(args, name) != parser.get_default(name)]
+    if args.apply and given:
+        parser.error(f"--apply takes all from the codebook: leave out --{given[0].replace('_', '-')}")
+    if args.dims and not args.whiten:
+        parser.error("--dims counts directions of whitened profiles: leave it out, or whiten")
     return args
 
 

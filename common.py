@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import shlex
 import struct
 import sys
 import zipfile
@@ -66,7 +67,7 @@ def at_least(minimum, kind=int):
 
 def options_text(options):
     """A preset as one would type it: {"lr": 0.1, "whiten": False} -> "--lr 0.1 --no-whiten"."""
-    text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else value
+    text = lambda value: shlex.join(map(str, value if isinstance(value, list) else [value]))
     return " ".join(f"--no-{key}" if value is False else f"--{key.replace('_', '-')} {text(value)}"
                     for key, value in options.items())
 

@@ -4,7 +4,8 @@
     python tests/ladder.py --run-dir runs/ladder-ml --dataset ml-100k --raw data/ml-100k
 
 Runs stage 1 once, stages 2 to 4 for every rung in a folder of its own below --run-dir (finished rungs are
-kept), all with the tiny LLM of the default recipe, and prints one table. AUC is test AUC of a DCN with codes
+kept), all with the tiny LLM of the default recipe (with ratings, of one that has read these), and prints one
+table. AUC is test AUC of a DCN with codes
 less the same with random codes (3 seeds), of warm users with --split random, of cold ones with --split
 cold-user (then with --id-dropout 0.3, so that they meet a trained unknown id).
 """
@@ -32,7 +33,7 @@ SHARED = [*PAPER, "--start", "shared"]
 PULLED = [*SHARED, "--pull", "10", "--stop", "heldout"]
 ITEMS = [*PULLED, "--evidence", "items"]
 ROUTED = [*ITEMS, "--route", "title+category", "brand+price"]
-RUNGS = {  # rung -> options of stage 2, of stage 3; each rung changes one thing
+RUNGS = {  # rung -> options of stage 2, of stage 3
     "released": (["--released", "--evidence", "items"], ["--released"]),
     "paper": (PAPER, ["--paper"]),
     "shared start": (SHARED, ["--paper"]),
@@ -126,8 +127,13 @@ def main():
     # all else goes to stage 1, which refuses what it does not know
     args, of_stage_1 = parser.parse_known_args()
     data, default = args.run_dir / "data", args.run_dir / "score"
+    asked = args.run_dir / "stage_1.txt"
+    if asked.exists() and asked.read_text() != " ".join(of_stage_1):
+        parser.error(f"{args.run_dir} holds the rungs of another stage 1 ({asked.read_text()}): take another "
+                     f"--run-dir")
     if not (data / "users.parquet").exists():
         run("01_prepare.py", data, *of_stage_1)
+        asked.write_text(" ".join(of_stage_1))
     climb(default, data, RUNGS["score"], "tiny")
     lines = []
     for name in args.rungs:

@@ -222,7 +222,7 @@ def test_the_causal_mask_lets_profiles_see_what_stands_before_them(llm):
 def test_the_released_prompt_names_the_items_brand_and_price(llm):
     """Against one text at a time, its prompt written out: what an item lacks is not there, not even a pad."""
     model, tokenizer = llm
-    name_texts, words = ("He likes {brand}", "at {price} dollars"), ("", " more")
+    name_texts, words = ("{brand} he likes", "at {price} dollars"), ("", " more")
     plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     targets = infer.targets_of(tokenizer, name_texts, ITEMS)
     prompt = prompt_of(llm, name_texts, mask="causal", room=[target.shape[1] for target in targets])
@@ -239,7 +239,7 @@ def test_the_released_prompt_names_the_items_brand_and_price(llm):
         brand = plain(f" {item.brand}") if isinstance(item.brand, str) else []
         price = plain({3: " 3", 12.99: " 13", 140: " 140", 5.5: " 5.5"}.get(item.price, ""))
         embed = lambda *ids: prompt.embed(torch.tensor(sum(ids, []), dtype=torch.long))
-        before = [embed(bos, plain("He likes"), brand), soft[row, :1],
+        before = [embed(bos, brand, plain(" he likes")), soft[row, :1],
                   embed(plain("at"), price, plain(" dollars")), soft[row, 1:], embed(plain(TASK_TEXT))]
         told = stream.texts.ids[row, :stream.texts.length[row]]
         logits = model(inputs_embeds=torch.cat([*before, prompt.embed(told)])[None]).logits[0]
@@ -722,6 +722,17 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
     table.drop(columns="rating").to_csv(file, index=False)
     line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
     assert "no column rating" in line
+    table.assign(user_id=["", *table["user_id"].iloc[1:]]).to_csv(file, index=False)
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+    assert f"1 of {len(table)} rows have no user_id" in line
+    path = run / "profiles.pt.json"
+    whole = path.read_text()
+    for key, value, told in (("prior", "codebook.pt", "--prior"), ("evidence", "review", "--evidence review")):
+        sidecar = json.loads(whole)
+        sidecar["options"][key] = value
+        path.write_text(json.dumps(sidecar))
+        line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+        assert told in line and "2 and 3 without it" in line
 
 
 @pytest.mark.parametrize("options", [("--evidence", "items"), ("--evidence", "history", "--start", "random")],
@@ -851,7 +862,9 @@ def test_a_text_longer_than_the_context(llm, capsys):
     (["--route", "colour", "price"], "--route"), (["--route", "title"], "--route"),
     (["--task-text", " "], "--task-text"), (["--method", "magic"], "--method"),
     (["--meth", "score"], "--meth"), (["--evidence", "history"], "--method gradient"),
-    (["--profiles", "a=likes {brand}"], "--mask causal"),
+    (["--profiles", "a=likes {brand}"], "--mask causal"), (["--profiles", "a=likes {Brand}"], "{Brand}"),
+    (["--pull", "0"], "--pull"), (["--method", "gradient", "--lr", "0"], "--lr"),
+    (["--only-users", "x.csv", "--seed", "3"], "--seed"),
     (["--released", "--evidence", "history"], "one item at a time"),
     (["--paper", "--released"], "two recipes"), (["--folds", "1"], "--folds"),
     (["--ratings", "--evidence", "review"], "--ratings"),

@@ -314,3 +314,13 @@ def test_the_edge_of_pure_noise():
     """White noise of N users in D dimensions stays below (1 + √(D/N))² but for a little."""
     z = torch.randn(2000, 100, generator=torch.Generator().manual_seed(0))
     assert float(torch.linalg.eigvalsh(torch.cov(z.T))[-1]) < 1.03 * (1 + math.sqrt(100 / 2000)) ** 2
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (["--paper", "--released"], "two recipes"), (["--apply", "--codes", "5"], "--codes"),
+    (["--apply", "--paper"], "--paper"), (["--no-whiten", "--dims", "3"], "--dims"),
+    (["--paper", "--dims", "3"], "--dims")])
+def test_options_that_would_change_nothing_are_refused(options, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quantize.parse_args(options)
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
