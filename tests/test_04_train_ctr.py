@@ -49,7 +49,8 @@ def small_run_of(split=None, codes_tell=True, seed=0):
 
 
 def settings(*argv):
-    return ctr.parse_args(["--epochs", "3", "--batch-size", "128", "--lr", "0.003", *map(str, argv)])
+    rate = [] if "--tune" in argv else ["--lr", "0.003"]  # what --tune chooses may not be set
+    return ctr.parse_args(["--epochs", "3", "--batch-size", "128", *rate, *map(str, argv)])
 
 
 def group(run, *argv, name="dcn", features=("none",), seeds=(0,)):
@@ -356,6 +357,16 @@ def test_every_control_runs(small_run, tmp_path):
     run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", *options, "--features", *features)
     results = pd.read_parquet(tmp_path / "run/results.parquet")
     assert set(results["features"]) == set(features) and len(results) == 1 + 2 * 6
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (["--tune", "--lr", "0.1"], "--lr"), (["--tune", "--start", "1"], "--start"),
+    (["--tune", "--paper"], "--paper"), (["--seed", str(2**32 - 1), "--seeds", "2"], "2**32"),
+    (["--dropout", "1"], "--dropout")])
+def test_options_that_make_no_sense_are_refused(options, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ctr.parse_args(options)
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
 def test_truth_is_for_planted_data_only(small_run):
