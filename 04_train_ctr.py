@@ -127,7 +127,7 @@ def parse_args(argv=None):
     add("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress on valid")
     add("--compile", action="store_true",
-        help="compile each model's step (10 s and a C++ compiler each; pays from some 100,000 steps on)")
+        help="compile each model's step (10 s and a C++ compiler each; pays on larger data)")
     add("--codebook-sizes", action="store_true", help="figures 5 and 6: stage 3 and the first model, many K")
     add("--bench", action="store_true", help="table 6: seconds per 10,000 rows: DCN, with bank, with vectors")
     args = parse_with_presets(parser, argv, paper=PAPER)
