@@ -202,8 +202,9 @@ def check_profiles(parser, args):
 # ----------------------------------------------------------------------------------------------------------
 
 # ids, field [R, T] int64 (index in FIELDS of what is told; -1 = context or pad), length [R] int64; target
-# int64 [R, A] or None: tokens of the item in the profiles' texts (see TARGET), -1 = none
-Texts = namedtuple("Texts", "ids field length target", defaults=[None])
+# int64 [R, A] or None: tokens of the item in the profiles' texts (see TARGET), -1 = none; part int64 [R, T] or
+# None: which of the texts that share a row a token belongs to (see side_by_side)
+Texts = namedtuple("Texts", "ids field length target part", defaults=[None, None])
 # fields it tells; sees bool [P]: the θ it may read; texts by row: item · num_verdicts + verdict, or (reviews)
 # by interaction
 Stream = namedtuple("Stream", "fields sees num_verdicts texts")
@@ -393,7 +394,36 @@ def cut(texts, rows):
     """Those rows of texts, without the columns that are padding in all of them."""
     length = int(texts.length[rows].max())
     target = None if texts.target is None else texts.target[rows]
-    return Texts(texts.ids[rows, :length], texts.field[rows, :length], texts.length[rows], target)
+    part = None if texts.part is None else texts.part[rows, :length]
+    return Texts(texts.ids[rows, :length], texts.field[rows, :length], texts.length[rows], target, part)
+
+
+ROW = 128  # tokens of texts side by side
+
+
+def side_by_side(texts, owner, most):
+    """The texts [R] of a user one behind the other in as few rows as `most` tokens each allow (a longer text has
+    a row of its own): Texts [R'] with `part`, whose each row is [R']. owner [R]: sorted.
+
+    Each is read as if it were alone (Prompt.hidden_of_text), but what stands before a text, names, θ and task, is
+    joined to it once a row, and attention works on pieces that are worth its while.
+    """
+    row, start = [], []  # of each text: its row, and where it begins there
+    end, before = 0, None
+    for user, size in zip(owner.tolist(), texts.length.tolist()):
+        goes_on = user == before and end + size <= most
+        row.append((row[-1] if row else -1) + (not goes_on))
+        start.append(end if goes_on else 0)
+        end, before = start[-1] + size, user
+    row, start, step = torch.tensor(row), torch.tensor(start), torch.arange(texts.ids.shape[1])
+    is_token = step < texts.length[:, None]
+    flat = lambda value: value.expand_as(is_token)[is_token]
+    place = flat(row[:, None]), flat(start[:, None] + step)
+    length = torch.zeros(int(row[-1]) + 1, dtype=torch.long).index_add_(0, row, texts.length)
+    spread = lambda value, pad: torch.full((len(length), int(length.max())), pad).index_put_(place, flat(value))
+    part = spread(torch.arange(len(row))[:, None], -1)
+    return (Texts(spread(texts.ids, 0), spread(texts.field, -1), length, part=part),
+            torch.empty_like(length).index_put_((row,), owner))
 
 
 def batches(prompt, texts, rows, max_tokens, least=0.85):
@@ -625,19 +655,25 @@ class Prompt:
         theta = soft[:, sees].to(self.embedding.dtype).reshape(len(soft), len(seen), -1)
         return self.run(theta, seen, torch.cat([self.fixed, seen]), self.fixed_keys)[1]
 
-    def hidden_of_text(self, soft, ids, sees, owner, keys=None):
-        """The same under the mask of Fig. 4, without doing twice what many texts share; keys: of keys_of"""
+    def hidden_of_text(self, soft, ids, sees, owner, keys=None, part=None):
+        """The same under the mask of Fig. 4, without doing twice what many texts share; keys: of keys_of
+
+        part [B, T]: the texts of a row that holds several; none sees another, and each begins where one that is
+        alone does.
+        """
         keys = self.keys_of(soft, sees) if keys is None else keys
         before, parts = torch.cat([self.fixed, self.seen(sees)]), [self.fixed_keys]
         if keys:
             parts.append([tuple(part.index_select(0, owner) for part in layer) for layer in keys])
-        # the last task token predicts the first of the text, and each of the text the next
-        last = len(self.segment) - 1
-        embeddings = torch.cat([self.embedding[last].expand(len(ids), 1, -1), self.embed(ids[:, :-1])], 1)
-        num_tokens, start = ids.shape[1], int(self.position[-1])
-        step = torch.arange(num_tokens, device=self.device)
-        mask = F.pad(step[:, None] >= step, (len(before), 0), value=True).expand(len(ids), 1, -1, -1)
-        return self.body(inputs_embeds=embeddings, attention_mask=mask, position_ids=start + step[None],
+        part = torch.zeros_like(ids[:1]) if part is None else part  # [1 or B, T]
+        step = torch.arange(ids.shape[1], device=self.device)
+        is_first = part != F.pad(part[:, :-1], (1, 0), value=-2)
+        place = step - torch.where(is_first, step, 0).cummax(1).values  # of a token in its text [1 or B, T]
+        # the last task token predicts the first of a text, and each of the text the next
+        read = torch.where(is_first[..., None], self.embedding[-1], self.embed(F.pad(ids[:, :-1], (1, 0))))
+        mask = (part[:, :, None] == part[:, None, :]) & (step[:, None] >= step)  # [1 or B, T, T]
+        mask = F.pad(mask, (len(before), 0), value=True)[:, None].expand(len(ids), -1, -1, -1)
+        return self.body(inputs_embeds=read, attention_mask=mask, position_ids=self.position[-1] + place,
                          past_key_values=Keys(self.model.config, *parts), use_cache=False).last_hidden_state
 
     def nll(self, soft, texts, sees, owner=None, keys=None):
@@ -652,7 +688,8 @@ class Prompt:
             owner = torch.arange(len(ids), device=self.device).clamp(max=len(soft) - 1)
         soft, told = soft.to(self.device), field >= 0
         if self.mask == "fig4":
-            hidden = self.hidden_of_text(soft, ids, sees, owner, keys)
+            part = None if texts.part is None else texts.part.to(self.device)
+            hidden = self.hidden_of_text(soft, ids, sees, owner, keys, part)
         else:
             target = None if texts.target is None else texts.target.to(self.device)
             hidden = self.hidden_of_all(soft, ids, sees, owner, target)
@@ -1385,15 +1422,17 @@ def descend(args, prompt, streams, train, profiles, prior, pull, noise, num_samp
 # ----------------------------------------------------------------------------------------------------------
 
 
-def add_gradient(args, prompt, soft, stream, rows, owner, weights):
-    """soft.grad += ∇ of the loss of those rows; keys and values of each θ are made once for all batches."""
+def add_gradient(args, prompt, soft, stream, owner, weights):
+    """soft.grad += ∇ of the loss of a stream's texts, whose each is [R]; keys and values of each θ are made once
+    for all batches.
+    """
     keys = prompt.keys_of(soft, stream.sees)
     leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in keys]
     is_apart = prompt.mask == "fig4"
-    for index in batches(prompt, stream.texts, rows, args.tokens_per_batch):
-        weighted_nll(prompt, soft, stream, rows[index], weights, owner[index],
+    for index in batches(prompt, stream.texts, torch.arange(len(owner)), args.tokens_per_batch):
+        weighted_nll(prompt, soft, stream, index, weights, owner[index],
                      leaves if is_apart else None).backward()
-    if leaves and len(rows):
+    if leaves:
         flat = lambda layers: [part for layer in layers for part in layer]
         torch.autograd.backward(flat(keys), [leaf.grad for leaf in flat(leaves)])
 
@@ -1410,7 +1449,13 @@ def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pul
     anchors = [anchors_of(part, shared[k], noise[k]) for k, part in enumerate(prior)]
     shared, noise = shared.to(prompt.device), noise.to(prompt.device)
     place = torch.full((int(users.max()) + 1,), -1).index_put((users,), torch.arange(len(users)))
-    work = [(stream, pairs.row, place[pairs.user].to(prompt.device)) for stream, pairs in evidence]
+    work = []
+    for stream, pairs in evidence:
+        if len(pairs.row):
+            texts, owner = cut(stream.texts, pairs.row), place[pairs.user]
+            if prompt.mask == "fig4":
+                texts, owner = side_by_side(texts, owner, min(ROW, args.tokens_per_batch))
+            work.append((stream._replace(texts=texts), owner.to(prompt.device)))
     soft = start.clone().to(prompt.device).requires_grad_()
     # its state is the block's: users are independent
     optimizer = torch.optim.AdamW([soft], lr=args.lr or 0.1 * prompt.scale, weight_decay=0.0)
@@ -1418,8 +1463,8 @@ def infer_by_gradient(args, prompt, evidence, weights, start, shared, noise, pul
     for step in range(1, num_steps + 1):
         anchor = nearest_anchors(soft.detach(), prior, anchors) if prior else shared
         soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
-        for stream, rows, owner in work:
-            add_gradient(args, prompt, soft, stream, rows, owner, weights)
+        for stream, owner in work:
+            add_gradient(args, prompt, soft, stream, owner, weights)
         optimizer.step()
         if step in snapshots:
             history.append(soft.detach().float().cpu())

@@ -62,9 +62,9 @@ def test_the_loss_in_chunks_is_cross_entropy_and_so_is_its_gradient(llm, monkeyp
         assert torch.allclose(mine, theirs, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask", ["fig4", "causal"])
+@pytest.mark.parametrize("mask, most", [("causal", 0), ("fig4", 0), ("fig4", 8), ("fig4", 128)])
 @pytest.mark.parametrize("max_tokens", [30, 4096])
-def test_the_gradient_of_a_step_is_that_of_the_naive_loop(llm, mask, max_tokens):
+def test_the_gradient_of_a_step_is_that_of_the_naive_loop(llm, mask, most, max_tokens):
     """Text by text, the whole prompt, all logits, plain cross-entropy; fields weighted."""
     prompt, (stream, _) = prompt_of(llm, mask=mask), streams_of(llm)
     weights = torch.arange(1.0, 1 + len(infer.FIELDS))
@@ -72,7 +72,11 @@ def test_the_gradient_of_a_step_is_that_of_the_naive_loop(llm, mask, max_tokens)
     soft = soft_for(prompt, 4).requires_grad_()  # the fourth user has no text
     soft.grad = torch.ones_like(soft)
     args = argparse.Namespace(tokens_per_batch=max_tokens)
-    infer.add_gradient(args, prompt, soft, stream, rows, owner, weights)
+    texts, whose = infer.cut(stream.texts, rows), owner
+    if most:
+        texts, whose = infer.side_by_side(texts, owner, most)
+        assert (3 == len(whose) if most > 8 else 3 < len(whose) < 6) and sum(texts.length) == sum(stream.texts.length[rows])
+    infer.add_gradient(args, prompt, soft, stream._replace(texts=texts), whose, weights)
     loss = 0.0
     for row, user in zip(rows, owner):
         length = int(stream.texts.length[row])
