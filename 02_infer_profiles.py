@@ -432,7 +432,7 @@ def batches(prompt, texts, rows, max_tokens, least=0.85):
     A batch ends at max_tokens, or, once it has enough of them to keep the machine busy, before texts shorter
     than `least` of its longest: what is padded away costs more than a small batch.
     """
-    enough = 1024 if prompt.device.type == "cuda" else 256
+    enough = 4096 if prompt.device.type == "cuda" else 256
     lengths = texts.length[rows]
     order, start = torch.argsort(lengths, descending=True, stable=True), 0
     ordered = lengths[order]

@@ -83,15 +83,16 @@ def parse_with_presets(parser, argv, **presets):
 
 
 def start_stage(args):
-    """Seed every generator and say what runs. torch stays deterministic: same seed, same bits, without
-    the NaN that it would write into all new memory to show who reads it too early.
+    """Seed every generator and say what runs. torch stays deterministic, on CUDA, too: same seed, same bits,
+    without the NaN that it would write into all new memory to show who reads it too early.
     """
     if args.seed >= 2**32:
         fail(f"--seed {args.seed}: it must be below 2**32 = {2**32}")
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may differ from run to run
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     options = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()) if value is not None)
     print(f"{Path(sys.argv[0]).name} | {options}")

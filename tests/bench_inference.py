@@ -24,6 +24,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def naive_loop(prompt, start, stream, pairs, lr, num_steps):
 def ours(args, prompt, start, stream, pairs, lr, num_steps):
     options = argparse.Namespace(lr=lr, tokens_per_batch=args.tokens_per_batch)
     noise = torch.zeros(start.shape[1], start.shape[2], start.shape[2])
-    torch.use_deterministic_algorithms(True, warn_only=True)  # as the stage does
+    torch.use_deterministic_algorithms(True)  # as the stage does
     found = infer.infer_by_gradient(options, prompt, [(stream, pairs)], torch.ones(len(infer.FIELDS)), start,
                                     start[0], noise, 0.0, num_steps, torch.arange(len(start)))
     torch.use_deterministic_algorithms(False)
@@ -321,6 +322,8 @@ def million_users(folder, llm):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = False
     parser.add_argument("--quick", action="store_true",
                         help="few users, items only, no frozen loop, no PEFT: under 5 minutes on two cores")
     parser.add_argument("--only", choices=["speed", "memory", "score", "million"], help="one part alone")

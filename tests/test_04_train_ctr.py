@@ -221,7 +221,7 @@ def test_every_field_has_rows_of_its_own_and_cold_users_are_unknown():
     run = small_run_of()
     rows, places = ctr.rows_of(settings(), run, ["codes", "random"], [0, 1])
     assert len(set(places.values())) == 3 and places["codes", 0] == places["codes", 1]  # codes know no seed
-    first = rows.ids["test"][places["codes", 0]].numpy()
+    first = rows.ids["test"][places["codes", 0]].cpu().numpy()
     user = run.split["test"]["user"].to_numpy()
     assert (first[:, 0] == np.where(user < 280, user, 300)).all() and rows.unknown == 300
     ranges = np.cumsum([0, 301, 20, 5, 4])
