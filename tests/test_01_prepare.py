@@ -283,6 +283,20 @@ def test_bayes_needs_the_right_truth():
     assert abs(figures["hobby"]) < 0.02 and figures["background"] > 0.5
 
 
+def test_bayes_sees_the_support_rows_of_cold_users_and_knows_how_few_they_are():
+    args = prepare.parse_args([])
+    interactions, items, users, world = prepare.read_planted(args)
+    table, items, users, _ = prepare.tabulate(interactions, items, users)
+    table["split"] = prepare.split_cold_user(table, 0)
+    cold = users["user"].isin(table.loc[table["split"] == "support", "user"])
+    best = prepare.bayes_ari(world, table, items, users)
+    unseen = prepare.bayes_ari(world, table.replace({"split": {"support": "test"}}), items, users)
+    few = prepare.bayes_ari(world, table.replace({"split": {"support": "train"}}), items, users)
+    assert 150 < cold.sum() < 250
+    for name, value in best.items():
+        assert 0.5 < value < 0.9 and value > unseen[name] + 0.05 and value >= few[name]
+
+
 # --- bad input: one line, exit code 2, nothing half-written ---------------------------------------------
 
 

@@ -454,7 +454,7 @@ def test_the_estimate_tells_tokens_flops_memory_and_time_and_writes_nothing(smal
     run = fresh(small_run, tmp_path / "run")
     before = sorted(path.name for path in run.iterdir())
     printed = run_stage("02_infer_profiles.py", "--run-dir", run, *OPTIONS, *options, "--estimate")
-    for word in ("60 users", "tokens", "FLOPs", " s on cpu", "memory: weights", "disk: profiles.pt"):
+    for word in ("60 users", "tokens", "FLOPs", " s on cuda" if torch.cuda.is_available() else " s on cpu", "memory: weights", "disk: profiles.pt"):
         assert word in printed, word
     assert sorted(path.name for path in run.iterdir()) in (before, sorted([*before, ".lock"]))
     if "gradient" in options:
