@@ -508,10 +508,10 @@ def test_field_weights_bring_all_fields_to_the_same_noise(llm):
             assert noise == pytest.approx(1, rel=1e-3)
 
 
-def gradient_case(llm, **changes):
+def gradient_case(llm, mask="fig4", **changes):
     """Three users with histories of unequal length; inference of those users by gradient."""
     args = argparse.Namespace(**{"lr": 0.01, "tokens_per_batch": 200} | changes)
-    prompt, streams = prompt_of(llm), streams_of(llm)
+    prompt, streams = prompt_of(llm, mask=mask), streams_of(llm)
     pairs = infer.Pairs(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 3, 2, 3, 4, 0]))
     evidence = [(stream, pairs) for stream in streams]
     shared = soft_for(prompt, 1)[0]
@@ -533,9 +533,11 @@ def test_a_user_alone_gets_what_the_block_gives(llm):
         assert torch.allclose(infer_users([user])[0], together[user], atol=1e-5)
 
 
-def test_the_token_budget_changes_no_profile(llm):
-    together = gradient_case(llm)[0]([0, 1, 2])
-    assert torch.allclose(gradient_case(llm, tokens_per_batch=1)[0]([0, 1, 2]), together, atol=1e-5)
+@pytest.mark.parametrize("mask", ["fig4", "causal"])
+def test_the_token_budget_changes_no_profile(llm, mask):
+    """With a budget of one token each text is alone in its row and its batch."""
+    together = gradient_case(llm, mask)[0]([0, 1, 2])
+    assert torch.allclose(gradient_case(llm, mask, tokens_per_batch=1)[0]([0, 1, 2]), together, atol=1e-5)
 
 
 def test_pull_steps_lr_and_start_move_the_profiles(llm):
