@@ -1313,15 +1313,21 @@ def infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,
 # ----------------------------------------------------------------------------------------------------------
 
 
-def read_prior(args, names, shared):
-    """codebook.pt as a prior: per profile transform T [D, C'], codewords [K, C'], mean [D], θ̄ seen through T
-    [C']; an empty list without --prior.
-    """
+def read_codebook(args):
+    """codebook.pt, which --prior names: by profile; an empty dict without --prior"""
     if not args.prior:
-        return []
+        return {}
     if args.prior.resolve() != (Path(args.run_dir) / "codebook.pt").resolve():
         fail(f"--prior {args.prior}: give the codebook of this run, {Path(args.run_dir) / 'codebook.pt'}")
-    (codebook,) = read_artifacts(args, "codebook.pt")
+    return read_artifacts(args, "codebook.pt")[0]
+
+
+def prior_of(args, codebook, names, shared):
+    """The codebook as a prior: per profile transform T [D, C'], codewords [K, C'], mean [D], θ̄ seen through T
+    [C']; an empty list without --prior.
+    """
+    if not codebook:
+        return []
     if list(codebook) != list(names):
         fail(f"--prior {args.prior} knows the profiles {', '.join(codebook)}, not {', '.join(names)}")
     prior = []
@@ -1919,6 +1925,7 @@ def main(args):
     if args.only_users:
         return None if rank else infer_only(args)
     interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
+    codebook = read_codebook(args)
     locked = lock(args.run_dir) if rank == 0 else None
     num_users = int(interactions["user"].max()) + 1
     train, own, is_warm, verdict, words = parts_of(args, interactions, num_users)
@@ -1943,7 +1950,7 @@ def main(args):
     inference_started = time.time()
     shared, weights, information, noise, curve = fit_common(args, prompt, streams, by_fold[-1], train, own,
                                                             is_warm, progress)
-    prior, needs, objective, num_steps = read_prior(args, names, shared), None, None, None
+    prior, needs, objective, num_steps = prior_of(args, codebook, names, shared), None, None, None
     if args.method == "score":
         coordinates = coordinates_of(args, prompt, streams, information, own, is_warm)
         profiles, needs = infer_by_score(args, prompt, streams, train, own, coordinates, shared, tune,

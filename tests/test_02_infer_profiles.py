@@ -1,6 +1,7 @@
 import argparse
 import hashlib
 import json
+import shutil
 import socket
 
 import numpy as np
@@ -615,8 +616,6 @@ def test_a_user_interval_is_that_of_the_ratio():
 
 def infer_run(small_run, tmp_path, *options, ok=True):
     """Stage 2 on a copy of the small run's stage 1, tiny LLM kept where the texts are the same."""
-    import shutil
-
     run = tmp_path / "run"
     if not run.exists():
         shutil.copytree(small_run[1], run)
@@ -791,6 +790,13 @@ def test_rounds_of_em_never_raise_the_objective(small_run, tmp_path):
     assert set(codes["hobby"]) <= {0, 1} and set(codes["background"]) <= {0, 1, 2}
     line = infer_run(small_run, tmp_path, "--llm", llm, "--prior", tmp_path / "other.pt", ok=False)
     assert "--prior" in line and "codebook.pt" in line
+
+
+def test_a_prior_that_is_not_there_is_named_before_a_llm_is_loaded(small_run, tmp_path):
+    prior = shutil.copytree(small_run[1], tmp_path / "run") / "codebook.pt"
+    prior.unlink()
+    line = infer_run(small_run, tmp_path, "--llm", "./none", "--prior", prior, ok=False)
+    assert "codebook.pt is missing" in line and "python 03_quantize.py" in line
 
 
 def test_a_saved_llm_of_either_architecture_runs(small_run, tmp_path, llm_folder):
