@@ -220,8 +220,8 @@ def read_planted(args, num_users=2000):
 
 
 def bayes_ari(world, interactions, items, users):
-    """Adjusted Rand index of the best possible classifier that sees the items of train and support rows, which
-    is what profiles are inferred from: by profile name.
+    """Adjusted Rand index of the best possible classifier that sees the items of train and support rows, from
+    which profiles are inferred: by profile name.
 
     It knows the generator: log p(h, b | seen items) = log prior + Σ_i log p(i seen or not | h, b), where an
     item is seen with probability share · (1 - exp(-activity p(i | h, b))), the share being that of a cold

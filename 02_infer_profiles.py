@@ -27,6 +27,7 @@ Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it 
   wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3615, shared 1.3681
 """
 
+import csv
 import fcntl
 import functools
 import hashlib
@@ -202,8 +203,8 @@ def check_profiles(parser, args):
 # ----------------------------------------------------------------------------------------------------------
 
 # ids, field [R, T] int64 (index in FIELDS of what is told; -1 = context or pad), length [R] int64; target
-# int64 [R, A] or None: tokens of the item in the profiles' texts (see TARGET), -1 = none; part int64 [R, T] or
-# None: which of the texts that share a row a token belongs to (see side_by_side)
+# int64 [R, A] or None: tokens of the item in the profiles' texts (see TARGET), -1 = none; part int64 [R, T]
+# or None: which of the texts that share a row a token belongs to (see side_by_side)
 Texts = namedtuple("Texts", "ids field length target part", defaults=[None, None])
 # fields it tells; sees bool [P]: the θ it may read; texts by row: item · num_verdicts + verdict, or (reviews)
 # by interaction
@@ -402,25 +403,26 @@ ROW = 128  # tokens of texts side by side
 
 
 def side_by_side(texts, owner, most):
-    """The texts [R] of a user one behind the other in as few rows as `most` tokens each allow (a longer text has
-    a row of its own): Texts [R'] with `part`, whose each row is [R']. owner [R]: sorted.
+    """The texts [R] of a user one behind the other in as few rows as `most` tokens each allow (a longer text
+    has a row of its own): Texts [R'] with `part`, and whose each row is [R']. owner [R]: sorted.
 
-    Each is read as if it were alone (Prompt.hidden_of_text), but what stands before a text, names, θ and task, is
-    joined to it once a row, and attention works on pieces that are worth its while.
+    Each is read as if it were alone (Prompt.hidden_of_text), but what stands before a text, names, θ and
+    task, is joined to it once a row, and attention works on pieces that are worth its while.
     """
     row, start = [], []  # of each text: its row, and where it begins there
     end, before = 0, None
-    for user, size in zip(owner.tolist(), texts.length.tolist()):
-        goes_on = user == before and end + size <= most
+    for user, tokens in zip(owner.tolist(), texts.length.tolist()):
+        goes_on = user == before and end + tokens <= most
         row.append((row[-1] if row else -1) + (not goes_on))
         start.append(end if goes_on else 0)
-        end, before = start[-1] + size, user
+        end, before = start[-1] + tokens, user
     row, start, step = torch.tensor(row), torch.tensor(start), torch.arange(texts.ids.shape[1])
     is_token = step < texts.length[:, None]
     flat = lambda value: value.expand_as(is_token)[is_token]
     place = flat(row[:, None]), flat(start[:, None] + step)
     length = torch.zeros(int(row[-1]) + 1, dtype=torch.long).index_add_(0, row, texts.length)
-    spread = lambda value, pad: torch.full((len(length), int(length.max())), pad).index_put_(place, flat(value))
+    size = len(length), int(length.max())
+    spread = lambda value, pad: torch.full(size, pad).index_put_(place, flat(value))
     part = spread(torch.arange(len(row))[:, None], -1)
     return (Texts(spread(texts.ids, 0), spread(texts.field, -1), length, part=part),
             torch.empty_like(length).index_put_((row,), owner))
@@ -658,8 +660,8 @@ class Prompt:
     def hidden_of_text(self, soft, ids, sees, owner, keys=None, part=None):
         """The same under the mask of Fig. 4, without doing twice what many texts share; keys: of keys_of
 
-        part [B, T]: the texts of a row that holds several; none sees another, and each begins where one that is
-        alone does.
+        part [B, T]: the texts of a row that holds several; none sees another, and each begins where one that
+        is alone does.
         """
         keys = self.keys_of(soft, sees) if keys is None else keys
         before, parts = torch.cat([self.fixed, self.seen(sees)]), [self.fixed_keys]
@@ -1323,8 +1325,8 @@ def read_codebook(args):
 
 
 def prior_of(args, codebook, names, shared):
-    """The codebook as a prior: per profile transform T [D, C'], codewords [K, C'], mean [D], θ̄ seen through T
-    [C']; an empty list without --prior.
+    """The codebook as a prior: per profile transform T [D, C'], codewords [K, C'], mean [D], θ̄ seen through
+    T [C']; an empty list without --prior.
     """
     if not codebook:
         return []
@@ -1429,8 +1431,8 @@ def descend(args, prompt, streams, train, profiles, prior, pull, noise, num_samp
 
 
 def add_gradient(args, prompt, soft, stream, owner, weights):
-    """soft.grad += ∇ of the loss of a stream's texts, whose each is [R]; keys and values of each θ are made once
-    for all batches.
+    """soft.grad += ∇ of the loss of a stream's texts [R], owner [R]: whose each is; keys and values of each θ
+    are made once for all batches.
     """
     keys = prompt.keys_of(soft, stream.sees)
     leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in keys]
@@ -1718,7 +1720,9 @@ def read_new_users(args, words, items):
         pd.read_csv, sep=None, engine="python", dtype={"user_id": str, "item_id": str}, keep_default_na=False)
     try:
         table = read(args.only_users)
-    except (OSError, ValueError, ImportError) as error:
+        if not len(table):
+            raise ValueError("it holds no rows")
+    except (OSError, ValueError, ImportError, csv.Error) as error:
         fail(f"--only-users {args.only_users}: {str(error).splitlines()[0]}; "
              f"give a table (csv, tsv, parquet) of user_id, item_id and, where ratings are told, rating")
     needed = ["user_id", "item_id", *["rating"] * (len(words) > 1)]
@@ -1775,8 +1779,8 @@ def new_by_gradient(args, made):
     train, _, _, _, words = parts_of(run, interactions, len(stored["has_evidence"]))
     run.llm, stamp = stored["llm"], Path(args.run_dir) / TINY_STAMP
     if run.llm == "tiny" and not (stamp.exists() and stamp.read_text() == stored["tiny_llm"]):
-        fail(f"--only-users: {stamp.parent} is not the LLM that {args.run_dir}/profiles.pt was inferred with: "
-             f"run stage 2 again")
+        fail(f"--only-users: {stamp.parent} is not the LLM that {args.run_dir}/profiles.pt was inferred "
+             f"with: run stage 2 again")
     streams, make, prompt, _, names, _ = set_up(run, interactions, items, train, words)
     run.tokens_per_batch = tokens_that_fit(prompt)
     item, verdict, user, user_ids = read_new_users(args, words, items)

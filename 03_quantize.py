@@ -479,6 +479,10 @@ def main(args):
         if args.codes not in (None, sizes):
             fail(f"--codes {' '.join(map(str, args.codes))}: the profiles were pulled to a codebook of "
                  f"{' '.join(map(str, sizes))} codes; leave --codes out, or run stage 2 without --prior")
+        defaults = vars(parse_args([])) | {name: getattr(args, name) for name in ("run_dir", "seed", "codes")}
+        if given := [name for name, value in vars(args).items() if value != defaults[name]]:
+            fail(f"--{given[0].replace('_', '-')}: the profiles were pulled to a codebook, which now only "
+                 f"moves to its users' means; leave it out, or run stage 2 without --prior")
         args.codes = sizes
     sizes = [8 if rated else size for size, rated in zip([4, 3, *[4] * len(names)], is_rated(args, names))]
     args.codes = args.codes or sizes
@@ -525,10 +529,11 @@ def main(args):
         usage, perplexity = usage_of(bank[name].to_numpy(), num_codes)
         share = usage.min() / max(usage.sum(), 1)
         stability = stability_of([found[k][-1] for found in [codes, *others]], num_codes)
+        between = f" | ARI between seeds {stability:.3f}" if others else ""
         warning = f"  <- below K/2 = {num_codes / 2:g}: the codebook is collapsing"
         print(f"{name}: users per code {' '.join(map(str, usage))} | "
-              f"perplexity {perplexity:.2f} of {num_codes} | smallest share {share:.3f} | "
-              f"ARI between seeds {stability:.3f}{warning if perplexity < num_codes / 2 else ''}")
+              f"perplexity {perplexity:.2f} of {num_codes} | smallest share {share:.3f}{between}"
+              f"{warning if perplexity < num_codes / 2 else ''}")
         facts |= {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share,
                   f"{name}_stability": stability if stability == stability else None}
         of_warm, _ = usage_of(bank.loc[is_warm.numpy(), name].to_numpy(), num_codes)

@@ -726,9 +726,14 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
     table.assign(user_id=["", *table["user_id"].iloc[1:]]).to_csv(file, index=False)
     line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
     assert f"1 of {len(table)} rows have no user_id" in line
+    for empty in ("", "user_id,item_id,rating\n"):
+        file.write_text(empty)
+        line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+        assert str(file) in line and "user_id, item_id" in line
     path = run / "profiles.pt.json"
     whole = path.read_text()
-    for key, value, told in (("prior", "codebook.pt", "--prior"), ("evidence", "review", "--evidence review")):
+    for key, value, told in (("prior", "codebook.pt", "--prior"),
+                             ("evidence", "review", "--evidence review")):
         sidecar = json.loads(whole)
         sidecar["options"][key] = value
         path.write_text(json.dumps(sidecar))
@@ -788,6 +793,10 @@ def test_rounds_of_em_never_raise_the_objective(small_run, tmp_path):
     assert totals == sorted(totals, reverse=True)
     codes = pd.read_parquet(run / "feature_bank.parquet")
     assert set(codes["hobby"]) <= {0, 1} and set(codes["background"]) <= {0, 1, 2}
+    assert "between seeds" not in told  # nothing is trained in a round
+    for options in (["--rec-weight", 0], ["--released"], ["--codebook", "ema"]):
+        line = run_stage("03_quantize.py", "--run-dir", run, *options, ok=False)
+        assert options[0] in line and "--prior" in line
     line = infer_run(small_run, tmp_path, "--llm", llm, "--prior", tmp_path / "other.pt", ok=False)
     assert "--prior" in line and "codebook.pt" in line
 
