@@ -765,8 +765,9 @@ def pretrain_tiny(folder, histories, name_texts, task_text, num_steps, seed):
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TINY["lr"], weight_decay=0.01, betas=(0.9, 0.95),
                                   fused=True)
+    rise = min(0.9, max(0.1, 1.5 / num_steps))  # share of the steps; one that is no step would divide by 0
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], total_steps=num_steps,
-                                                   pct_start=0.1)
+                                                   pct_start=rise)
     size, stream, curve = TINY["batch"] * TINY["length"], [], []
     bar = tqdm(range(num_steps), desc="pretrain tiny", unit="step", mininterval=2)
     for step in bar:

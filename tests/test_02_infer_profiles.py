@@ -772,6 +772,14 @@ def test_new_users_by_gradient_get_what_the_run_gives_them(small_run, tmp_path, 
     assert moved > 0.1 and (distance > 0.5 if "random" in options else distance < 1e-4)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 10])
+def test_the_tiny_llm_takes_any_number_of_steps(tmp_path, num_steps):
+    histories = [[" red racer 1.", " iron skillet 2."], [" café racer 3."]]
+    curve = infer.pretrain_tiny(tmp_path, histories, NAME_TEXTS, TASK_TEXT, num_steps, 0)
+    assert len(curve) == num_steps and np.isfinite(curve).all()
+    assert common.load_llm(argparse.Namespace(run_dir=""), str(tmp_path))[0].config.n_layer == 4
+
+
 def test_rounds_of_em_never_raise_the_objective(small_run, tmp_path):
     llm = save_llm(tmp_path / "llm", "gpt2")
     infer_run(small_run, tmp_path, "--llm", llm)
