@@ -399,7 +399,7 @@ def cut(texts, rows):
     return Texts(texts.ids[rows, :length], texts.field[rows, :length], texts.length[rows], target, part)
 
 
-ROW = 128  # tokens of texts side by side
+ROW = 128  # tokens of texts that stand side by side, at most
 
 
 def side_by_side(texts, owner, most):
@@ -667,7 +667,7 @@ class Prompt:
         before, parts = torch.cat([self.fixed, self.seen(sees)]), [self.fixed_keys]
         if keys:
             parts.append([tuple(part.index_select(0, owner) for part in layer) for layer in keys])
-        part = torch.zeros_like(ids[:1]) if part is None else part  # [1 or B, T]
+        part = torch.zeros_like(ids[:1]) if part is None else part  # [1 or B, T], -1 at pads
         step = torch.arange(ids.shape[1], device=self.device)
         is_first = part != F.pad(part[:, :-1], (1, 0), value=-2)
         place = step - torch.where(is_first, step, 0).cummax(1).values  # of a token in its text [1 or B, T]
