@@ -526,12 +526,14 @@ class HeadNLL(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK // head.out_features + 1):
             logits = head(hidden[rows]).float()  # [r, V]
-            total = logits.logsumexp(1, keepdim=True)
-            nll[rows] = (total - logits.gather(1, target[rows, None]))[:, 0]
-            if gradient is not None:  # softmax - one-hot, through the head
-                share = logits.sub_(total).exp_()
-                share[torch.arange(len(rows), device=rows.device), target[rows]] -= 1
-                gradient[rows] = share.to(hidden.dtype) @ head.weight
+            logits -= logits.amax(1, keepdim=True)
+            mine = torch.arange(len(rows), device=rows.device), target[rows]
+            of_target, share = logits[mine], logits.exp_()  # in place: each pass over [r, V] costs
+            total = share.sum(1)
+            nll[rows] = total.log() - of_target
+            if gradient is not None:  # (softmax - one-hot) W; divided by the total where that is [r, D]
+                share[mine] -= total
+                gradient[rows] = share.to(hidden.dtype) @ head.weight / total[:, None]
         ctx.save_for_backward(gradient)
         return nll
 

@@ -52,9 +52,9 @@ def test_the_loss_in_chunks_is_cross_entropy_and_so_is_its_gradient(llm, monkeyp
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(prompt.head.out_features, (50,), generator=generator)
     weight = torch.rand(50, generator=generator)
-    for chunk in (1, 7 * prompt.head.out_features, 2**25):
+    for chunk, scale in ((1, 1), (7 * prompt.head.out_features, 1), (2**25, 1), (2**25, 1e4)):
         monkeypatch.setattr(infer, "CHUNK", chunk)
-        hidden = torch.randn(50, prompt.head.in_features, generator=generator).requires_grad_()
+        hidden = (scale * torch.randn(50, prompt.head.in_features, generator=generator)).requires_grad_()
         ours = infer.HeadNLL.apply(hidden, prompt.head, target)
         plain = torch.nn.functional.cross_entropy(prompt.head(hidden), target, reduction="none")
         assert torch.allclose(ours, plain, atol=1e-5)
