@@ -533,7 +533,7 @@ class HeadNLL(torch.autograd.Function):
             nll[rows] = total.log() - of_target
             if gradient is not None:  # (softmax - one-hot) W; divided by the total where that is [r, D]
                 share[mine] -= total
-                gradient[rows] = share.to(hidden.dtype) @ head.weight / total[:, None]
+                gradient[rows] = (share.to(hidden.dtype) @ head.weight / total[:, None]).to(hidden.dtype)
         ctx.save_for_backward(gradient)
         return nll
 

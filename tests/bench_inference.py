@@ -327,9 +327,12 @@ def main():
     parser.add_argument("--quick", action="store_true",
                         help="few users, items only, no frozen loop, no PEFT: under 5 minutes on two cores")
     parser.add_argument("--only", choices=["speed", "memory", "score", "million"], help="one part alone")
+    parser.add_argument("--shape", choices=["gpt2", "llama"], help="speed of one shape alone; llama: on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
+    if args.shape == "llama" and not cuda:
+        parser.error("--shape llama: Llama-2-7B's shape is for a GPU, and there is none")
     args.users, args.users_of_others = (1024, 32) if cuda else (16, 4) if args.quick else (64, 8)
     wanted = lambda part: args.only in (None, part)
     figures = dict.fromkeys(("speedup_over_naive", "matmul_share", "memory_ratio_100k_2k",
@@ -338,7 +341,7 @@ def main():
                              "llama_speedup_over_naive", "llama_matmul_share"))
     with torch.device("cpu"):
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds")
-    if wanted("speed"):
+    if wanted("speed") and args.shape != "llama":
         found = speed(args, "gpt2", "cuda" if cuda else "cpu")
         figures |= {"speedup_over_naive": found["items", "ours"]["ratio"],
                     "matmul_share": found["items", "ours"]["share"]}
@@ -349,9 +352,10 @@ def main():
             figures["speedup_over_naive_history"] = found["history", "ours"]["ratio"]
         if ("items", "peft") in found:
             figures["speedup_over_peft"] = found["items", "ours"]["ratio"] / found["items", "peft"]["ratio"]
-        if cuda and torch.cuda.mem_get_info()[0] > 40 * 2**30:
-            found = speed(args, "llama", "cuda")["items", "ours"]
-            figures |= {"llama_speedup_over_naive": found["ratio"], "llama_matmul_share": found["share"]}
+    has_room = cuda and torch.cuda.mem_get_info()[0] > 40 * 2**30
+    if wanted("speed") and args.shape != "gpt2" and has_room:
+        found = speed(args, "llama", "cuda")["items", "ours"]
+        figures |= {"llama_speedup_over_naive": found["ratio"], "llama_matmul_share": found["share"]}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with contextlib.redirect_stderr(io.StringIO()):

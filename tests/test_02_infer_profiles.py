@@ -910,6 +910,24 @@ def test_a_missing_predecessor_is_named(tmp_path):
     assert "python 01_prepare.py" in run_stage("02_infer_profiles.py", "--run-dir", tmp_path, ok=False)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["score", "gradient"])
+def test_a_llm_in_bfloat16_gives_what_it_gives_in_single_precision(small_run, tmp_path, monkeypatch,
+                                                                   architecture, method):
+    """As on a GPU, where it is so by default: each dtype meets each other one, and errors stay small."""
+    options = ("--llm", save_llm(tmp_path / "llm", architecture), "--method", method, "--start", "shared")
+    _, single, of_single = infer_run(small_run, tmp_path / "single", *options)
+    load_llm = infer.load_llm
+    monkeypatch.setattr(infer, "load_llm", lambda *arguments, **options: (
+        (loaded := load_llm(*arguments, **options))[0].bfloat16(), loaded[1]))
+    _, half, of_half = infer_run(small_run, tmp_path / "half", *options)
+    assert half["profiles"].dtype == torch.float32 and not torch.equal(half["profiles"], single["profiles"])
+    for key in ("none", "shared", "own"):
+        assert of_half["heldout_nll"][key] == pytest.approx(of_single["heldout_nll"][key], rel=1e-3), key
+    moved = (profiles["profiles"] - profiles["shared"] for profiles in (half, single))
+    assert torch.nn.functional.cosine_similarity(*(m.flatten() for m in moved), dim=0) > 0.9
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_llm_is_bfloat16_and_the_profiles_float32(small_run, tmp_path):
     _, stored, _ = infer_run(small_run, tmp_path, "--llm", save_llm(tmp_path / "llm", "llama"))
