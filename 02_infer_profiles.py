@@ -1161,7 +1161,7 @@ def sum_by_user(user, row, of_row, num_users):
     return torch.from_numpy(incidence_of(user, row, num_users, len(of_row)) @ of_row.double().numpy())
 
 
-def project_scores(incidence, tables, count, noise, is_warm, rank, block=2**16):
+def project_scores(incidence, tables, count, noise, is_warm, rank, block=2**12):
     """Whiten scores by the noise and keep the directions in which the warm users (is_warm [N]) differ most.
 
     incidence sparse [N, R] and tables [R, D]: users' sums of scores; count [N] texts, noise [D, D] ->
