@@ -12,8 +12,9 @@ over all users; `frozen` is the same with requires_grad_(False) for the LLM, whi
 people write. PEFT's prompt tuning (where peft is installed) has one prompt per adapter, in front of the text,
 without the mask: batch 1, with GPT-2's shape only. All take the same steps; ours and the naive loop must come
 to the same NLL (1e-4; in bfloat16 1e-3). Ours works on blocks: on a CPU 64 users (the stage's has 128;
---quick 16), on a GPU 1,024 as in the stage. What the others take for a text does not depend on how many users
-there are: they have the first 8 (--quick 4, on a GPU 32); a user is as many texts as users have on average.
+--quick 32), on a GPU 1,024 as in the stage. What the others take for a text does not depend on how many users
+there are: they have 8 (--quick 4, on a GPU 32) whose texts are as long as those of all; a user is as many
+texts as users have on average.
 
 Memory and the score method: whole runs of the stage with a LLM of width 768 and one small layer, so that what
 users cost is seen; memory in blocks of 1,024 users, titles only.
@@ -60,6 +61,14 @@ def games_like(num_users, vocabulary, evidence, seed=0):
     sees = torch.ones(len(NAME_TEXTS), dtype=torch.bool)
     stream = infer.Stream(("title",), sees, 1, infer.Texts(ids, field, length))
     return stream, infer.Pairs(torch.from_numpy(user), torch.arange(len(user)))
+
+
+def typical_users(stream, pairs, count):
+    """The first of `count` users in a row whose texts are, in the mean, as long as those of all"""
+    length = stream.texts.length[pairs.row].float()
+    away = [abs(length[(pairs.user >= first) & (pairs.user < first + count)].mean() - length.mean())
+            for first in range(int(pairs.user.max()) + 2 - count)]
+    return int(torch.stack(away).argmin())
 
 
 def llm_of_shape(shape, device):
@@ -186,11 +195,12 @@ def speed(args, shape, device):
           "peak memory (MiB) | NLL after 2 steps | ratio |\n|---|---|---|---|---|---|---|---|")
     for evidence in ("items",) if args.quick else ("items", "history"):
         stream, pairs = games_like(args.users, model.config.vocab_size, evidence)
-        mine = pairs.user < args.users_of_others
-        few = infer.Pairs(pairs.user[mine], pairs.row[mine])
+        first = typical_users(stream, pairs, args.users_of_others)
+        mine = (pairs.user >= first) & (pairs.user < first + args.users_of_others)
+        few = infer.Pairs(pairs.user[mine] - first, pairs.row[mine])
         start = prompt.scale * torch.randn(args.users, 2, prompt.embedding.shape[1],
                                            generator=torch.Generator().manual_seed(0))
-        of_few = start[:args.users_of_others].to(device)
+        of_few = start[first:first + args.users_of_others].to(device)
         ways = {"naive": lambda steps=1: unfrozen(of_few, stream, few, lr, steps),
                 "ours": lambda steps=1: ours(args, prompt, start, stream, pairs, lr, steps)}
         if not args.quick:
@@ -201,6 +211,7 @@ def speed(args, shape, device):
         for name, way in ways.items():  # a first, slow call of each, of two steps where θ comes back
             two_steps = lambda name=name, way=way: found.update({name: way() if name == "peft" else way(2)})
             peaks[name] = peak_of(two_steps, device)
+        found["ours"] = found["ours"][first:first + args.users_of_others]
         for name in ("naive", "ours"):
             with torch.no_grad():
                 nll[name] = sum(float(infer.weighted_nll(prompt, found[name], stream, few.row[rows],
@@ -328,13 +339,13 @@ def main():
     parser.add_argument("--quick", action="store_true",
                         help="few users, items only, no frozen loop, no PEFT: under 5 minutes on two cores")
     parser.add_argument("--only", choices=["speed", "memory", "score", "million"], help="one part alone")
-    parser.add_argument("--shape", choices=["gpt2", "llama"], help="speed of one shape alone; llama: on a GPU")
+    parser.add_argument("--shape", choices=["gpt2", "llama"], help="one shape alone; llama: on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     if args.shape == "llama" and not cuda:
         parser.error("--shape llama: Llama-2-7B's shape is for a GPU, and there is none")
-    args.users, args.users_of_others = (1024, 32) if cuda else (16, 4) if args.quick else (64, 8)
+    args.users, args.users_of_others = (1024, 32) if cuda else (32, 4) if args.quick else (64, 8)
     wanted = lambda part: args.only in (None, part)
     figures = dict.fromkeys(("speedup_over_naive", "matmul_share", "memory_ratio_100k_2k",
                              "score_time_ratio_10x_users", "speedup_over_frozen",
