@@ -188,7 +188,8 @@ def check_profiles(parser, args):
         known = {*FIELDS[:4], *["rating"] * has_ratings}
         asked = set("+".join(args.route).split("+"))
         if len(args.route) != len(names) or asked - known:
-            parser.error(f"--route takes one list of fields out of "
+            typed = ", ".join(sorted(asked - known)) if asked - known else f"{len(args.route)} lists"
+            parser.error(f"--route ({typed}) takes one list of fields out of "
                          f"{'+'.join(f for f in FIELDS if f in known)} "
                          f"for each of {len(names)} profiles, or none"
                          + "; rating needs --ratings" * ("rating" in asked - known))
@@ -1722,7 +1723,7 @@ def read_new_users(args, words, items):
     read = pd.read_parquet if args.only_users.suffix == ".parquet" else functools.partial(
         pd.read_csv, sep=None, engine="python", dtype={"user_id": str, "item_id": str}, keep_default_na=False)
     try:
-        table = read(args.only_users)
+        table = read(args.only_users) if args.only_users.stat().st_size else ()
         if not len(table):
             raise ValueError("it holds no rows")
     except (OSError, ValueError, ImportError, csv.Error) as error:
@@ -1741,14 +1742,20 @@ def read_new_users(args, words, items):
     verdict = np.zeros(len(table), dtype=np.int64)
     if len(words) > 1:
         rating = pd.to_numeric(table["rating"], errors="coerce").to_numpy(dtype=float)
-        item = np.where(np.isfinite(rating), item, np.nan)
+        if not np.isfinite(rating).all():
+            strange = table["rating"][~np.isfinite(rating)]
+            fail(f"--only-users {args.only_users}: {len(strange)} of {len(table)} rows have no number as "
+                 f"rating, the first of them {str(strange.iloc[0])!r}")
         if words[-1] == "liked":
             threshold = read_sidecar(args, "interactions.parquet")["options"]["threshold"]
             verdict = (rating > threshold).astype(np.int64)
         else:
             stars = np.array([float(word.split()[-1]) for word in words])
-            verdict = np.abs(np.nan_to_num(rating)[:, None] - stars).argmin(1)
+            verdict = np.abs(rating[:, None] - stars).argmin(1)
     known = np.isfinite(item)
+    if not known.all():
+        print(f"{int((~known).sum())} of {len(table)} rows are left out, of items that the run does not know, "
+              f"the first of them {str(table['item_id'][~known].iloc[0])!r}")
     as_tensor = lambda values: torch.tensor(values[known].astype(np.int64))
     return as_tensor(item), as_tensor(verdict), as_tensor(user), list(user_ids)
 

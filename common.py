@@ -299,7 +299,8 @@ def load_llm(args, llm, device="cpu", **options_of_model):
     """
     source = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm
     if (llm == "tiny" or llm.startswith(("/", ".", "~"))) and not Path(source).is_dir():
-        fail(f"--llm {llm}: there is no folder {source}; run stage 2 again, or give a folder or a hub name")
+        fail(f"--llm {llm}: there is no folder {source}; "
+             + ("run stage 2 again" if llm == "tiny" else "give a folder or a hub name"))
     from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds: only where a LLM is needed
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

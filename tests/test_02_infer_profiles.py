@@ -710,6 +710,7 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
         pd.concat([table[table["user_id"].isin(chosen)], stranger]).to_csv(file, index=False)
         told = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file)
         assert f"{len(chosen) + 1} new users, {len(chosen)} of them with evidence" in told
+        assert "1 of " in told and "does not know, the first of them 'no such item'" in told
         run_stage("03_quantize.py", "--run-dir", run, "--apply")
         new, codes = common.read_artifacts(options, "new_profiles.pt", "new_codes.parquet")
         place = users.set_index("user_id")["user"].reindex(new["user_id"][:-1]).to_numpy().astype(int)
@@ -726,10 +727,14 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
     table.assign(user_id=["", *table["user_id"].iloc[1:]]).to_csv(file, index=False)
     line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
     assert f"1 of {len(table)} rows have no user_id" in line
+    for strange in ("good", ""):
+        table.assign(rating=[*table["rating"].iloc[1:], strange]).to_csv(file, index=False)
+        line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+        assert f"1 of {len(table)} rows have no number as rating, the first of them {strange!r}" in line
     for empty in ("", "user_id,item_id,rating\n"):
         file.write_text(empty)
         line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
-        assert str(file) in line and "user_id, item_id" in line
+        assert str(file) in line and "it holds no rows" in line and "user_id, item_id" in line
     path = run / "profiles.pt.json"
     whole = path.read_text()
     for key, value, told in (("prior", "codebook.pt", "--prior"),
