@@ -1934,7 +1934,8 @@ def write_profiles(args, value, needs, words, inputs, facts, figures):
 
 def main(args):
     rank, world = join_processes()
-    start_stage(args)
+    only = SimpleNamespace(only_users=args.only_users, run_dir=args.run_dir, seed=args.seed)
+    start_stage(only if args.only_users else args)  # the options of new users are those of the run
     started = time.time()
     if args.only_users:
         return None if rank else infer_only(args)

@@ -711,6 +711,7 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
         told = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file)
         assert f"{len(chosen) + 1} new users, {len(chosen)} of them with evidence" in told
         assert "1 of " in told and "does not know, the first of them 'no such item'" in told
+        assert "ratings=none" not in told  # nor any other option that the run may have had otherwise
         run_stage("03_quantize.py", "--run-dir", run, "--apply")
         new, codes = common.read_artifacts(options, "new_profiles.pt", "new_codes.parquet")
         place = users.set_index("user_id")["user"].reindex(new["user_id"][:-1]).to_numpy().astype(int)
