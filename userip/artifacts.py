@@ -1,0 +1,210 @@
+"""Artifacts: files of a run, written whole or not at all, each with a sidecar that says where it came from."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+MADE_BY = {
+    "interactions.parquet": "01_prepare.py",
+    "items.parquet": "01_prepare.py",
+    "users.parquet": "01_prepare.py",
+    "prepare.json": "01_prepare.py",
+    "scores.pt": "02_infer_profiles.py",
+    "profiles.pt": "02_infer_profiles.py",
+    "new_profiles.pt": "02_infer_profiles.py --only-users FILE",
+    "codebook.pt": "03_quantize.py",
+    "train_codes.parquet": "03_quantize.py",
+    "new_codes.parquet": "03_quantize.py --apply",
+    "feature_bank.parquet": "03_quantize.py",
+    "results.parquet": "04_train_ctr.py",
+    "results.md": "04_train_ctr.py",
+    "figure5.png": "04_train_ctr.py",
+    "figure6.png": "04_train_ctr.py",
+    "report.html": "05_case_study.py",
+}
+
+
+def fail(message):
+    """Say what is wrong, where, and what to do, in one line; exit code 2: no traceback for a user's mistake."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def lock(run_dir):
+    """Two processes on one run directory would spoil each other's files: the second is refused."""
+    path = Path(run_dir) / ".lock"
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system however the process ends
+    except OSError:
+        fail(f"another process works on {run_dir} ({path} is locked): wait for it, or take another --run-dir")
+    return file
+
+
+def sha256_of(path):
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# write
+# ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """An open binary file under a temporary name, renamed to `path` at the end: nobody reads half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            fail(f"cannot write {path}: {error.strerror}; free some space or choose another --run-dir")
+        raise
+
+
+def _write_tensors(tensors, file):
+    """torch.save of a dict. A float32 tensor that does not fit into memory is an object with a `shape` and
+    with `blocks()`, which yields its parts in order.
+
+    torch writes zeros for it (pages that nobody touched take no memory), before all other tensors; then the
+    parts are written over them. (The file is a zip without compression; torch does not read its checksums.)
+    """
+    streamed = {key: part for key, part in tensors.items() if hasattr(part, "blocks")}
+    torch.save({key: torch.from_numpy(np.zeros(part.shape, np.float32)) for key, part in streamed.items()}
+               | {key: part for key, part in tensors.items() if key not in streamed}, file)
+    file.flush()
+    for index, part in enumerate(streamed.values()):
+        with zipfile.ZipFile(file.name) as archive:
+            header = archive.getinfo(f"archive/data/{index}").header_offset
+        with open(file.name, "rb") as written:
+            written.seek(header + 26)  # the length of the entry's name and of what follows it
+            name_length, extra_length = struct.unpack("<HH", written.read(4))
+        file.seek(header + 30 + name_length + extra_length)
+        for block in part.blocks():
+            file.write(block.contiguous().numpy().data)
+    file.seek(0, os.SEEK_END)
+
+
+def _write_value(value, file, suffix):
+    """Write an artifact into an open file, in the format that its name's suffix tells."""
+    if suffix == ".parquet":
+        writer = None
+        is_frame = isinstance(value, pd.DataFrame)
+        for table in [pa.Table.from_pandas(value, preserve_index=False)] if is_frame else value:
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+        writer.close()
+    elif suffix == ".pt":
+        _write_tensors(value, file)  # into an open file: given a path, torch writes its *name* into it
+    else:
+        file.write(value if isinstance(value, bytes) else value.encode())
+
+
+def write_artifact(args, name, value, inputs=(), **facts):
+    """Write `value` as run_dir/name with a sidecar name.json; returns its path.
+
+    value: a data frame; an iterator of arrow tables (row groups that need not fit into memory together); text
+    or bytes; or a dict of tensors and plain values (see _write_tensors). inputs: names of the artifacts that
+    it was made from. facts (counts, printed numbers, seconds) go into the sidecar as they are. The sidecar is
+    renamed first, with the digest of what follows, so that `read_artifacts` notices a kill in between.
+    """
+    run_dir = Path(args.run_dir)
+    with whole_file(run_dir / name) as file:
+        _write_value(value, file, Path(name).suffix)
+        file.flush()
+        sidecar = {
+            "artifact": name,
+            "stage": MADE_BY[name],
+            "options": vars(args),
+            "seed": args.seed,
+            "sha256": sha256_of(file.name),
+            "inputs": {input_name: sha256_of(run_dir / input_name) for input_name in inputs},
+            "torch": torch.__version__,
+            "transformers": version("transformers"),  # metadata only: importing it costs seconds
+            **facts,
+        }
+        # numpy and torch scalars and arrays, and paths, are what json does not know
+        plain = lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
+        with whole_file(run_dir / f"{name}.json") as sidecar_file:
+            sidecar_file.write(json.dumps(sidecar, indent=2, default=plain).encode() + b"\n")
+    return run_dir / name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# read
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read_sidecar(args, name):
+    """run_dir/name.json as a dict; exit code 2 with the command that makes it when it is missing."""
+    path = Path(args.run_dir) / f"{name}.json"
+    command = f"`python {MADE_BY[name]} --run-dir {args.run_dir}`"
+    for required in (path.parent / name, path):
+        if not required.exists():
+            fail(f"{required} is missing: run {command} first, with the options of your run")
+    try:
+        sidecar = json.loads(path.read_text())
+        sidecar["sha256"], sidecar["inputs"], sidecar["options"]
+        return sidecar
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path} is not what a stage writes: run {command} again")
+
+
+def _read_frame(path):
+    """A parquet artifact without the reviews' texts, which may be gigabytes and which no stage reads here."""
+    columns = [name for name in pq.read_schema(path).names if name != "review"]
+    return pq.read_table(path, columns=columns, use_threads=False).to_pandas(self_destruct=True)
+
+
+def read_artifacts(args, *names):
+    """Read artifacts of one run and check that they belong together: a list of data frames, dicts and texts.
+
+    Each must have the digest that its sidecar tells, and each must have been made from the very files that
+    lie beside it: artifacts of two data sets or seeds never mix silently.
+    """
+    run_dir = Path(args.run_dir)
+    sidecars = {name: read_sidecar(args, name) for name in names}
+    digests = {}
+
+    def digest_of(name):
+        if name not in digests:
+            digests[name] = sha256_of(run_dir / name) if (run_dir / name).exists() else "missing"
+        return digests[name]
+
+    for name, sidecar in sidecars.items():
+        advice = f"run `python {MADE_BY[name]} --run-dir {run_dir}` again, with the options in {name}.json"
+        if digest_of(name) != sidecar["sha256"]:
+            fail(f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): "
+                 f"{advice}")
+        for input_name, digest in sidecar["inputs"].items():
+            if digest_of(input_name) != digest:
+                fail(f"two runs are mixed: {run_dir / name} was made from another {input_name} (digest "
+                     f"{digest[:8]}), but {run_dir / input_name} is {digest_of(input_name)[:8]}: {advice}")
+
+    readers = {".parquet": _read_frame, ".pt": lambda path: torch.load(path, weights_only=True),
+               ".md": Path.read_text}
+    values = [readers[Path(name).suffix](run_dir / name) for name in names]
+    pa.default_memory_pool().release_unused()  # what reading took and a frame does not hold
+    return values

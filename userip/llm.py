@@ -1,0 +1,202 @@
+"""The frozen LLM: a hub name, a folder, or a tiny one that is pretrained on the spot from the train items."""
+
+import hashlib
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from userip.artifacts import fail
+
+# transformers and tokenizers take seconds to import: they are, where a LLM is used
+
+STAMP = "made_from.txt"  # in the tiny LLM's folder: the digest of what it was made from
+TINY = {"batch": 24, "length": 96, "lr": 2e-3, "width": 128, "layers": 4, "vocabulary": 2048, "context": 512}
+
+
+def load_llm(args, llm, device="cpu", **model_options):
+    """Hub name, folder or "tiny" -> (model, tokenizer): frozen, in eval mode, bfloat16 on CUDA, else float32.
+
+    "tiny" is the one that stage 2 pretrained into run_dir/tiny_llm. Exits with code 2 when a folder lacks
+    weights or tokenizer, or a hub name cannot be loaded.
+    """
+    source = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm
+    if (llm == "tiny" or llm.startswith(("/", ".", "~"))) and not Path(source).is_dir():
+        fail(f"--llm {llm}: there is no folder {source}; "
+             + ("run stage 2 again" if llm == "tiny" else "give a folder or a hub name"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tokenizer = _load(llm, "tokenizer", lambda: AutoTokenizer.from_pretrained(source))
+    model = _load(llm, "weights", lambda: AutoModelForCausalLM.from_pretrained(source, dtype=dtype,
+                                                                               **model_options))
+    if not tokenizer.is_fast or len(tokenizer) < 3:
+        fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' positions in the text; "
+             f"save a fast tokenizer there")
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_embeddings:
+        fail(f"--llm {llm}: the tokenizer has {len(tokenizer):,} tokens but the model embeds only "
+             f"{num_embeddings:,}; they do not belong together")
+    return fuse(model).to(device).eval().requires_grad_(False), tokenizer
+
+
+def _load(llm, part, load):
+    """load(), or exit code 2: transformers raises OSError, ValueError, KeyError, … for one and the same cause."""
+    try:
+        return load()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        fail(f"--llm {llm}: no {part} could be loaded ({reason}); give a folder that save_pretrained "
+             f"wrote for both model and tokenizer, a hub name, or --llm tiny")
+
+
+def fuse(model):
+    """The model with GPT-2's GELU and Llama's RMSNorm in one call each instead of six to eight: the same
+    functions, in a fraction of the time and of the memory traffic.
+    """
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, nn.GELU(approximate="tanh"))
+            elif type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(len(child.weight), child.variance_epsilon, device="meta")
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model
+
+
+def choose_llm():
+    """--llm auto: Llama-2-7B with CUDA and its weights here, else GPT-2 if here or reachable, else tiny.
+
+    Returns the name and the reason.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    llama = "meta-llama/Llama-2-7b-hf"
+    is_here = lambda repository, file: isinstance(try_to_load_from_cache(repository, file), str)
+    index_files = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    if torch.cuda.is_available() and any(is_here(llama, file) for file in index_files):
+        return llama, "CUDA and its weights are on this machine"
+    if is_here("gpt2", "model.safetensors"):
+        return "gpt2", "its weights are on this machine"
+    if not HF_HUB_OFFLINE:
+        host = ENDPOINT.split("://")[-1].split("/")[0]
+        name, _, port = host.partition(":")
+        try:
+            socket.create_connection((name, int(port or 443)), timeout=3).close()
+            return "gpt2", f"it can be fetched from {host}"
+        except OSError:
+            pass
+    return "tiny", ("no other LLM is on this machine and the model hub cannot be reached; "
+                    "it is pretrained on the train items")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the tiny LLM
+# ----------------------------------------------------------------------------------------------------------
+
+
+def tiny_stamp(run_dir):
+    """The digest of what run_dir/tiny_llm was made from; an empty text where there is none"""
+    path = Path(run_dir) / "tiny_llm" / STAMP
+    return path.read_text() if path.exists() else ""
+
+
+def train_tokenizer(texts):
+    """A byte-level BPE tokenizer of GPT-2's kind"""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=TINY["vocabulary"], min_frequency=5, show_progress=False,
+                                  special_tokens=["<|endoftext|>"],
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def pretrain_tiny(folder, histories, prompt_texts, num_steps, seed):
+    """A 4-layer GPT-2 of width 128, pretrained on the train items' texts -> loss by step
+
+    histories: a list of texts per user. The LLM reads a user's items in random order, so that it learns which
+    go together, as a large LLM knows from the world; random offsets train all positions. prompt_texts: the
+    profiles' texts and, last, the task text. About a minute on two cores.
+    """
+    from tqdm import tqdm
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    rng = np.random.default_rng([seed, 3])
+    corpus = [text for history in histories for text in history]
+    corpus += (1 + len(corpus) // 50) * prompt_texts  # often enough to become whole words
+    tokenizer = train_tokenizer(corpus)
+    ids_of = {text: tokenizer(text).input_ids for text in sorted(set(corpus))}
+    opening = [tokenizer.bos_token_id, *tokenizer(prompt_texts[-1]).input_ids]
+
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=TINY["context"], n_embd=TINY["width"],
+                        n_layer=TINY["layers"], n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                        bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TINY["lr"], weight_decay=0.01, betas=(0.9, 0.95),
+                                  fused=True)
+    warmup = min(0.9, max(0.1, 1.5 / num_steps))  # share of the steps; less than one step would divide by 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], total_steps=num_steps,
+                                                   pct_start=warmup)
+    num_tokens, stream, curve = TINY["batch"] * TINY["length"], [], []
+    bar = tqdm(range(num_steps), desc="pretrain tiny", unit="step", mininterval=2)
+    for step in bar:
+        while len(stream) < num_tokens:
+            for user in rng.permutation(len(histories)):
+                order = rng.permutation(len(histories[user]))
+                stream += opening + [token for index in order for token in ids_of[histories[user][index]]]
+        tokens = torch.tensor(stream[:num_tokens]).view(TINY["batch"], TINY["length"])  # [B, T]
+        del stream[:num_tokens]
+        offset = torch.from_numpy(rng.integers(TINY["context"] - TINY["length"], size=(TINY["batch"], 1)))
+        logits = model(tokens, position_ids=offset + torch.arange(TINY["length"])).logits  # [B, T, V]
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        curve.append(loss.item())
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{curve[-1]:.3f}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return curve
+
+
+def make_tiny_llm(args, histories, prompt_texts):
+    """run_dir/tiny_llm, pretrained on this run's train rows; kept when the same texts and seed made it before.
+
+    histories, prompt_texts: see pretrain_tiny. It reads what users had in the form in which prompts say it.
+    """
+    recipe = json.dumps([histories, prompt_texts[:-1], prompt_texts[-1], args.tiny_steps, args.seed, TINY])
+    digest = hashlib.sha256(recipe.encode()).hexdigest()
+    folder = Path(args.run_dir) / "tiny_llm"
+    if tiny_stamp(args.run_dir) == digest:
+        print(f"tiny LLM: {folder} was made from the same texts, kept")
+        return
+    started = time.time()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        curve = pretrain_tiny(temporary, histories, prompt_texts, args.tiny_steps, args.seed)
+        (temporary / "curve.json").write_text(json.dumps(curve))
+        (temporary / STAMP).write_text(digest)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        fail(f"cannot write {folder}: {error.strerror}; free some space or choose another --run-dir")
+    print(f"tiny LLM: pretrained on {sum(map(len, histories)):,} texts of train interactions in {time.time() - started:.0f} s, "
+          f"loss {curve[-1]:.3f}")

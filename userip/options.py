@@ -1,0 +1,97 @@
+"""What every stage does first: options in groups, presets, seeds."""
+
+import argparse
+import functools
+import os
+import random
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from userip.artifacts import fail
+
+GROUPS = ("data", "method", "training", "machine")
+
+
+def stage_parser(doc):
+    """A parser whose --help is the stage's docstring, and `add`: the add_argument of each of the GROUPS.
+
+    Unknown and abbreviated options are refused, in one line. Every stage has --run-dir and --seed.
+    """
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=32)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False,
+                                     usage="%(prog)s [options]")
+    parser.error = lambda message: fail(f"{message}; see --help")  # one line, without the usage block
+    add = SimpleNamespace(**{group: parser.add_argument_group(group).add_argument for group in GROUPS})
+    add.data("--run-dir", type=folder_name, default="runs/demo", help="folder of this run's artifacts")
+    return parser, add
+
+
+def folder_name(text):
+    """The type of an option that names a folder: an unset shell variable must not mean the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def at_least(minimum, kind=int):
+    """The type of an option whose number must not be smaller: argparse then refuses it with one line."""
+
+    def parse(text):
+        number = kind(text)
+        if not number >= minimum:  # written this way, it refuses nan, too
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum}")
+        return number
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+def option_name(name):
+    """"run_dir" -> "--run-dir\""""
+    return f"--{name.replace('_', '-')}"
+
+
+def options_text(options):
+    """A preset as one would type it: {"lr": 0.1, "whiten": False} -> "--lr 0.1 --no-whiten"."""
+    text = lambda value: shlex.join(map(str, value if isinstance(value, list) else [value]))
+    return " ".join(f"--no-{name}" if value is False else f"{option_name(name)} {text(value)}"
+                    for name, value in options.items())
+
+
+def parse_with_presets(parser, argv, **presets):
+    """Parse; a preset that was chosen (--paper) sets its options first, so that typed ones override it."""
+    args = parser.parse_args(argv)
+    for name, options in presets.items():
+        if getattr(args, name):
+            parser.set_defaults(**options)
+            print(f"--{name} = {options_text(options)}")
+    if sum(getattr(args, name) for name in presets) > 1:
+        parser.error(f"{' and '.join(map(option_name, presets))} are different recipes: choose one")
+    return parser.parse_args(argv)
+
+
+def changed_options(parser, args, ignored):
+    """The names of the options that differ from their defaults, but for those ignored: list of texts"""
+    return [name for name in vars(args) if name not in ignored
+            and getattr(args, name) != parser.get_default(name)]
+
+
+def start_stage(args):
+    """Seed every generator and print the options. torch stays deterministic, on CUDA, too: same seed, same
+    bits, but without the NaN that it would write into all new memory to show who reads it too early.
+    """
+    if args.seed >= 2**32:
+        fail(f"--seed {args.seed}: it must be below 2**32 = {2**32}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else runs on CUDA may differ
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    options = " ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if value is not None)
+    print(f"{Path(sys.argv[0]).name} | {options}")
