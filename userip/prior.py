@@ -1,0 +1,88 @@
+"""The codebook as a prior of the profiles (eq. 7): EM, one round per turn of stages 2 and 3."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from userip.artifacts import fail, read_artifacts
+
+
+class Prior(NamedTuple):
+    """One profile's codebook: codebook [K, C'], transform [S D, C'], mean [S D], shared [C'] (θ̄ transformed)"""
+
+    codebook: torch.Tensor
+    transform: torch.Tensor
+    mean: torch.Tensor
+    shared: torch.Tensor
+
+
+def read_codebook(args):
+    """codebook.pt, which --prior names: by profile; an empty dict without --prior"""
+    if not args.prior:
+        return {}
+    own = Path(args.run_dir) / "codebook.pt"
+    if args.prior.resolve() != own.resolve():
+        fail(f"--prior {args.prior}: give the codebook of this run, {own}")
+    return read_artifacts(args, "codebook.pt")[0]
+
+
+def make_prior(args, codebook, names, shared):
+    """The codebook as a list of Prior, shared [P, S D]; empty without --prior"""
+    if codebook and list(codebook) != list(names):
+        fail(f"--prior {args.prior} has the profiles {', '.join(codebook)}, not {', '.join(names)}")
+    prior = []
+    for k, part in enumerate(codebook.values()):
+        transform, mean = part["transform"], part["mean"]
+        if len(transform) != shared.shape[1]:
+            fail(f"--prior {args.prior} is of profiles {len(transform)} wide, not {shared.shape[1]}: "
+                 f"take the same --llm and --soft-tokens as before")
+        prior.append(Prior(part["codebook"], transform, mean, (shared[k] - mean) @ transform))
+    return prior
+
+
+def codeword_coordinates(prior, lift):
+    """Codewords in the coordinates of the score method: y_c [K, C] with θ̄ + y_c B nearest to codeword c"""
+    return (prior.codebook - prior.shared) @ torch.linalg.pinv(lift @ prior.transform)
+
+
+def nearest_coordinates(sums, counts, centers):
+    """E step of the score method: y_c of the codeword nearest to a user's mean, sums [N, P, C] / counts [N, P]
+    -> [N, P, C]. Zero, that is θ̄, without a prior and for users without evidence.
+    """
+    result = torch.zeros_like(sums)
+    for k, center in enumerate(centers):
+        # the subspace in which codewords differ
+        subspace = torch.linalg.pinv(center - center.mean(0)) @ (center - center.mean(0))
+        mean = sums[:, k] / counts[:, k].clamp(min=1)[:, None]
+        nearest = torch.cdist(mean @ subspace, center @ subspace).argmin(1)
+        result[:, k] = center[nearest] * (counts[:, k] > 0)[:, None]
+    return result
+
+
+def codeword_soft_tokens(prior, shared, noise):
+    """Codewords as soft tokens [K, S D]: of all θ that T maps to a codeword, the nearest to θ̄ in the metric
+    of the noise; shared [S D], noise [S D, S D]
+    """
+    inverse = torch.linalg.solve(noise, prior.transform)  # Σ^-1 T [D, C']
+    lift = torch.linalg.solve(prior.transform.T @ inverse, inverse.T)  # [C', D], T maps it to the identity
+    return shared + (prior.codebook - prior.shared) @ lift
+
+
+def nearest_soft_tokens(soft, prior, soft_tokens):
+    """E step of the gradient method: soft [B, P, S D] -> the codeword of each, as a soft token"""
+    nearest = []
+    for k, (part, tokens) in enumerate(zip(prior, soft_tokens)):
+        z = (soft[:, k].cpu() - part.mean) @ part.transform
+        nearest.append(tokens[torch.cdist(z, part.codebook).argmin(1)])
+    return torch.stack(nearest, 1).to(soft.device)
+
+
+def prior_loss(profiles, prior, pull, noise):
+    """Σ_u λ L_Q of eq. 7 in nats: pull/2 · squared distance to the nearest codeword, noise as unit -> []"""
+    loss = torch.zeros(())
+    for k, part in enumerate(prior):
+        z = (profiles[:, k] - part.mean) @ part.transform
+        unit = (part.transform.T @ noise[k] @ part.transform).diagonal().mean()
+        loss += pull[k] / 2 * torch.cdist(z, part.codebook).min(1).values.square().sum() / unit
+    return loss

@@ -1,0 +1,254 @@
+"""The prompt [N_1 θ_1 N_2 θ_2 … D] H (eq. 3) around a frozen LLM, and the likelihood of H under it (eq. 4)."""
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from common import fig4_mask
+from userip.artifacts import fail
+
+MAX_LOGITS = 2**25  # numbers of logits held at a time
+
+
+class PrefixCache(DynamicCache):
+    """Keys and values of tokens that come before those of a forward pass.
+
+    parts: one list per group of such tokens, of (keys, values) [B or 1, heads, T, width] by layer. `new` takes
+    the keys and values of the pass itself.
+    """
+
+    def __init__(self, config, *parts):
+        super().__init__(config=config)
+        self.parts, self.new = parts, []
+
+    def get_seq_length(self, *_):
+        return sum(part[0][0].shape[2] for part in self.parts)
+
+    def update(self, keys, values, layer, *_, **__):
+        self.new.append((keys, values))
+        join = lambda index, own: torch.cat([*(part[layer][index].expand(len(own), -1, -1, -1)
+                                               for part in self.parts), own], 2)
+        return join(0, keys), join(1, values)
+
+
+class HeadNLL(torch.autograd.Function):
+    """-log softmax(hidden Wᵀ)[target]: hidden [R, D], head Linear to V, target [R] -> float32 [R]
+
+    In chunks, so that no [R, V] is ever held. The gradient with respect to `hidden` is computed on the way;
+    the frozen head needs none.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, target):
+        nll = torch.empty(len(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in torch.arange(len(hidden), device=hidden.device).split(MAX_LOGITS // head.out_features + 1):
+            logits = head(hidden[rows]).float()  # [r, V]
+            logits -= logits.amax(1, keepdim=True)
+            at_target = torch.arange(len(rows), device=rows.device), target[rows]
+            target_logit, exp = logits[at_target], logits.exp_()  # in place: each pass over [r, V] costs
+            total = exp.sum(1)
+            nll[rows] = total.log() - target_logit
+            if gradient is not None:  # (softmax - one-hot) W; divided by the total where that is [r, D]
+                exp[at_target] -= total
+                gradient[rows] = (exp.to(hidden.dtype) @ head.weight / total[:, None]).to(hidden.dtype)
+        ctx.save_for_backward(gradient)
+        return nll
+
+    @staticmethod
+    def backward(ctx, nll_gradient):
+        gradient = ctx.saved_tensors[0]
+        return gradient * nll_gradient[:, None].to(gradient.dtype), None, None
+
+
+class Prompt:
+    """[N_1 θ_1 N_2 θ_2 … D] H around a frozen LLM, with the mask of Fig. 4; S soft tokens per θ_k.
+
+    llm: (model, tokenizer); profiles: {name: its text N_k}; task_text: D. L is the length of the prompt
+    without H. Under the mask no θ reaches the names nor the task text but its last token: their keys and
+    values are computed once, and those of a user's θ once for all texts of the user.
+    """
+
+    def __init__(self, llm, profiles, task_text, num_soft=1, mask="fig4"):
+        model, tokenizer = llm
+        self.names, self.num_profiles, self.num_soft = list(profiles), len(profiles), num_soft
+        self.model, self.device, self.mask = model, model.device, mask
+        self.body, self.head = model.base_model, model.get_output_embeddings()
+        self.embed = model.get_input_embeddings()
+        # per dimension: GPT-2 .14, Llama-2 .02
+        self.scale = float(self.embed.weight.float().square().mean().sqrt())
+        self._lay_out(tokenizer, profiles, task_text)
+        self._check_head()
+        if mask == "fig4":
+            self.fixed = (~self.is_soft).nonzero()[:-1, 0]  # names and task text without its last token
+            everyone = torch.ones(1, self.num_profiles, dtype=torch.bool, device=self.device)
+            self.allowed = fig4_mask(self.segment, self.is_soft, everyone)[0, 0]  # [L, L]
+            with torch.no_grad():
+                self.fixed_keys = self._run(self.embedding[None, self.fixed], self.fixed, self.fixed)[1]
+
+    def _lay_out(self, tokenizer, profiles, task_text):
+        """The tokens of the prompt: segment, position, is_soft [L], soft_positions [P S], embedding [L, D]"""
+        # every text that begins blind begins as the LLM was trained to begin: with its BOS, if it has one
+        bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
+        plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+        blocks = [[*bos, *plain(text), *[0] * self.num_soft] for text in profiles.values()]  # 0: a soft token
+        blocks.append([*bos, *plain(task_text)])
+        # differs from the paper: positions start anew in each profile block, so that a profile cannot even
+        # tell how long the other's name is; the task text goes on behind the longest block
+        starts = [0] * self.num_profiles + [max(map(len, blocks[:-1]))]
+        if self.mask == "causal":  # one text like any other: one BOS, positions in a row
+            blocks = [blocks[0], *(block[len(bos):] for block in blocks[1:])]
+            starts = np.cumsum([0, *map(len, blocks[:-1])]).tolist()
+        as_tensor = lambda rows: torch.tensor([number for row in rows for number in row], device=self.device)
+        self.segment = as_tensor([index] * len(block) for index, block in enumerate(blocks))
+        self.position = as_tensor(range(start, start + len(block)) for start, block in zip(starts, blocks))
+        ends = np.cumsum([len(block) for block in blocks[:-1]])
+        self.soft_positions = as_tensor(range(end - self.num_soft, end) for end in ends.tolist())
+        self.is_soft = torch.zeros_like(self.segment, dtype=torch.bool)
+        self.is_soft[self.soft_positions] = True
+        self.embedding = self.embed(as_tensor(blocks)).detach()
+
+    def _check_head(self):
+        """Exit when the LLM does more to its last hidden states than multiply them by the head."""
+        with torch.no_grad():
+            embeddings = self.embedding[None]
+            logits = self.model(inputs_embeds=embeddings, use_cache=False).logits
+            product = self.head(self.body(inputs_embeds=embeddings, use_cache=False).last_hidden_state)
+        if not torch.allclose(logits, product, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+            fail(f"--llm: a {type(self.model).__name__} changes its logits behind the head, which is not "
+                 f"supported; take a LLM of the GPT-2 or Llama kind")
+
+    def check_context(self, lengths, name, cure):
+        """Exit when a text with its prompt is longer than the LLM's context: lengths [R] in tokens"""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+        needed = int(self.position[-1]) + 1 + lengths
+        if needed.max() > limit:
+            fail(f"{name} {int(needed.argmax())} needs {int(needed.max()):,} tokens with its prompt, "
+                 f"but the LLM reads {limit:,} at most: {cure}")
+
+    def random_soft(self, num, generator):
+        """Soft tokens at the scale of the LLM's embeddings: [num, P, S D]"""
+        shape = num, self.num_profiles, self.num_soft, self.embedding.shape[1]
+        return (self.scale * torch.randn(shape, generator=generator)).flatten(2)
+
+    # -- the long way: the whole prompt before each text --------------------------------------------------
+
+    def inputs(self, soft, ids, may_read):
+        """soft [B, P, S D], ids [B, T], may_read [B, P] -> embeddings [B, L + T, D],
+        mask [B, 1, L + T, L + T], positions [1, L + T]"""
+        (batch, num_tokens), start = ids.shape, int(self.position[-1]) + 1
+        evidence = self.embed(ids)  # [B, T, D]
+        soft = soft.to(evidence.dtype).reshape(batch, len(self.soft_positions), -1)  # [B, P S, D]
+        prefix = self.embedding.expand(batch, -1, -1).index_copy(1, self.soft_positions, soft)
+        segment = F.pad(self.segment, (0, num_tokens), value=self.num_profiles + 1)
+        position = torch.cat([self.position, torch.arange(start, start + num_tokens, device=self.device)])
+        mask = fig4_mask(segment, F.pad(self.is_soft, (0, num_tokens)), may_read, self.mask == "causal")
+        return torch.cat([prefix, evidence], 1), mask, position[None]
+
+    def hidden_full(self, soft, ids, may_read, owner):
+        """Hidden states that predict the tokens of each text: soft [U, P, S D], owner [B] -> [B, T, D]"""
+        embeddings, mask, position = self.inputs(soft[owner], ids, may_read.expand(len(ids), -1))
+        hidden = self.body(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
+                           use_cache=False).last_hidden_state
+        return hidden[:, len(self.segment) - 1:-1]
+
+    # -- the short way, under the mask of Fig. 4: what texts share is computed once -----------------------
+
+    def _run(self, embeddings, positions, keys, *parts):
+        """Some tokens of the prompt through the LLM: embeddings [B, T, D] of the tokens `positions` [T], which
+        attend to the tokens `keys` [T'] as Fig. 4 allows -> hidden [B, T, D], keys and values by layer
+
+        parts: the keys and values of all of `keys` but the last T, which are the tokens themselves.
+        """
+        mask = self.allowed[positions][:, keys].expand(len(embeddings), 1, -1, -1)
+        cache = PrefixCache(self.model.config, *parts)
+        hidden = self.body(inputs_embeds=embeddings, attention_mask=mask, use_cache=False,
+                           position_ids=self.position[positions][None],
+                           past_key_values=cache).last_hidden_state
+        return hidden, cache.new
+
+    def _readable(self, may_read):
+        """The positions of the soft tokens that may be read: [P' S]"""
+        return self.soft_positions.view(self.num_profiles, self.num_soft)[may_read].flatten()
+
+    def soft_keys(self, soft, may_read):
+        """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width]
+
+        An empty list where none is read, or where they depend on other tokens (plain causal mask).
+        """
+        may_read, soft = may_read.to(self.device), soft.to(self.device)
+        if self.mask != "fig4" or not may_read.any():
+            return []
+        readable = self._readable(may_read)
+        theta = soft[:, may_read].to(self.embedding.dtype).reshape(len(soft), len(readable), -1)
+        return self._run(theta, readable, torch.cat([self.fixed, readable]), self.fixed_keys)[1]
+
+    def hidden_cached(self, may_read, ids, owner, keys, part=None):
+        """The same as hidden_full, from keys = soft_keys(soft, may_read) -> [B, T, D]
+
+        part [B, T]: the texts of a row that holds several (pack_by_user). None sees another, and each begins
+        at the position at which a text alone begins.
+        """
+        before, parts = torch.cat([self.fixed, self._readable(may_read)]), [self.fixed_keys]
+        if keys:
+            parts.append([tuple(part.index_select(0, owner) for part in layer) for layer in keys])
+        part = torch.zeros_like(ids[:1]) if part is None else part  # [1 or B, T], -1 at pads
+        step = torch.arange(ids.shape[1], device=self.device)
+        is_first = part != F.pad(part[:, :-1], (1, 0), value=-2)
+        offset = step - torch.where(is_first, step, 0).cummax(1).values  # within its text [1 or B, T]
+        # the last task token predicts the first token of a text, and each token of the text the next
+        inputs = torch.where(is_first[..., None], self.embedding[-1], self.embed(F.pad(ids[:, :-1], (1, 0))))
+        mask = (part[:, :, None] == part[:, None, :]) & (step[:, None] >= step)  # [1 or B, T, T]
+        mask = F.pad(mask, (len(before), 0), value=True)[:, None].expand(len(ids), -1, -1, -1)
+        return self.body(inputs_embeds=inputs, attention_mask=mask, position_ids=self.position[-1] + offset,
+                         past_key_values=PrefixCache(self.model.config, *parts),
+                         use_cache=False).last_hidden_state
+
+    # -- the likelihood -----------------------------------------------------------------------------------
+
+    def nll(self, soft, texts, may_read, owner=None, keys=None):
+        """-log P(h_t | h_<t, N, θ, D) of each evidence token (eq. 4): soft [U, P, S D], texts [B, T],
+        may_read [P] -> float32 [B, T]
+
+        0 at pads and context: logits are computed only where evidence is predicted. owner [B]: the row of
+        `soft` of each text (default: one after the other, or all of the only one). keys: soft_keys of `soft`,
+        where they are there already.
+        """
+        ids, field, may_read = texts.ids.to(self.device), texts.field.to(self.device), may_read.to(self.device)
+        if owner is None:
+            owner = torch.arange(len(ids), device=self.device).clamp(max=len(soft) - 1)
+        soft, is_scored = soft.to(self.device), field >= 0
+        if self.mask == "fig4":
+            part = None if texts.part is None else texts.part.to(self.device)
+            keys = self.soft_keys(soft, may_read) if keys is None else keys
+            hidden = self.hidden_cached(may_read, ids, owner, keys, part)
+        else:
+            hidden = self.hidden_full(soft, ids, may_read, owner)
+        nll = torch.zeros(ids.shape, device=self.device)
+        return nll.masked_scatter(is_scored, HeadNLL.apply(hidden[is_scored], self.head, ids[is_scored]))
+
+    def loss(self, soft, route, index, weights, owner=None, keys=None):
+        """NLL of these texts of a route [B], tokens weighted by field: weights [len(FIELDS)] -> []"""
+        texts = route.texts.select(index)
+        weights = F.pad(weights, (0, 1))  # the field -1 of context and pads reads the last one, 0
+        weight = weights[texts.field].to(self.device)  # [B, T]
+        return (self.nll(soft, texts, route.may_read, owner, keys) * weight).sum()
+
+    def batches(self, texts, index, max_tokens, min_fill=0.85):
+        """Split the texts `index` [R] into batches of about equal length, longest first: yields indices of R.
+
+        A batch ends at max_tokens or, once it has enough of them to keep the machine busy, before texts
+        shorter than `min_fill` of its longest: padding costs more than a small batch.
+        """
+        enough = 4096 if self.device.type == "cuda" else 256
+        lengths = texts.length[index]
+        order, start = torch.argsort(lengths, descending=True, stable=True), 0
+        ordered = lengths[order]
+        while start < len(order):
+            longest = int(ordered[start])
+            size = max(1, max_tokens // (len(self.segment) + longest))
+            num_alike = int(torch.searchsorted(-ordered, -min_fill * longest, right=True)) - start
+            size = min(size, max(num_alike, -(-enough // max(1, longest))))
+            yield order[start:start + size]
+            start += size

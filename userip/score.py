@@ -1,0 +1,238 @@
+"""Scores: the gradient of each text's log-likelihood at θ̄, whitened and summed over the texts of a user.
+
+One backward pass per text of the catalogue serves all users. `run` is what stage 2 fixes before it fits
+anything: args, prompt, routes, observed, progress.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from userip.evidence import Route, incidence
+from userip.texts import FIELDS
+
+BLOCK = 2048  # texts whose scores are one piece of progress
+USERS_AT_ONCE = 2**12  # their sums fit the processor's cache
+
+
+def text_scores(prompt, route, index, shared, weights, max_tokens):
+    """g_t = ∇_θ log P(text t | θ) at θ̄, one backward pass per text: index [R] -> float32 [R, P, S D]"""
+    scores = torch.empty(len(index), *shared.shape)
+    for batch in prompt.batches(route.texts, index, max_tokens):
+        soft = shared.expand(len(batch), -1, -1).to(prompt.device).requires_grad_()
+        loss = prompt.loss(soft, route, index[batch], weights)
+        scores[batch] = -torch.autograd.grad(loss, soft)[0].float().cpu()
+    return scores
+
+
+def _scores_in_blocks(run, route, index, shared, weights, name):
+    """The same for many texts, a block at a time, each on disk when it is done"""
+    blocks = index.split(BLOCK)
+    with tqdm(total=len(index), desc=name, unit="text", mininterval=2) as bar:
+
+        def score_block(number):
+            scores = text_scores(run.prompt, route, blocks[number], shared, weights,
+                                 run.args.tokens_per_batch)
+            bar.update(len(scores))
+            return scores[:, route.may_read].clone()
+
+        run.progress.compute_blocks(name, len(blocks), score_block)
+    scores = torch.zeros(len(index), *shared.shape)
+    for number, part in enumerate(scores.split(BLOCK)):
+        part[:, route.may_read] = run.progress.read(f"{name}-{number}")
+    return scores
+
+
+def only(field):
+    """Weight 1 for one field, 0 for all others: [len(FIELDS)]"""
+    return F.one_hot(torch.tensor(FIELDS.index(field)), len(FIELDS)).float()
+
+
+def field_weights(run, shared, num_sample=512):
+    """Bring every field to the same noise: 1 / (root mean square of its score at θ̄ over a sample of texts)
+    -> [len(FIELDS)]
+
+    # differs from the paper: the scores of fields have variances that depend on the LLM and say nothing about
+    # what they know: a title's has more than a category's and knows less of the hobby. In a plain sum the
+    # field with the largest variance drowns the others.
+    """
+    weights = torch.zeros(len(FIELDS))
+    for route in run.routes:
+        scored = (route.text_counts(run.observed.train) * route.texts.num_scored_tokens()).nonzero()[:, 0]
+        index = scored[torch.randperm(len(scored), generator=run.progress.generator)[:num_sample]]
+        for field in route.fields:
+            scores = text_scores(run.prompt, route, index, shared, only(field), run.args.tokens_per_batch)
+            noise = (scores - scores.mean(0)).square().sum((1, 2)).mean()
+            weights[FIELDS.index(field)] = noise.clamp(min=1e-20).rsqrt()
+    print("field weights: " + "  ".join(f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights)
+                                         if weight))
+    return weights
+
+
+def audience(counts, weight=3.0):
+    """How an item's other raters rated it: counts [M, L] of rating levels in train rows -> shares [M, L, L] for
+    a rater who gave the level of axis 1 and is one of them, and shares [M, L] for any other user.
+
+    The prior, how all items are rated, weighs like `weight` raters.
+    """
+    prior = (counts.sum(0) + 1) / (counts + 0.0).sum().add(counts.shape[1])
+    with_prior = counts + weight * prior  # [M, L]
+    all_raters = with_prior / with_prior.sum(1, keepdim=True)
+    others = (with_prior[:, None] - torch.eye(counts.shape[1])).clamp(min=0)
+    return others / others.sum(2, keepdim=True), all_raters
+
+
+class TextScores(NamedTuple):
+    """The centred scores of a route's texts [R, S D] for one profile, and their noise.
+
+    train: what a text adds for a user of the train rows; new: for any other; is_scored bool [R]; noise
+    [S D, S D]: the covariance of one train row's score.
+    """
+
+    route: Route
+    train: torch.Tensor
+    new: torch.Tensor
+    is_scored: torch.Tensor
+    noise: torch.Tensor
+
+
+def centred_scores(run, route, shared, weights, shrinkage=1e-3):
+    """Score the texts of a route that any user had: {k: TextScores} for the profiles k that it is evidence of.
+
+    Which item a user had is centred by popularity. How a user rated it is centred by how the others rated it
+    (for train rows without the user's own rating), so that the user's own deviation remains. If users did not
+    differ, a user's n rows would be n draws, and the sum of their scores would have n times the noise. The
+    noise is also the Fisher information that one row brings.
+    """
+    counts, levels = route.text_counts(run.observed.train), route.num_levels
+    # all levels of an item are scored where one occurs: the others are those of its audience
+    occurs = (route.text_counts(run.observed.own).view(-1, levels).sum(1) > 0).repeat_interleave(levels)
+    index = (occurs & (route.texts.num_scored_tokens() > 0)).nonzero()[:, 0]
+    share = (counts[index] / counts[index].sum()).double()[:, None]
+    is_rating = only("rating").bool()
+    parts = []
+    for mask in (~is_rating, is_rating):
+        part = torch.zeros(len(counts), *shared.shape)
+        fields = [field for field in route.fields if mask[FIELDS.index(field)]]
+        if fields:
+            name = f"scores-{'+'.join(fields)}-of-{route.name}"
+            part[index] = _scores_in_blocks(run, route, index, shared, weights * mask, name)
+        parts.append(part)
+    item_score, rating_score = parts
+    other_shares, all_shares = audience(counts.view(-1, levels))
+    result = {}
+    for k in route.may_read.nonzero()[:, 0].tolist():
+        mean = (share * item_score[index, k].double()).sum(0)
+        centred = torch.zeros(len(counts), shared.shape[1], dtype=torch.float64)
+        centred[index] = item_score[index, k].double() - mean
+        train = new = centred
+        if levels > 1:
+            by_item = rating_score[:, k].double().view(-1, levels, shared.shape[1])  # [M, L, D]
+            train = train + (by_item - other_shares.double() @ by_item).flatten(0, 1)
+            new = new + (by_item - all_shares.double()[:, None] @ by_item).flatten(0, 1)
+        covariance = (share * train[index]).T @ train[index]
+        ridge = shrinkage * covariance.diagonal().mean().clamp(min=1e-20)
+        is_scored = torch.zeros(len(counts), dtype=torch.bool).index_fill(0, index, True)
+        noise = (covariance + ridge * torch.eye(len(covariance))).float()
+        result[k] = TextScores(route, train.float(), new.float(), is_scored, noise)
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the few directions of the scores in which users differ
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Coordinates(NamedTuple):
+    """One profile's texts and users in C directions: train, new float32 [R, C] and is_scored [R] as in
+    TextScores, whitened and projected; pull: the prior's weight in texts.
+    """
+
+    route: Route
+    train: torch.Tensor
+    new: torch.Tensor
+    is_scored: torch.Tensor
+    pull: float
+
+
+def _user_texts(route, events, is_warm):
+    """Which texts each user has, sparse [N, 2 R], and how many [N]: the first R columns are for users with
+    train rows (is_warm [N]), the last R for others.
+    """
+    num_users, num_texts = len(is_warm), len(route.texts.ids)
+    has_text, text = route.has_text(events), route.text_index(events)
+    user = events.user[has_text]
+    column = torch.where(is_warm[events.user], text, text + num_texts)[has_text]
+    count = torch.bincount(user, minlength=num_users).float()
+    return incidence(user, column, (num_users, 2 * num_texts)), count
+
+
+def project_scores(user_texts, table, count, noise, is_warm, rank):
+    """Whiten scores by the noise and keep the directions in which warm users (is_warm [N]) differ most.
+
+    user_texts sparse [N, R] and table [R, D]: the texts of users and their scores; count [N] texts, noise
+    [D, D] -> projection [D, C], eigenvalues [C]. A whitened sum over n texts has variance n in every direction
+    if users do not differ; an eigenvalue λ above 1 says how far they do.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(noise.double())
+    whiten = vectors * eigenvalues.rsqrt() @ vectors.T  # Σ^-½
+    table = (table.double() @ whiten).numpy()
+    users = (is_warm & (count > 0)).nonzero()[:, 0]
+    moment, mean = torch.zeros_like(whiten), torch.zeros(len(whiten), dtype=torch.float64)
+    for block in users.split(USERS_AT_ONCE):
+        z = torch.from_numpy(user_texts[block.numpy()] @ table) / count[block].double().sqrt()[:, None]
+        moment += z.T @ z
+        mean += z.sum(0)
+    mean /= len(users)
+    covariance = (moment - len(users) * torch.outer(mean, mean)) / (len(users) - 1)
+    eigenvalues, directions = torch.linalg.eigh(covariance)
+    return whiten @ directions.flip(1)[:, :rank], eigenvalues.flip(0)[:rank]
+
+
+def find_coordinates(run, scores):
+    """The coordinates of all profiles: scores {k: TextScores} -> list of Coordinates
+
+    What is estimated over users is estimated over warm ones (with train rows): cold ones are only placed.
+    """
+    is_warm, result = run.observed.is_warm, []
+    for k, name in enumerate(run.prompt.names):
+        route, train, new, is_scored, noise = scores[k]
+        user_texts, count = _user_texts(route, run.observed.own, is_warm)
+        projection, eigenvalues = project_scores(user_texts, torch.cat([train, new]), count, noise, is_warm,
+                                                 run.args.rank)
+        # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
+        edge = (1 + math.sqrt(len(noise) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
+        above = eigenvalues[eigenvalues > edge]
+        excess = float(above.mean()) - 1 if len(above) else 0.1
+        pull = float(count[is_warm].mean()) / excess if run.args.pull is None else run.args.pull
+        projected = ((table.double() @ projection).float() for table in (train, new))
+        result.append(Coordinates(route, *projected, is_scored, pull))
+        leading = " ".join(f"{eigenvalue:.2f}" for eigenvalue in eigenvalues[:8])
+        print(f"{name}: pull {pull:.1f} items; "
+              f"eigenvalues of the whitened scores (noise 1, its edge {edge:.2f}): {leading}")
+    return result
+
+
+def user_sums(coordinates, events, is_warm):
+    """Σ_i g_i over the texts of each user, and their number: float32 [N, P, C], [N, P]"""
+    user_texts = {c.route.name: _user_texts(c.route, events, is_warm) for c in coordinates}
+    sums, counts = [], []
+    for c in coordinates:
+        matrix, count = user_texts[c.route.name]
+        sums.append(torch.from_numpy(matrix @ torch.cat([c.train, c.new]).double().numpy()).float())
+        counts.append(count)
+    return torch.stack(sums, 1), torch.stack(counts, 1)
+
+
+def user_steps(sums, counts, pull, lift):
+    """θ_u - θ̄ = B y_u with y_u = Σ_i g_i / (n_u + pull): sums [N, P, C], counts [N, P], pull [P], lift (B)
+    [P, C, S D] -> [N, P, S D]. Summed by a loop: a user gets the same bits in any company.
+    """
+    y = sums / (counts + pull)[:, :, None]  # [N, P, C]
+    step = torch.zeros(*sums.shape[:2], lift.shape[2])
+    for c in range(y.shape[2]):
+        step += y[:, :, c, None] * lift[:, c]
+    return step
