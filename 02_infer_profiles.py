@@ -1,17 +1,18 @@
 """Stage 2 of 5: infer latent profiles as soft tokens in a frozen LLM's prompt.
 
-The prompt of user u is "This user's hobby is [θ] his background is [θ] The user has bought" and then what they
-had (paper, section 2.3, eq. 3). The LLM is frozen. Only the θ are fitted, so that the user's behaviour becomes
-likely (eq. 4), under the attention mask of Fig. 4. Only train rows are evidence, and a cold user's support rows
-for their own profile. Half of the users' validation rows choose step lengths, the other half report.
+The prompt of user u is "This user's hobby is [θ] his background is [θ] The user has bought" and then what
+they had (paper, section 2.3, eq. 3). The LLM is frozen. Only the θ are fitted, so that the user's behaviour
+becomes likely (eq. 4), under the attention mask of Fig. 4. Only train rows are evidence, and a cold user's
+support rows for their own profile. Half of the users' validation rows choose step lengths, the other half
+report.
 
---method score (default) fits one θ̄ for all users, takes the score (the gradient of the log-likelihood at θ̄) of
-each catalogue item once, and moves each user along the whitened sum of their items' scores: the cost grows with
-the catalogue, not with the users. --method gradient is the paper's: AdamW on each user's own θ (Algorithm 1).
-With --route each field of an item is evidence of one profile; with --ratings evidence says how items were
-rated. It then holds labels, so that --folds F infers each user F times more, without each fold of the train
-rows. --prior pulls each user to their codeword instead of θ̄ (eq. 7): a round of EM. --only-users infers new
-users from what the run has fitted. A killed run goes on where it stood; torchrun shares the users.
+--method score (default) fits one θ̄ for all users, takes the score (the gradient of the log-likelihood at θ̄)
+of each catalogue item once, and moves each user along the whitened sum of their items' scores: the cost grows
+with the catalogue, not with the users. --method gradient is the paper's: AdamW on each user's own θ
+(Algorithm 1). With --route each field of an item is evidence of one profile; with --ratings evidence says how
+items were rated. It then holds labels, so that --folds F infers each user F times more, without each fold of
+the train rows. --prior pulls each user to their codeword instead of θ̄ (eq. 7): a round of EM. --only-users
+infers new users from what the run has fitted. A killed run goes on where it stood; torchrun shares the users.
 
 Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, profiles.pt
         and, of a run with --method score, scores.pt
@@ -27,31 +28,27 @@ Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it 
   wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3615, shared 1.3681
 """
 
-import hashlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from userip.artifacts import fail, lock, read_artifacts, read_sidecar, write_artifact
+from userip.artifacts import lock, read_artifacts, read_sidecar, write_artifact
 from userip.cost import estimate, tokens_that_fit
-from userip.evidence import (Evidence, Events, Observed, make_routes, observe, tokenize_routes, user_texts)
-from userip.heldout import heldout_events, heldout_nll, interval
-from userip.llm import choose_llm, load_llm, make_tiny_llm, tiny_stamp
-from userip.new_users import new_by_score, read_new_users
+from userip.heldout import heldout_events, heldout_nll, print_heldout
+from userip.llm import tiny_stamp
+from userip.new_users import infer_new_users
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             stage_parser, start_stage)
-from userip.prior import (codeword_coordinates, codeword_soft_tokens, make_prior, nearest_coordinates,
-                          nearest_soft_tokens, prior_loss, read_codebook)
+from userip.prior import (codeword_coordinates, codeword_soft_tokens, descend, make_prior,
+                          nearest_coordinates, nearest_soft_tokens, read_codebook)
 from userip.progress import Profiles, Progress, join_processes, recipe_of
-from userip.prompt import Prompt
-from userip.score import centred_scores, field_weights, find_coordinates, user_steps, user_sums
+from userip.score import (Shared, centred_scores, field_weights, find_coordinates, user_steps, user_sums)
+from userip.setup import set_up
 from userip.texts import FIELDS, pack_by_user
 
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
@@ -77,10 +74,10 @@ def parse_args(argv=None):
     add.data("--folds", type=at_least(0), metavar="F",
              help="infer also without each of F folds of the train rows (default: 5 with --ratings, else 0)")
     add.data("--route", nargs="+", metavar="FIELDS",
-             help="fields per profile (default of two: title+category brand+price; rating to a third) or none")
+             help="fields per profile, or none (default of two: title+category brand+price; rating: a third)")
     add.data("--max-history", type=at_least(1), default=20, help="latest items of a user in one history")
     add.data("--only-users", type=Path, metavar="FILE",
-             help="infer new users from a table of user_id, item_id (and rating) with what the run has fitted")
+             help="infer new users from a table of user_id, item_id (and rating), by what the run has fitted")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true",
                help="the released code's recipe: " + options_text(RELEASED))
@@ -109,7 +106,7 @@ def parse_args(argv=None):
     add.training("--field-weights", choices=["noise", "none"], default="noise",
                  help="bring each field's score to equal noise, or sum them as they are")
     add.training("--shared-steps", type=at_least(1), default=100, help="minibatches that fit the shared θ̄")
-    add.training("--map-steps", type=at_least(1), default=150, help="score: minibatches that fit the map to θ")
+    add.training("--map-steps", type=at_least(1), default=150, help="score: minibatches that fit the map")
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
     add.training("--heldout", type=at_least(2), default=3000, help="validation rows to measure on, at most")
     add.machine("--batch-size", type=at_least(1),
@@ -177,72 +174,8 @@ def check_profiles(parser, args):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# data: the prompt (eq. 3) and the texts that stand behind it
-# ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """What is fixed before anything is fitted.
-
-    prompt: the frozen LLM in its prompt; routes: the texts, by the profiles that read them; observed: train
-    and support rows; evidence: of all users without each fold in turn, the last with all rows; tune and
-    report: the two halves of the held-out events.
-    """
-
-    args: SimpleNamespace
-    llm: str
-    profiles: dict
-    prompt: Prompt
-    observed: Observed
-    routes: list
-    evidence: list
-    tune: Events | None = None
-    report: Events | None = None
-    progress: Progress | None = None
-
-
-def set_up(args, interactions, items, num_users, rank=0):
-    """Choose, make or load the LLM, and put it into the prompt -> Run"""
-    observed = observe(args, interactions, num_users)
-    profiles = dict(text.split("=", 1) for text in args.profiles)
-    routes = make_routes(args, interactions, items, observed, list(profiles))
-    llm = args.llm
-    if llm == "auto":
-        llm, reason = choose_llm()
-        print(f"--llm auto: {llm}, because {reason}")
-    if llm == "tiny" and rank == 0:
-        make_tiny_llm(args, user_texts(routes, observed.train), [*profiles.values(), args.task_text])
-    if dist.is_initialized():  # the other processes read what the first has made
-        dist.barrier()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_llm(args, llm, device)
-    prompt = Prompt((model, tokenizer), profiles, args.task_text, args.soft_tokens, args.mask)
-    print(f"LLM: {sum(weight.numel() for weight in model.parameters()):,} parameters, D "
-          f"{prompt.embedding.shape[1]}, {prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} "
-          f"on {device}; prompt of {len(prompt.segment)} tokens")
-    tokenize_routes(args, tokenizer, routes)
-    own = observed.own
-    kept = [*(own.select(own.fold != fold) for fold in range(args.folds)), own]
-    evidence = [Evidence(args, tokenizer, routes, events, num_users) for events in kept]
-    return Run(args, llm, profiles, prompt, observed, routes, evidence)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # what all users share: θ̄, the weights of fields, the noise of a score
 # ----------------------------------------------------------------------------------------------------------
-
-
-class Shared(NamedTuple):
-    """What all users share: soft float32 [P, S D] (θ̄), weights [len(FIELDS)], scores {k: TextScores}, noise
-    [P, S D, S D] (covariance of one text's score), prior (list of Prior; empty without --prior)
-    """
-
-    soft: torch.Tensor
-    weights: torch.Tensor
-    scores: dict
-    noise: torch.Tensor
-    prior: list
 
 
 def fit_shared_start(run, evidence, weights, batch_size=64):
@@ -392,22 +325,6 @@ def start_of(args, prompt, soft, users):
     return torch.cat([prompt.random_soft(1, torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
-def add_gradient(run, soft, route, owner, weights):
-    """soft.grad += ∇ of the loss of all texts of a route [R], owner [R]: the row of `soft` of each
-
-    The keys and values of each θ are computed once for all batches.
-    """
-    prompt = run.prompt
-    keys = prompt.soft_keys(soft, route.may_read)
-    leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in keys]
-    for batch in prompt.batches(route.texts, torch.arange(len(owner)), run.args.tokens_per_batch):
-        cached = leaves if prompt.mask == "fig4" else None
-        prompt.loss(soft, route, batch, weights, owner[batch], cached).backward()
-    if leaves:
-        flat = lambda layers: [part for layer in layers for part in layer]
-        torch.autograd.backward(flat(keys), [leaf.grad for leaf in flat(leaves)])
-
-
 def infer_block(run, shared, block, pull, num_steps, snapshots=()):
     """AdamW on the θ of a block of users (Algorithm 1, line 4) -> [U, P, S D]
 
@@ -434,11 +351,18 @@ def infer_block(run, shared, block, pull, num_steps, snapshots=()):
         anchor = nearest_soft_tokens(soft.detach(), shared.prior, anchors) if shared.prior else center
         soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
         for route, owner in work:
-            add_gradient(run, soft, route, owner, shared.weights)
+            prompt.add_gradient(soft, route, owner, shared.weights, args.tokens_per_batch)
         optimizer.step()
         if step in snapshots:
             history.append(soft.detach().float().cpu())
     return torch.stack(history) if snapshots else soft.detach().float().cpu()
+
+
+def infer_new_user(run, shared, evidence, number, sidecar):
+    """One new user by the run's AdamW steps from its θ̄ -> [P, S D]; a random start is drawn for `number`"""
+    start = start_of(run.args, run.prompt, shared.soft, torch.tensor([number]))
+    user = torch.cat([pairs.user for _, pairs in evidence])[:1]
+    return infer_block(run, shared, Block(user, evidence, start), sidecar["pull"][0], sidecar["num_steps"])[0]
 
 
 def choose_steps(run, shared, pull):
@@ -459,9 +383,7 @@ def choose_steps(run, shared, pull):
 
 
 def infer_by_gradient(run, shared, pull):
-    """Profiles by gradient, a block of users at a time, fold by fold, and the number of steps; finished blocks
-    are on disk
-    """
+    """AdamW for all users, a block at a time, fold by fold -> Profiles, number of steps; blocks are on disk"""
     args, progress = run.args, run.progress
     num_users, size, num_steps = len(run.observed.is_warm), args.batch_size, args.steps
     if args.stop == "heldout":
@@ -495,40 +417,6 @@ def infer_by_gradient(run, shared, pull):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def descend(run, shared, profiles, pull, noise, num_sample=3000):
-    """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
-    far as it falls -> Profiles, (L_LM, λ L_Q) per train row
-
-    L_LM is measured with the LLM on the same sample of train rows in every round.
-    """
-    path, train = Path(run.args.run_dir) / "profiles.pt", run.observed.train
-    if not path.exists():
-        return profiles, None
-    before = torch.load(path, weights_only=True, mmap=True)["profiles"]
-    before = before if before.dim() == 4 else before[None]
-    if before.shape != profiles.shape:
-        fail(f"--prior goes on from {path}, which has other profiles: run stage 2 without --prior first")
-    generator = torch.Generator().manual_seed(run.args.seed)
-    events = train.select(torch.randperm(len(train.user), generator=generator)[:num_sample])
-
-    def between(length):
-        """Profiles at `length` of the way to the new ones"""
-        return Profiles(profiles.shape, lambda fold, users: before[fold, users] + length * (
-            profiles.read(fold, users) - before[fold, users]))
-
-    objective = {}
-    for length in (1.0, 0.5, 0.25, 0.0):
-        nats, _ = heldout_nll(run, between(length).full(events.user), events)
-        penalty = sum(float(prior_loss(between(length).full(users), shared.prior, pull, noise))
-                      for users in torch.arange(profiles.shape[1]).split(2**14))
-        objective[length] = float(nats.sum() / len(events.user)), penalty / len(train.user)
-    best = min(objective, key=lambda length: sum(objective[length]))
-    text = lambda parts: f"L_LM {parts[0]:.4f} + prior {parts[1]:.4f} = {sum(parts):.4f}"
-    print(f"objective (eq. 7) in nats per train row: before {text(objective[0.0])}; "
-          f"after {text(objective[best])} ({best:g} of the way to the new profiles)")
-    return between(best), objective[best]
-
-
 def report_heldout(run, profiles, soft):
     """The four NLLs (nats per token) on held-out rows: no profile, shared, shuffled, own; prints them."""
     events, order = run.report, torch.randperm(profiles.shape[1], generator=run.progress.generator)
@@ -540,81 +428,7 @@ def report_heldout(run, profiles, soft):
     nats = {}
     for name, chosen in profile_sets.items():
         nats[name], tokens = heldout_nll(run, chosen, events, is_blind=name == "none")  # [R, routes] each
-    means = {name: float(part.sum() / tokens.sum()) for name, part in nats.items()}
-    print(f"held-out NLL in nats per token ({len(events.user):,} validation rows that chose nothing): "
-          + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
-    for name in ("shared", "shuffled"):
-        difference = nats["own"] - nats[name]
-        mean, half = interval(difference.sum(1), tokens.sum(1))
-        means[f"own_minus_{name}"] = [mean, half]
-        warning = "" if mean + half < 0 else "  <- not shown: no sure sign that profiles know their users"
-        parts = [(route.name, *interval(difference[:, column], tokens[:, column]))
-                 for column, route in enumerate(run.routes) if len(run.routes) > 1]
-        by_route = " |" * bool(parts) + "".join(f"  {part} {m:+.4f} ± {h:.4f}" for part, m, h in parts)
-        print(f"  own - {name}: {mean:+.4f} ± {half:.4f} (95%){warning}{by_route}")
-    return means
-
-
-# ----------------------------------------------------------------------------------------------------------
-# new users
-# ----------------------------------------------------------------------------------------------------------
-
-
-def new_by_gradient(args, sidecar):
-    """New users by the run's AdamW steps from its θ̄: profiles, number of texts, user ids, number of rows
-
-    One user after the other, so that a profile has the same bits in any company; in the run's blocks it
-    differs by the order of sums. A random start is drawn for the user's id. A history is in the order of the
-    table.
-    """
-    options = SimpleNamespace(**sidecar["options"] | {"run_dir": args.run_dir, "only_users": args.only_users})
-    stored, interactions, items = read_artifacts(args, "profiles.pt", "interactions.parquet", "items.parquet")
-    options.llm = stored["llm"]
-    if options.llm == "tiny" and tiny_stamp(args.run_dir) != stored["tiny_llm"]:
-        fail(f"--only-users: {args.run_dir}/tiny_llm is not the LLM that {args.run_dir}/profiles.pt was "
-             f"inferred with: run stage 2 again")
-    run = set_up(options, interactions, items, len(stored["has_evidence"]))
-    options.tokens_per_batch = tokens_that_fit(run.prompt)
-    events, user_ids = read_new_users(args, run.observed.words, items)
-    evidence = Evidence(options, run.evidence[-1].tokenizer, run.routes, events, len(user_ids))
-    weights = torch.tensor([sidecar["field_weights"][field] for field in FIELDS])
-    shared = Shared(stored["shared"], weights, {}, stored["noise"], [])
-    profiles = stored["shared"].repeat(len(user_ids), 1, 1)  # who has no text stays at θ̄
-    for user in tqdm(events.user.unique().tolist(), desc="new users", unit="user", mininterval=2):
-        texts = evidence.of_users(user, user + 1)
-        for route, pairs in texts:
-            if len(pairs.text):
-                run.prompt.check_context(route.texts.length[pairs.text], f"new user {user_ids[user]}: text",
-                                         "give fewer rows of this user")
-        number = int.from_bytes(hashlib.sha256(user_ids[user].encode()).digest()[:7], "big")
-        start = start_of(options, run.prompt, shared.soft, torch.tensor([number]))
-        if any(len(pairs.text) for _, pairs in texts):
-            block = Block(torch.tensor([user]), texts, start)
-            profiles[user] = infer_block(run, shared, block, sidecar["pull"][0], sidecar["num_steps"])[0]
-    return profiles, evidence.counts(), user_ids, len(events.item)
-
-
-def infer_new_users(args):
-    """--only-users: profiles of new users from what the run has fitted"""
-    sidecar, locked = read_sidecar(args, "profiles.pt"), lock(args.run_dir)
-    options = sidecar["options"]
-    if options["prior"] or options["evidence"] == "review":
-        kind = "a round of EM (--prior)" if options["prior"] else "--evidence review"
-        fail(f"--only-users: {args.run_dir}/profiles.pt is of {kind}, which no table of items repeats: run "
-             f"stages 2 and 3 without it")
-    if options["method"] == "score":
-        inputs = ["scores.pt", "items.parquet"]
-        profiles, counts, user_ids, num_rows = new_by_score(args)
-    else:
-        inputs = ["profiles.pt", "interactions.parquet", "items.parquet"]
-        profiles, counts, user_ids, num_rows = new_by_gradient(args, sidecar)
-    has_evidence = (counts > 0).any(1)
-    tensors = {"profiles": profiles, "user_id": user_ids, "num_evidence": counts, "names": sidecar["names"],
-               "has_evidence": has_evidence}
-    path = write_artifact(args, "new_profiles.pt", tensors, inputs, users=len(user_ids))
-    print(f"wrote {path}: {len(user_ids):,} new users, {int(has_evidence.sum()):,} of them "
-          f"with evidence among {num_rows:,} rows of items that the run knows")
-    locked.close()
+    return print_heldout(nats, tokens, [route.name for route in run.routes])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -674,7 +488,7 @@ def main(args):
         args = SimpleNamespace(only_users=args.only_users, run_dir=args.run_dir, seed=args.seed)
     start_stage(args)
     if args.only_users:
-        return None if rank else infer_new_users(args)
+        return None if rank else infer_new_users(args, infer_new_user)
     read_sidecar(args, "interactions.parquet")  # before a lock is put into the folder
     locked = lock(args.run_dir) if rank == 0 else None
     run, codebook = prepare(args, rank, world)
@@ -697,7 +511,7 @@ def main(args):
     if rank:  # the first process writes
         return run.progress.clear()
     if shared.prior:
-        profiles, objective = descend(run, shared, profiles, pull, noise)
+        profiles, objective = descend(run, shared.prior, profiles, pull, noise)
     num_users, seconds = counts.shape[1], time.time() - inference_started
     print(f"inferred {num_users:,} users in {seconds:.1f} s, the shared start included: "
           f"{num_users / seconds:,.0f} users per second")

@@ -30,7 +30,7 @@ def fig4_mask(segment, is_soft, may_read, is_causal=False):
     allowed = causal & ((query == key) | reader[:, None] | is_causal)  # [T, T]
     # [T, P]: which profile each position belongs to, if any
     profile = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]
-    is_hidden = is_soft & (may_read.float() @ profile.T.float() == 0)  # [B, T] soft tokens hidden from the row
+    is_hidden = is_soft & (may_read.float() @ profile.T.float() == 0)  # [B, T] soft tokens hidden from a row
     return (allowed & ~(is_hidden[:, None, :] & reader[:, None]))[:, None]
 
 

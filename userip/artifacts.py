@@ -1,4 +1,4 @@
-"""Artifacts: files of a run, written whole or not at all, each with a sidecar that says where it came from."""
+"""Artifacts: files of a run, written whole or not at all, each with a sidecar that says how it was made."""
 
 import contextlib
 import fcntl
@@ -38,7 +38,7 @@ MADE_BY = {
 
 
 def fail(message):
-    """Say what is wrong, where, and what to do, in one line; exit code 2: no traceback for a user's mistake."""
+    """Say what is wrong, where, and what to do, in one line, with exit code 2 and no traceback."""
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 

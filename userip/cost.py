@@ -81,8 +81,8 @@ def estimate(run, evidence, one_step):
     num_users = len(evidence.first) - 1
     profiles = 4 * (args.folds + 1) * num_users * shared.numel()
     gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
-    print(f"estimate: {num_users:,} users, {len(evidence.events.user):,} rows, {tokens:,.0f} tokens of evidence "
-          f"({scope})\n"
+    print(f"estimate: {num_users:,} users, {len(evidence.events.user):,} rows, {tokens:,.0f} tokens of "
+          f"evidence ({scope})\n"
           f"  {tokens * flops:.3g} FLOPs, {seconds:,.0f} s on {prompt.device}, as measured on "
           f"{sample_tokens:,} tokens; the shared start, {args.shared_steps} minibatches of 64 texts, and the "
           f"report come on top\n"

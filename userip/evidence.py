@@ -1,4 +1,4 @@
-"""Evidence: what users had and how they rated it, as texts, each read by the profiles that it is routed to."""
+"""Evidence: what users had and how they rated it, as texts that are routed to profiles."""
 
 import re
 from dataclasses import dataclass, replace
@@ -151,7 +151,7 @@ def route_fields(args, items, names):
     """Which fields are evidence of which profiles: list of (fields, may_read bool [P])
 
     # differs from the paper: each set of fields is a text of its own, and reads its own profiles only. In one
-    # text, the brand's tokens would see title tokens that saw θ_hobby, and θ_background would learn from titles.
+    # text, brand tokens would see title tokens that saw θ_hobby, and θ_background would learn from titles.
     A profile none of whose fields the data hold reads all fields, and a line says so.
     """
     if args.evidence == "review":

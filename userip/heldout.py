@@ -40,3 +40,28 @@ def interval(difference, tokens):
     mean = difference.sum() / tokens.sum()
     residual = difference - mean * tokens
     return float(mean), float(1.96 * residual.square().sum().sqrt() / tokens.sum())
+
+
+def print_heldout(nats, tokens, routes):
+    """Print the NLLs per token of each set of profiles, and what the user's own profile gains over the shared
+    and a shuffled one -> dict of these numbers
+
+    nats: {"none", "shared", "shuffled", "own": [R, routes]}; tokens [R, routes]; routes: their names.
+    """
+    means = {name: float(part.sum() / tokens.sum()) for name, part in nats.items()}
+    print(f"held-out NLL in nats per token ({len(tokens):,} validation rows that chose nothing): "
+          + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+    for name in ("shared", "shuffled"):
+        difference = nats["own"] - nats[name]
+        mean, half = interval(difference.sum(1), tokens.sum(1))
+        means[f"own_minus_{name}"] = [mean, half]
+        line = f"  own - {name}: {mean:+.4f} ± {half:.4f} (95%)"
+        if mean + half >= 0:
+            line += "  <- no sure sign that profiles know their users"
+        if len(routes) > 1:
+            line += " |"
+            for column, route in enumerate(routes):
+                mean, half = interval(difference[:, column], tokens[:, column])
+                line += f"  {route} {mean:+.4f} ± {half:.4f}"
+        print(line)
+    return means

@@ -47,7 +47,7 @@ def load_llm(args, llm, device="cpu", **model_options):
 
 
 def _load(llm, part, load):
-    """load(), or exit code 2: transformers raises OSError, ValueError, KeyError, … for one and the same cause."""
+    """load(), or exit code 2. For one cause transformers raises OSError, ValueError, KeyError and others."""
     try:
         return load()
     except Exception as error:
@@ -176,7 +176,7 @@ def pretrain_tiny(folder, histories, prompt_texts, num_steps, seed):
 
 
 def make_tiny_llm(args, histories, prompt_texts):
-    """run_dir/tiny_llm, pretrained on this run's train rows; kept when the same texts and seed made it before.
+    """run_dir/tiny_llm, pretrained on this run's train rows; kept if the same texts and seed made it before.
 
     histories, prompt_texts: see pretrain_tiny. It reads what users had in the form in which prompts say it.
     """
@@ -198,5 +198,5 @@ def make_tiny_llm(args, histories, prompt_texts):
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         fail(f"cannot write {folder}: {error.strerror}; free some space or choose another --run-dir")
-    print(f"tiny LLM: pretrained on {sum(map(len, histories)):,} texts of train interactions in {time.time() - started:.0f} s, "
-          f"loss {curve[-1]:.3f}")
+    print(f"tiny LLM: pretrained on {sum(map(len, histories)):,} texts of train rows in "
+          f"{time.time() - started:.0f} s, loss {curve[-1]:.3f}")

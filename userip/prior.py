@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 
 from userip.artifacts import fail, read_artifacts
+from userip.heldout import heldout_nll
+from userip.progress import Profiles
 
 
 class Prior(NamedTuple):
-    """One profile's codebook: codebook [K, C'], transform [S D, C'], mean [S D], shared [C'] (θ̄ transformed)"""
+    """One profile's codebook [K, C'], transform [S D, C'] and mean [S D]; shared [C']: θ̄ transformed"""
 
     codebook: torch.Tensor
     transform: torch.Tensor
@@ -47,8 +49,8 @@ def codeword_coordinates(prior, lift):
 
 
 def nearest_coordinates(sums, counts, centers):
-    """E step of the score method: y_c of the codeword nearest to a user's mean, sums [N, P, C] / counts [N, P]
-    -> [N, P, C]. Zero, that is θ̄, without a prior and for users without evidence.
+    """E step of the score method: y_c of the codeword nearest to a user's mean: sums [N, P, C], counts
+    [N, P] -> [N, P, C]. Zero, that is θ̄, without a prior and for users without evidence.
     """
     result = torch.zeros_like(sums)
     for k, center in enumerate(centers):
@@ -86,3 +88,37 @@ def prior_loss(profiles, prior, pull, noise):
         unit = (part.transform.T @ noise[k] @ part.transform).diagonal().mean()
         loss += pull[k] / 2 * torch.cdist(z, part.codebook).min(1).values.square().sum() / unit
     return loss
+
+
+def descend(run, prior, profiles, pull, noise, num_sample=3000):
+    """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
+    far as it falls -> Profiles, (L_LM, λ L_Q) per train row
+
+    L_LM is measured with the LLM on the same sample of train rows in every round.
+    """
+    path, train = Path(run.args.run_dir) / "profiles.pt", run.observed.train
+    if not path.exists():
+        return profiles, None
+    before = torch.load(path, weights_only=True, mmap=True)["profiles"]
+    before = before if before.dim() == 4 else before[None]
+    if before.shape != profiles.shape:
+        fail(f"--prior goes on from {path}, which has other profiles: run stage 2 without --prior first")
+    generator = torch.Generator().manual_seed(run.args.seed)
+    events = train.select(torch.randperm(len(train.user), generator=generator)[:num_sample])
+
+    def between(length):
+        """Profiles at `length` of the way to the new ones"""
+        return Profiles(profiles.shape, lambda fold, users: before[fold, users] + length * (
+            profiles.read(fold, users) - before[fold, users]))
+
+    objective = {}
+    for length in (1.0, 0.5, 0.25, 0.0):
+        nats, _ = heldout_nll(run, between(length).full(events.user), events)
+        penalty = sum(float(prior_loss(between(length).full(users), prior, pull, noise))
+                      for users in torch.arange(profiles.shape[1]).split(2**14))
+        objective[length] = float(nats.sum() / len(events.user)), penalty / len(train.user)
+    best = min(objective, key=lambda length: sum(objective[length]))
+    text = lambda parts: f"L_LM {parts[0]:.4f} + prior {parts[1]:.4f} = {sum(parts):.4f}"
+    print(f"objective (eq. 7) in nats per train row: before {text(objective[0.0])}; "
+          f"after {text(objective[best])} ({best:g} of the way to the new profiles)")
+    return between(best), objective[best]

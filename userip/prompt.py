@@ -1,4 +1,4 @@
-"""The prompt [N_1 θ_1 N_2 θ_2 … D] H (eq. 3) around a frozen LLM, and the likelihood of H under it (eq. 4)."""
+"""The prompt [N_1 θ_1 N_2 θ_2 … D] H (eq. 3) around a frozen LLM, and the likelihood of H (eq. 4)."""
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ MAX_LOGITS = 2**25  # numbers of logits held at a time
 class PrefixCache(DynamicCache):
     """Keys and values of tokens that come before those of a forward pass.
 
-    parts: one list per group of such tokens, of (keys, values) [B or 1, heads, T, width] by layer. `new` takes
-    the keys and values of the pass itself.
+    parts: one list per group of such tokens, of (keys, values) [B or 1, heads, T, width] by layer. `new`
+    takes the keys and values of the pass itself.
     """
 
     def __init__(self, config, *parts):
@@ -43,7 +43,8 @@ class HeadNLL(torch.autograd.Function):
     def forward(ctx, hidden, head, target):
         nll = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in torch.arange(len(hidden), device=hidden.device).split(MAX_LOGITS // head.out_features + 1):
+        all_rows = torch.arange(len(hidden), device=hidden.device)
+        for rows in all_rows.split(MAX_LOGITS // head.out_features + 1):
             logits = head(hidden[rows]).float()  # [r, V]
             logits -= logits.amax(1, keepdim=True)
             at_target = torch.arange(len(rows), device=rows.device), target[rows]
@@ -156,7 +157,7 @@ class Prompt:
     # -- the short way, under the mask of Fig. 4: what texts share is computed once -----------------------
 
     def _run(self, embeddings, positions, keys, *parts):
-        """Some tokens of the prompt through the LLM: embeddings [B, T, D] of the tokens `positions` [T], which
+        """Some tokens of the prompt through the LLM: embeddings [B, T, D] of `positions` [T], which
         attend to the tokens `keys` [T'] as Fig. 4 allows -> hidden [B, T, D], keys and values by layer
 
         parts: the keys and values of all of `keys` but the last T, which are the tokens themselves.
@@ -215,7 +216,8 @@ class Prompt:
         `soft` of each text (default: one after the other, or all of the only one). keys: soft_keys of `soft`,
         where they are there already.
         """
-        ids, field, may_read = texts.ids.to(self.device), texts.field.to(self.device), may_read.to(self.device)
+        ids, field = texts.ids.to(self.device), texts.field.to(self.device)
+        may_read = may_read.to(self.device)
         if owner is None:
             owner = torch.arange(len(ids), device=self.device).clamp(max=len(soft) - 1)
         soft, is_scored = soft.to(self.device), field >= 0
@@ -234,6 +236,20 @@ class Prompt:
         weights = F.pad(weights, (0, 1))  # the field -1 of context and pads reads the last one, 0
         weight = weights[texts.field].to(self.device)  # [B, T]
         return (self.nll(soft, texts, route.may_read, owner, keys) * weight).sum()
+
+    def add_gradient(self, soft, route, owner, weights, max_tokens):
+        """soft.grad += ∇ of the loss of all texts of a route [R], owner [R]: the row of `soft` of each
+
+        The keys and values of each θ are computed once for all batches.
+        """
+        keys = self.soft_keys(soft, route.may_read)
+        leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in keys]
+        for batch in self.batches(route.texts, torch.arange(len(owner)), max_tokens):
+            cached = leaves if self.mask == "fig4" else None
+            self.loss(soft, route, batch, weights, owner[batch], cached).backward()
+        if leaves:
+            flat = lambda layers: [part for layer in layers for part in layer]
+            torch.autograd.backward(flat(keys), [leaf.grad for leaf in flat(leaves)])
 
     def batches(self, texts, index, max_tokens, min_fill=0.85):
         """Split the texts `index` [R] into batches of about equal length, longest first: yields indices of R.

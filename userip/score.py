@@ -73,8 +73,8 @@ def field_weights(run, shared, num_sample=512):
 
 
 def audience(counts, weight=3.0):
-    """How an item's other raters rated it: counts [M, L] of rating levels in train rows -> shares [M, L, L] for
-    a rater who gave the level of axis 1 and is one of them, and shares [M, L] for any other user.
+    """How an item's other raters rated it: counts [M, L] of rating levels in train rows -> shares [M, L, L]
+    for a rater who gave the level of axis 1 and is one of them, and shares [M, L] for any other user.
 
     The prior, how all items are rated, weighs like `weight` raters.
     """
@@ -100,7 +100,7 @@ class TextScores(NamedTuple):
 
 
 def centred_scores(run, route, shared, weights, shrinkage=1e-3):
-    """Score the texts of a route that any user had: {k: TextScores} for the profiles k that it is evidence of.
+    """Score the texts of a route that any user had: {k: TextScores} for the profiles k that may be read.
 
     Which item a user had is centred by popularity. How a user rated it is centred by how the others rated it
     (for train rows without the user's own rating), so that the user's own deviation remains. If users did not
@@ -141,6 +141,18 @@ def centred_scores(run, route, shared, weights, shrinkage=1e-3):
     return result
 
 
+class Shared(NamedTuple):
+    """What all users share: soft float32 [P, S D] (θ̄), weights [len(FIELDS)], scores {k: TextScores}, noise
+    [P, S D, S D] (covariance of one text's score), prior (list of Prior; empty without --prior)
+    """
+
+    soft: torch.Tensor
+    weights: torch.Tensor
+    scores: dict
+    noise: torch.Tensor
+    prior: list
+
+
 # ----------------------------------------------------------------------------------------------------------
 # the few directions of the scores in which users differ
 # ----------------------------------------------------------------------------------------------------------
@@ -174,7 +186,7 @@ def project_scores(user_texts, table, count, noise, is_warm, rank):
     """Whiten scores by the noise and keep the directions in which warm users (is_warm [N]) differ most.
 
     user_texts sparse [N, R] and table [R, D]: the texts of users and their scores; count [N] texts, noise
-    [D, D] -> projection [D, C], eigenvalues [C]. A whitened sum over n texts has variance n in every direction
+    [D, D] -> projection [D, C], eigenvalues [C]. A whitened sum over n texts has variance n in each direction
     if users do not differ; an eigenvalue λ above 1 says how far they do.
     """
     eigenvalues, vectors = torch.linalg.eigh(noise.double())
