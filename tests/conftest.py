@@ -197,6 +197,16 @@ def llm_folder(request, tmp_path_factory):
     return save_llm(tmp_path_factory.mktemp(request.param) / "llm", request.param)
 
 
+@pytest.fixture(scope="session")
+def llm(llm_folder):
+    """(model, tokenizer) of either architecture"""
+    from argparse import Namespace
+
+    from userip.llm import load_llm
+
+    return load_llm(Namespace(run_dir="unused"), str(llm_folder))
+
+
 def write_ml_100k(folder, num_users=30, num_items=25, seed=0):
     """MovieLens-100k's published format: tabs, pipes, Latin-1, genre flags."""
     rng = np.random.default_rng(seed)

@@ -1,0 +1,24 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from llm_cases import routes_for
+from userip.heldout import heldout_events, interval
+
+
+def test_users_who_choose_and_users_who_report_are_not_the_same(llm):
+    rows = pd.DataFrame({"user": [0, 1, 2, 3, 3, 4], "item": [0, 1, 2, 3, 4, 0]})
+    rows["split"] = 5 * ["valid"] + ["test"]
+    tune, report = heldout_events(rows, np.zeros(6, dtype=np.int64), routes_for(llm), 100, seed=0)
+    assert sorted(tune.user.tolist()) == [0, 2] and sorted(report.user.tolist()) == [1, 3, 3]
+    assert report.item.tolist() == [1, 3, 4] and report.row.tolist() == [1, 3, 4]
+
+
+def test_a_user_interval_is_that_of_the_ratio():
+    rng = np.random.default_rng(0)
+    tokens = torch.tensor(rng.integers(5, 15, size=4000)).float()
+    difference = -0.1 * tokens + torch.tensor(rng.standard_normal(4000)).float()
+    mean, half = interval(difference, tokens)
+    assert abs(mean + 0.1) < half < 0.01
+    assert half == pytest.approx(1.96 / np.sqrt(4000) / float(tokens.mean()), rel=0.05)

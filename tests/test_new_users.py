@@ -1,0 +1,100 @@
+import argparse
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import run_stage, save_llm, SMALL, run_pipeline, write_table
+from llm_cases import infer_run
+from userip.artifacts import read_artifacts
+
+
+def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
+    """Cold users of the run come again, later and alone: same profiles, same codes; others are told apart."""
+    write_table(tmp_path / "raw")
+    run = tmp_path / "run"
+    run_pipeline(run, tmp_path / "raw", stages=1, split=["cold-user"])
+    for script in list(SMALL)[:2]:
+        codes = ["--codes", 2, 2, 2] if script.startswith("03") else []
+        run_stage(script, "--run-dir", run, *SMALL[script], *codes, *["--ratings"] * script.startswith("02"))
+    options = argparse.Namespace(run_dir=str(run))
+    rows, items, users, stored, bank = read_artifacts(
+        options, "interactions.parquet", "items.parquet", "users.parquet", "profiles.pt",
+        "feature_bank.parquet")
+    rows = rows[rows["split"] == "support"].sample(frac=1, random_state=0)
+    table = pd.DataFrame({"user_id": users["user_id"].to_numpy()[rows["user"]], "rating": rows["rating"],
+                          "item_id": items["item_id"].to_numpy()[rows["item"]]})
+    cold = users[users["user"].isin(rows["user"])]
+    for chosen in (cold["user_id"], cold["user_id"].iloc[2:3]):
+        file = tmp_path / f"new{len(chosen)}.csv"
+        stranger = pd.DataFrame({"user_id": ["zz"], "item_id": ["no such item"], "rating": [3]})
+        pd.concat([table[table["user_id"].isin(chosen)], stranger]).to_csv(file, index=False)
+        told = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file)
+        assert f"{len(chosen) + 1} new users, {len(chosen)} of them with evidence" in told
+        assert "1 of " in told and "does not know, the first of them 'no such item'" in told
+        assert "ratings=none" not in told  # nor any other option that the run may have had otherwise
+        run_stage("03_quantize.py", "--run-dir", run, "--apply")
+        new, codes = read_artifacts(options, "new_profiles.pt", "new_codes.parquet")
+        place = users.set_index("user_id")["user"].reindex(new["user_id"][:-1]).to_numpy().astype(int)
+        assert new["user_id"][-1] == "zz" and len(place) == len(chosen)
+        assert torch.equal(new["profiles"][:-1], stored["profiles"][-1][place])
+        assert (codes[stored["names"]].to_numpy()[:-1] == bank[stored["names"]].to_numpy()[place]).all()
+        assert codes[stored["names"]].to_numpy()[-1].tolist() == [2, 2, 2]
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", tmp_path / "none.csv",
+                     ok=False)
+    assert "--only-users" in line and "user_id, item_id" in line
+    table.drop(columns="rating").to_csv(file, index=False)
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+    assert "no column rating" in line
+    table.assign(user_id=["", *table["user_id"].iloc[1:]]).to_csv(file, index=False)
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+    assert f"1 of {len(table)} rows have no user_id" in line
+    for strange in ("good", ""):
+        table.assign(rating=[*table["rating"].iloc[1:], strange]).to_csv(file, index=False)
+        line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+        assert f"1 of {len(table)} rows have no number as rating, the first of them {strange!r}" in line
+    for empty in ("", "user_id,item_id,rating\n"):
+        file.write_text(empty)
+        line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+        assert str(file) in line and "it holds no rows" in line and "user_id, item_id" in line
+    path = run / "profiles.pt.json"
+    whole = path.read_text()
+    for key, value, told in (("prior", "codebook.pt", "--prior"),
+                             ("evidence", "review", "--evidence review")):
+        sidecar = json.loads(whole)
+        sidecar["options"][key] = value
+        path.write_text(json.dumps(sidecar))
+        line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+        assert told in line and "2 and 3 without it" in line
+
+
+@pytest.mark.parametrize("options", [("--evidence", "items"), ("--evidence", "history", "--start", "random")],
+                         ids=lambda options: options[1])
+def test_new_users_by_gradient_get_what_the_run_gives_them(small_run, tmp_path, options):
+    """Three users of the run come again: from θ̄ the same profiles, from a random start others."""
+    infer_run(small_run, tmp_path, "--method", "gradient", *options, "--stop", "none", "--steps", 4, "--llm",
+              save_llm(tmp_path / "llm", "gpt2"))
+    run = tmp_path / "run"
+    read = argparse.Namespace(run_dir=str(run))
+    rows, items, users, stored = read_artifacts(read, "interactions.parquet", "items.parquet",
+                                                       "users.parquet", "profiles.pt")
+    rows = rows[(rows["split"] == "train") & (rows["user"] < 3)]
+    table = pd.DataFrame({"user_id": users["user_id"].to_numpy()[rows["user"]],
+                          "item_id": items["item_id"].to_numpy()[rows["item"]]})
+    stranger = pd.DataFrame({"user_id": ["zz"], "item_id": ["no such item"]})
+    found = []
+    for chosen in (range(3), [1]):
+        mine = table["user_id"].isin(users["user_id"].iloc[list(chosen)])
+        pd.concat([stranger, table[mine]]).to_csv(tmp_path / "new.csv", index=False)
+        told = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", tmp_path / "new.csv")
+        assert f"{len(chosen) + 1} new users, {len(chosen)} of them with evidence" in told
+        (new,) = read_artifacts(read, "new_profiles.pt")
+        assert new["user_id"] == [*users["user_id"].iloc[list(chosen)], "zz"]
+        assert torch.equal(new["num_evidence"][:-1], stored["num_evidence"][list(chosen)])
+        assert torch.equal(new["profiles"][-1], stored["shared"])
+        found.append(new["profiles"][:-1])
+    assert torch.equal(found[0][1], found[1][0])  # the same bits in any company
+    moved = (found[0] - stored["shared"]).norm()
+    distance = (found[0] - stored["profiles"][:3]).norm() / moved
+    assert moved > 0.1 and (distance > 0.5 if "random" in options else distance < 1e-4)
