@@ -1,0 +1,127 @@
+"""What the users of a code have in common: items, ratings, and what is known of the users, as a card per code."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse, stats
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.metrics import adjusted_mutual_info_score
+
+from userip.page import mean_with_interval
+
+WORD = r"[^\W\d_]{3,}"  # at least three letters
+
+
+class Observations(NamedTuple):
+    """What is compared between codes, of train rows only, and computed once for all profiles"""
+
+    had: sparse.csr_matrix  # [N, M], 1 where the user had the item
+    item_features: list  # see item_features
+    habits: pd.DataFrame  # how users rate: a row per user with train rows, a column per habit
+    user_facts: dict  # see user_facts
+
+
+def observe(items, users, train):
+    pairs = train[["user", "item"]].drop_duplicates()
+    had = sparse.csr_matrix((np.ones(len(pairs)), (pairs["user"], pairs["item"])), (len(users), len(items)))
+    departure = train["rating"] - train.groupby("item")["rating"].transform("mean")
+    habits = pd.DataFrame({"share rated positive": train["label"], "rating less the item's mean": departure})
+    return Observations(had, item_features(items), habits.groupby(train["user"]).mean(), user_facts(users))
+
+
+def overrepresented(counts, names, num_words):
+    """counts [K, W] of what each code's users have -> per code the names whose share is surely higher than
+    in the other codes: (name, odds ratio, ends of its 95% interval), the surest first.
+
+    Log-odds with a Dirichlet prior, a tenth of all counts (Monroe et al., 2008). Sure: one-sided at 2.5% for
+    all W names together (Bonferroni); of a thousand words some would always stand out by chance.
+    """
+    prior, threshold = 0.1 * counts.sum(0) + 0.01, stats.norm.isf(0.025 / max(1, len(names)))
+    result = []
+    for own in counts:
+        first, second = own + prior, counts.sum(0) - own + prior
+        odds = np.log(first / (first.sum() - first)) - np.log(second / (second.sum() - second))
+        error = np.sqrt(1 / first + 1 / second)
+        best = np.argsort(-odds / error, kind="stable")[:num_words]
+        result.append([(names[k], *np.exp(odds[k] + np.array([0, -1.96, 1.96]) * error[k]).tolist())
+                       for k in best if odds[k] > threshold * error[k]])
+    return result
+
+
+def item_features(items):
+    """Categories, brands, price levels, title words: list of (title, counts [M, W], names [W])"""
+    price = items["price"].astype(float)
+    low, high = price.quantile([1 / 3, 2 / 3]) if price.notna().any() else (0, 0)
+    level = np.select([price <= low, price <= high], [f"up to ${low:.2f}", f"${low:.2f} to ${high:.2f}"],
+                      f"above ${high:.2f}")
+    columns = {"categories": items["category"], "brands": items["brand"],
+               "price levels": pd.Series(np.where(price.isna(), None, level))}
+    one_hot = {title: pd.get_dummies(column) for title, column in columns.items()}
+    features = [(title, table.to_numpy(float), list(table)) for title, table in one_hot.items()
+                if len(table.columns)]
+    vectorizer = CountVectorizer(token_pattern=WORD, min_df=2, stop_words="english")
+    try:
+        counts = vectorizer.fit_transform(items["title"])
+        features.append(("title words", counts, list(vectorizer.get_feature_names_out())))
+    except ValueError:  # no word is in two titles
+        pass
+    return features
+
+
+def user_facts(users):
+    """What is known of users, as groups: {fact: texts [N], None where unknown}
+
+    Numbers of many values fall into quarters; facts with too many groups (zip codes) are left out.
+    """
+    facts = {}
+    for column in users.columns.drop(["user", "user_id"]):
+        values = users[column]
+        if pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
+            quarter = pd.qcut(values, 4, labels=False, duplicates="drop")
+            ends = values.groupby(quarter).agg(["min", "max"])
+            values = quarter.map(ends["min"].map("{:g}".format) + " to " + ends["max"].map("{:g}".format))
+        if 1 < values.nunique() <= max(8, len(users) / 20):
+            facts[column.replace("_", " ")] = values.astype(object).where(values.notna(), None)
+    return facts
+
+
+def agreement(name, codes, num_codes, facts):
+    """Of codes [N] with each fact of user_facts: rows of (name, fact, adjusted mutual information, p)"""
+    rows = []
+    for fact, values in facts.items():
+        is_known = (codes < num_codes) & values.notna().to_numpy()
+        table = pd.crosstab(codes[is_known], values[is_known].to_numpy())
+        if min(table.shape) > 1:
+            information = adjusted_mutual_info_score(codes[is_known], values[is_known].astype(str))
+            p = stats.chi2_contingency(table).pvalue
+            rows.append((name, fact, f"{information:.3f}", f"{p:.2g}" if p > 1e-16 else "below 1e-16"))
+    return rows
+
+
+def code_cards(codes, num_codes, observations, num_words, seed):
+    """codes [N] -> a card per code, a list of (term, text); per code what it means, in a few words; how many
+    names are overrepresented: of items [with these codes, with the codes shuffled among users]
+    """
+    shuffled = np.random.default_rng(seed).permutation(codes)
+    is_member, is_shuffled = (np.stack([column == code for code in range(num_codes)]).astype(float)
+                              for column in (codes, shuffled))  # [K, N]
+    odds_text = lambda names: ", ".join(f"{name} ×{odds:.1f} ({low:.1f}–{high:.1f})"
+                                        for name, odds, low, high in names) or "none above chance"
+    lines = [("users", [f"{int(size):,}" for size in is_member.sum(1)])]  # (term, text of each code)
+    meanings, num_names = [[] for _ in range(num_codes)], np.zeros(2, dtype=int)
+    for title, item_counts, names in observations.item_features:
+        own, control = (overrepresented(np.asarray((observations.had.T @ member.T).T @ item_counts), names,
+                                        num_words) for member in (is_member, is_shuffled))
+        num_names += [sum(map(len, own)), sum(map(len, control))]
+        lines.append((title, list(map(odds_text, own))))
+        for meaning, names_of_code in zip(meanings, own):
+            meaning += [str(name) for name, *_ in names_of_code[:2]]
+    for title, habit in observations.habits.items():
+        lines.append((title, [mean_with_interval(habit[member[habit.index] > 0]) for member in is_member]))
+    for fact, values in observations.user_facts.items():
+        one_hot = pd.get_dummies(values)
+        names = overrepresented(is_member @ one_hot.to_numpy(float), list(one_hot.columns), num_words)
+        lines.append((fact, list(map(odds_text, names))))
+    cards = [[(term, texts[code]) for term, texts in lines] for code in range(num_codes)]
+    return cards, [", ".join(meaning) or "nothing above chance" for meaning in meanings], num_names
