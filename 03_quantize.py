@@ -102,54 +102,50 @@ def read_rows(interactions, split, fold=None):
 class Profile:
     """Profile name k of profiles.pt: θ of all users without each of the F folds and, last, with all evidence
 
-    is_warm [N]: has train rows. Only warm users with evidence move a codeword; others just get a code.
+    options: those of stage 2. is_warm [N]: has train rows. Only warm users with evidence move a codeword.
     """
 
-    def __init__(self, stored, k, num_codes, is_warm):
-        self.name, self.num_codes = stored["names"][k], num_codes
+    def __init__(self, stored, k, options, is_warm):
+        self.name = stored["names"][k]
         self.theta = stored["profiles"][:, :, k]  # [F + 1, N, D]
         self.num_evidence = stored["num_evidence"][:, :, k]  # [F + 1, N]
         self.gain, self.noise = stored["gain"][:, k], stored["noise"][k]  # [N], [D, D], see `whiten`
         self.is_fitted = is_warm & (self.num_evidence[-1] > 0)  # [N]
         self.mean = self.theta[-1, self.is_fitted].mean(0)  # [D]
         self.deviation = self.theta - self.mean  # [F + 1, N, D]
+        self.has_noise_level = options.get("method", "score") == "score"
+        route = "rating" if options.get("route", ["none"]) == ["none"] else options["route"][k]
+        self.reads_ratings = options.get("ratings", "none") != "none" and "rating" in route.split("+")
+        self.num_codes = 8 if self.reads_ratings else 3 if k == 1 else 4  # K, unless --codes says otherwise
 
 
-def reads_ratings(options, num_profiles):
-    """By the options of stage 2: does the evidence of each profile include ratings? bool by profile"""
-    ratings, routes = options.get("ratings", "none"), options.get("route", ["none"])
-    routes = ["rating"] * num_profiles if routes == ["none"] else routes
-    return [ratings != "none" and "rating" in route.split("+") for route in routes]
-
-
-def codebook_sizes(args, stored, is_rated):
-    """Number of codes K of each profile; exit code 2 when the options do not fit profiles.pt"""
-    names, defaults = stored["names"], [4, 3, *[4] * len(stored["names"])]
-    sizes = args.codes or [8 if rated else size for size, rated in zip(defaults, is_rated)]
+def read_profiles(args, stored, rows):
+    """profiles.pt -> a Profile per name; sets --codes; exit code 2 when the options do not fit"""
+    if "fold" not in stored:
+        stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
+    is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
+    is_warm[rows.user] = True
+    options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
+    profiles = [Profile(stored, k, options, is_warm) for k in range(len(names))]
+    sizes = args.codes or [profile.num_codes for profile in profiles]
     if "prior" in stored:
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
         allowed = vars(parse_args([])) | {"run_dir": args.run_dir, "seed": args.seed}
         for name, value in vars(args).items():
             if value != allowed[name] and (name, value) != ("codes", sizes):
-                fail(f"{option_name(name)}: the profiles have a codebook of {sizes} codes as prior, which now "
-                     f"only moves to its users' means; leave it out, or run stage 2 without --prior")
+                fail(f"{option_name(name)}: the profiles have a codebook of {sizes} codes as prior, which "
+                     f"only moves to its users' means now; leave it out, or run stage 2 without --prior")
     if len(sizes) != len(names):
         fail(f"--codes gives {len(sizes)} size(s) ({' '.join(map(str, sizes))}), but profiles.pt holds "
              f"{len(names)} profiles ({', '.join(names)}): give one size for each")
-    return sizes
-
-
-def read_profiles(args, stored, rows):
-    """profiles.pt -> a Profile per name, of codebook sizes args.codes"""
-    if "fold" not in stored:
-        stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
-    is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
-    is_warm[rows.user] = True
     num_fitted = int((stored["has_evidence"] & is_warm).sum())
-    if num_fitted < max(args.codes):
-        fail(f"only {num_fitted} users have evidence and train rows, fewer than the {max(args.codes)} codes "
-             f"asked for: lower --codes")
-    return [Profile(stored, k, num_codes, is_warm) for k, num_codes in enumerate(args.codes)]
+    if num_fitted < max(sizes):
+        fail(f"only {num_fitted} users have evidence and train rows, fewer than the {max(sizes)} codes asked "
+             f"for: lower --codes")
+    args.codes = sizes
+    for profile, num_codes in zip(profiles, sizes):
+        profile.num_codes = num_codes
+    return profiles
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -171,38 +167,32 @@ def whiten(deviation, gain, noise):
     return (to_unit @ directions.flip(1)).float(), eigenvalues.flip(0)
 
 
-def num_above_noise(eigenvalues, num_users, dim, has_noise_level=True):
-    """In how many directions users differ by more than noise, which alone stays below (1 + √(D/N))² times
-    its level (Marchenko and Pastur). After a few steps of AdamW, as long as the learning rate says, the level
-    is unknown: then most directions are taken to be noise, and their median is its level.
+def first_transform(args, profile, train_rows, valid_rows):
+    """The transform [D, C] that training starts from, eigenvalues of the whitened profiles (None if not)
+
+    Pure noise of N users in D dimensions stays below (1 + √(D/N))² times its level (Marchenko and Pastur).
+    The level of `02 --method gradient` is unknown, as its few steps go as far as the learning rate says. Most
+    directions are then taken to be noise: their median is its level.
     """
-    level = 1.0 if has_noise_level else float(eigenvalues.median())
-    edge = level * (1 + math.sqrt(dim / num_users)) ** 2
-    num_above = int((eigenvalues > edge).sum())
-    leading = " ".join(f"{value:.2f}" for value in eigenvalues[:10])
-    print(f"  whitened eigenvalues (noise {level:.3g}, its edge {edge:.3g}): {leading} | "
-          f"{num_above} above the edge")
-    return num_above
-
-
-def first_transform(args, profile, train_rows, valid_rows, options, is_rated):
-    """Transform [D, C] to start from, sidecar facts. options, is_rated: what stage 2 did, see reads_ratings"""
     deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D]
     print(f"{profile.name}: {len(deviation):,} users with evidence in train rows, {num_codes} codes")
-    transform, facts = torch.eye(deviation.shape[1]), {}
+    transform, eigenvalues = torch.eye(deviation.shape[1]), None
     if args.whiten:
         whitened, eigenvalues = whiten(deviation, profile.gain[profile.is_fitted], profile.noise)
-        facts[f"{profile.name}_eigenvalues"] = eigenvalues
-        num_above = num_above_noise(eigenvalues, *deviation.shape, options.get("method", "score") == "score")
+        level = 1.0 if profile.has_noise_level else float(eigenvalues.median())
+        edge = level * (1 + math.sqrt(deviation.shape[1] / len(deviation))) ** 2
+        num_above = int((eigenvalues > edge).sum())
         transform = whitened[:, :args.dims or max(1, min(num_above, num_codes - 1))]
-        print(f"  {transform.shape[1]} directions kept")
+        leading = " ".join(f"{value:.2f}" for value in eigenvalues[:10])
+        print(f"  whitened eigenvalues (noise {level:.3g}, its edge {edge:.3g}): {leading} | "
+              f"{num_above} above the edge, {transform.shape[1]} kept")
         if not args.dims and args.rec_weight and len(valid_rows.user):
             by_label = label_direction(whitened[:, :16], profile.deviation, train_rows)
             # what ratings say of a user lies in one direction: no choice by few, noisy valid rows
-            transform = by_label if is_rated else choose_directions(args, profile, transform, by_label,
-                                                                    train_rows, valid_rows)
+            transform = by_label if profile.reads_ratings else choose_directions(
+                args, profile, transform, by_label, train_rows, valid_rows)
     # one scale, so that learning rate and weights mean the same for all profiles
-    return transform / (deviation @ transform).std().clamp(min=1e-12), facts
+    return transform / (deviation @ transform).std().clamp(min=1e-12), eigenvalues
 
 
 def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
@@ -343,7 +333,7 @@ def first_codebook(args, z, num_codes, seed):
     if args.init == "kmeans":
         kmeans = KMeans(num_codes, init="k-means++", n_init=10, random_state=seed).fit(z.numpy())
         return torch.tensor(kmeans.cluster_centers_, dtype=torch.float32)
-    # as measured in the released code: far outside, so that the first one taken moves to the mean and wins all
+    # as in the released code: far outside, so that the first one taken moves to the mean and wins all users
     direction = F.normalize(torch.randn(num_codes, z.shape[1]), dim=1)
     return direction * z.norm(dim=1).mean() * (2.5 + 0.8 * torch.rand(num_codes, 1))
 
@@ -414,8 +404,8 @@ def move_codewords(profile, prior, max_rounds=100):
         previous = codes
         for code in codes.unique():
             codebook[code] = z[codes == code].mean(0)
-    print(f"{profile.name}: VQ loss {losses[0]:.4f} -> {losses[-1]:.4f} per user, codewords moved to the means "
-          f"of their users")
+    print(f"{profile.name}: VQ loss {losses[0]:.4f} -> {losses[-1]:.4f} per user, codewords moved to the "
+          f"means of their users")
     return {"codebook": codebook, "mean": prior["mean"], "transform": prior["transform"]}
 
 
@@ -431,8 +421,8 @@ def describe_codes(profile, codes):
     share, stability = usage.min() / max(usage.sum(), 1), seed_agreement(codes, num_codes)
     between = "" if stability is None else f" | ARI between seeds {stability:.3f}"
     warning = f"  <- below K/2 = {num_codes / 2:g}: the codebook is collapsing"
-    print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} | "
-          f"smallest share {share:.3f}{between}{warning if perplexity < num_codes / 2 else ''}")
+    print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} "
+          f"| smallest share {share:.3f}{between}{warning if perplexity < num_codes / 2 else ''}")
     return {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share,
             f"{name}_stability": stability}
 
@@ -468,20 +458,16 @@ def main(args):
         return apply(args)
     started, facts = time.time(), {}
     stored, interactions, users = read_artifacts(args, "profiles.pt", "interactions.parquet", "users.parquet")
-    options = read_sidecar(args, "profiles.pt")["options"]
-    is_rated = reads_ratings(options, len(stored["names"]))
-    args.codes = codebook_sizes(args, stored, is_rated)
     train_rows = read_rows(interactions, "train", stored.get("fold"))
     valid_rows = read_rows(interactions, "valid")
     profiles = read_profiles(args, stored, train_rows)
     if "prior" in stored:  # a round of EM
         fits = [[move_codewords(*pair) for pair in zip(profiles, stored["prior"].values())]]
     else:
-        transforms = []
-        for profile, rated in zip(profiles, is_rated):
-            transform, eigenvalues = first_transform(args, profile, train_rows, valid_rows, options, rated)
-            transforms.append(transform)
-            facts |= eigenvalues
+        starts = [first_transform(args, profile, train_rows, valid_rows) for profile in profiles]
+        facts |= {f"{profile.name}_eigenvalues": eigenvalues for profile, (_, eigenvalues)
+                  in zip(profiles, starts) if args.whiten}
+        transforms = [transform for transform, _ in starts]
         seeds = range(args.seed, args.seed + 1 + args.stability)
         fits, curves = zip(*[fit(args, profiles, transforms, train_rows, seed) for seed in seeds])
         facts["curve"] = curves[0]

@@ -23,22 +23,20 @@ import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from common import with_interval
 from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
 from userip.code_cards import WORD, agreement, code_cards, observe
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
-from userip.page import (Section, code_cards_as_html, markdown_tables, mean_with_interval, page, paragraph,
-                         sections_as_html, sections_as_text, table)
+from userip.page import Section, mean_with_interval, page, sections_as_html, sections_as_text
 from userip.pictures import draw_attention, draw_curves, draw_map, draw_mask, draw_usage
+from userip.report import report_page
 
 
 def parse_args(argv=None):
@@ -47,9 +45,9 @@ def parse_args(argv=None):
     add.data("--num-users", type=at_least(1), default=4, help="users shown")
     add.data("--seed", type=at_least(0), default=0, help="seed of the choice of users and of the controls")
     add.method("--num-words", type=at_least(1), default=6, help="words shown per profile and per code")
-    add.method("--num-scored", type=at_least(2), default=1000, help="users whose words, attention are measured")
-    add.method("--layers", type=at_least(0), nargs="+", help="layers whose attention is averaged (default: all)")
-    add.method("--heads", type=at_least(0), nargs="+", help="attention heads that are averaged (default: all)")
+    add.method("--num-scored", type=at_least(2), default=1000, help="users over whom scores are computed")
+    add.method("--layers", type=at_least(0), nargs="+", help="layers of attention averaged (default: all)")
+    add.method("--heads", type=at_least(0), nargs="+", help="heads of attention averaged (default: all)")
     add.method("--num-items", type=at_least(1), default=5, help="items recommended to each user shown")
     return parser.parse_args(argv)
 
@@ -199,6 +197,15 @@ def score_words(run, words, scored):
     return rows
 
 
+def words_section(run, words, scored, index):
+    """The words of user scored[index] beside those of their control, the user before"""
+    rows = [(name, method, ", ".join(by_profile[k][index]), ", ".join(by_profile[k][index - 1]))
+            for k, name in enumerate(run.names) for method, by_profile in words.items()
+            if run.has_evidence[scored[index], k]]
+    control = f"control: those of user {run.user_ids[scored[index - 1]]}"
+    return Section("Words of the profiles", ("profile", "method", "words", control), rows)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # attention (figure 7)
 # ----------------------------------------------------------------------------------------------------------
@@ -301,7 +308,7 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
 
 
 def draw_profiles(args, folder, run, chosen):
-    """Profiles in the codebook's space, drawn in two dimensions by code and by truth -> pictures, and per
+    """Profiles after the transform [N, C], drawn in two dimensions by code and by truth -> pictures, and per
     profile and code the ids of the three users nearest to the codeword
     """
     pictures, typical, rng = [], [], np.random.default_rng(args.seed)
@@ -325,26 +332,6 @@ def draw_profiles(args, folder, run, chosen):
             truth, labels = pd.factorize(run.users[f"true_{name}"][mask.numpy()], sort=True)
             pictures.append(draw_map(folder, f"{name} by truth", plane, truth, labels, marked))
     return pictures, typical
-
-
-class Codes(NamedTuple):
-    """By profile what its codes stand for; how many names were found with these codes and with shuffled ones"""
-
-    cards: list
-    meanings: list
-    num_names: np.ndarray
-
-
-def describe_codes(args, run, typical):
-    cards, meanings, num_names = [], [], 0
-    for k, num_codes in enumerate(run.sizes):
-        of_profile = code_cards(run.codes[:, k], num_codes, run.observations, args.num_words, [args.seed, k])
-        cards.append(of_profile[0])
-        for card, user_ids in zip(cards[-1], typical[k]):
-            card.append(("typical users", ", ".join(user_ids)))
-        meanings.append(of_profile[1])
-        num_names = num_names + of_profile[2]
-    return Codes(cards, meanings, num_names)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -381,14 +368,14 @@ def click_scores(run, users):
     return scores
 
 
-def user_sections(args, run, user, meanings, words, clicks):
-    """One user's page, a list of Section: items they had, codes, words, held-out (valid) rows, recommendations
+def user_sections(args, run, user, cards, words, clicks):
+    """One user's page, a list of Section: items they had, codes, words, held-out (valid) rows, best new items
 
-    words: the Section of their words; clicks: {features: [M]}.
+    cards: CodeCards by profile; words: see words_section; clicks: {features: click probabilities [M]}.
     """
-    facts = [(fact, values.iat[user]) for fact, values in run.observations.user_facts.items()
-             if values.iat[user]]
-    sections = [Section("What is known of this user (no model reads it)", ("fact", "value"), facts)] * bool(facts)
+    sections, user_facts = [], run.observations.user_facts
+    if facts := [(fact, values.iat[user]) for fact, values in user_facts.items() if values.iat[user]]:
+        sections.append(Section("What is known of this user (no model reads it)", ("fact", "value"), facts))
     titles, is_new = run.items["title"], np.ones(len(run.items), dtype=bool)
     for split, title in (("train", "Had (train rows)"), ("support", "Had (support rows: a cold user)")):
         rows = run.split.get(split, run.split["train"][:0])
@@ -399,9 +386,10 @@ def user_sections(args, run, user, meanings, words, clicks):
         if len(rows):
             sections.append(Section(title, ("item", "rating"), [(titles[row.item], f"{row.rating:g}")
                                                                 for row in latest.itertuples()]))
-    codes = [(name, code, of_code[code] if code < len(of_code) else "no evidence")
-             for name, code, of_code in zip(run.names, run.codes[user], meanings)]
-    sections.append(Section("Codes, and what their users have more often", ("profile", "code", "meaning"), codes))
+    meanings = [profile.meanings[code] if code < len(profile.meanings) else "no evidence"
+                for profile, code in zip(cards, run.codes[user])]
+    sections.append(Section("Codes, and what their users have more often", ("profile", "code", "meaning"),
+                            list(zip(run.names, run.codes[user], meanings))))
     sections.append(words)
 
     features = {"none": "without codes", "codes": "with codes"}
@@ -421,45 +409,6 @@ def user_sections(args, run, user, meanings, words, clicks):
     return sections
 
 
-def words_section(run, words, scored, index):
-    """The words of user scored[index] beside the control's"""
-    rows = [(name, method, ", ".join(by_profile[k][index]), ", ".join(by_profile[k][index - 1]))
-            for k, name in enumerate(run.names) for method, by_profile in words.items()
-            if run.has_evidence[scored[index], k]]
-    control = f"control: those of user {run.user_ids[scored[index - 1]]}"
-    return Section("Words of the profiles", ("profile", "method", "words", control), rows)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# the report
-# ----------------------------------------------------------------------------------------------------------
-
-
-def headline(quantized, inferred, results):
-    """Sidecars of three stages -> table: what was inferred, how much of the truth was found, did it help?"""
-    nll = inferred["heldout_nll"]
-    answer = "held-out NLL per token: "
-    answer += ", ".join(f"{key} {nll[key]:.4f}" for key in ("none", "shared", "shuffled", "own"))
-    shared, shuffled = nll["own_minus_shared"], nll["own_minus_shuffled"]
-    answer += f"; own - shared {shared[0]:+.4f} ± {shared[1]:.4f}"
-    answer += f", own - shuffled {shuffled[0]:+.4f} ± {shuffled[1]:.4f} (95%)"
-    rows = [("Do profiles predict the items of their users?", answer)]
-    for name, num_codes in zip(quantized["names"], quantized["codes"]):
-        answer = (f"perplexity {quantized[f'{name}_perplexity']:.2f} of {num_codes}, "
-                  f"smallest share {quantized[f'{name}_smallest_share']:.3f}")
-        if f"{name}_share_of_bayes" in quantized:
-            answer += (f"; ARI with the truth {quantized[f'{name}_vs_true_{name}']:.3f}, "
-                       f"{quantized[f'{name}_share_of_bayes']:.0%} of the Bayes-optimal")
-        rows.append((f"How good are the codes of {name}?", answer))
-    for model, gain in results["gains"].items():
-        answer = f"AUC of codes - random {with_interval(gain['auc_gain'], gain['auc_half_interval'])}"
-        if "share_of_oracle" in gain:
-            answer += (f", {gain['share_of_oracle']:.0%} of what the truth itself gains "
-                       f"({gain['oracle_auc_gain']:+.4f})")
-        rows.append((f"Do they help {model}?", answer))
-    return table(("question", "answer"), rows)
-
-
 def read_curves(args, run):
     """Losses by step: the tiny LLM and the shared start of stage 2, eq. 5 of stage 3. {title: list}"""
     curves, path = {}, Path(args.run_dir) / "tiny_llm" / "curve.json"
@@ -472,40 +421,6 @@ def read_curves(args, run):
     return curves
 
 
-def report_chapters(run, codes, pages, scores, shares, pictures):
-    """The report: a list of (heading, list of HTML). pictures: by chapter, lists of <img>; else what main has"""
-    facts = [row for name, column, num_codes in zip(run.names, run.codes.T, run.sizes)
-             for row in agreement(name, column, num_codes, run.observations.user_facts)]
-    sidecars = [run.sidecars[name] for name in ("feature_bank.parquet", "profiles.pt", "results.parquet")]
-    return facts, [
-        ("Summary", [headline(*sidecars), paragraph(
-            f"{len(run.users):,} users, {len(run.items):,} items, {len(run.split['train']):,} train rows; LLM: "
-            f"{run.stored['llm']}.")]),
-        ("The codes", pictures["codes"]),
-        ("What each code stands for", [paragraph(
-            f"What the users of a code have more often than all others: odds ratio ×, 95% interval; only names "
-            f"that are surely more frequent (one-sided 2.5% for each list as a whole). {codes.num_names[0]:,} "
-            f"such names; {codes.num_names[1]:,} with the codes shuffled among users. Ratings: mean over users ± "
-            f"half of the 95% interval. Train rows."),
-            *map(code_cards_as_html, run.names, codes.cards), *([paragraph(
-                "Agreement with what is known of users: adjusted mutual information (0: chance, 1: the same), "
-                "p of the chi-squared test."), table(("profile", "fact", "agreement", "p"), facts)] if facts else [])]),
-        ("Do words of profiles mean anything?", [paragraph(
-            "Share of users whose own words occur more often in their held-out (valid) items than another "
-            "user's words do, ties counted half, ± half of the 95% interval; 0.5 is chance."),
-            table(("profile", "method", "AUC", "users"), scores)]),
-        ("A few users", [paragraph(
-            "Words of a soft prompt mean little alone; where the control reads as well, trust neither. Nearest: "
-            "to the profile less the mean profile. Lens: what the LLM expects more after it."), *pages]),
-        ("Where the LLM looks", [paragraph(
-            "Share of the attention to the soft token that content words pay, against words such as “The user "
-            "likes”, before (a random soft token) and after tuning; ± half of the 95% interval over users."),
-            table(("profile", "before", "after", "after - before", "users"), shares), *pictures["attention"]]),
-        ("Does it help click models?", [markdown_tables(run.results_text)]),
-        ("How profiles are kept apart", pictures["mask"]),
-    ]
-
-
 def main(args):
     start_stage(args)
     started = time.time()
@@ -516,32 +431,32 @@ def main(args):
         folder = folder / f"user-{chosen[0]}"
     model, tokenizer = load_eager_llm(args, run)
     maps, typical = draw_profiles(args, folder, run, chosen)
-    codes = describe_codes(args, run, typical)
+    cards = [code_cards(run.codes[:, k], typical[k], run.observations, args.num_words, [args.seed, k])
+             for k in range(len(run.names))]
     words = words_of_profiles(args, run, model, tokenizer, scored)
     attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
-    clicks = click_scores(run, chosen)
-    sections = [user_sections(args, run, user, codes.meanings, words_section(run, words, scored, index),
-                              {feature: score[index] for feature, score in clicks.items()})
-                for index, user in enumerate(chosen)]
-    titles = [f"User {run.user_ids[user]}" for user in chosen]
-    pages = list(map(sections_as_html, titles, sections))
+    clicks, pages = click_scores(run, chosen), []
+    for index, user in enumerate(chosen):
+        own_clicks = {feature: score[index] for feature, score in clicks.items()}
+        sections = user_sections(args, run, user, cards, words_section(run, words, scored, index), own_clicks)
+        pages.append(sections_as_html(f"User {run.user_ids[user]}", sections))
     if args.user is not None:
         path = folder.with_name(f"{folder.name}.html")
         with whole_file(path) as file:
-            file.write(page(titles[0], [*pages, *maps, *attention]).encode())
-        print(f"{titles[0]}\n\n{sections_as_text(sections[0])}\n\nwrote {path}: {len(sections[0])} tables, "
+            file.write(page(f"User {args.user}", [*pages, *maps, *attention]).encode())
+        print(f"User {args.user}\n\n{sections_as_text(sections)}\n\nwrote {path}: {len(sections)} tables, "
               f"{len(maps) + len(attention)} pictures")
         return
 
     scores, curves = score_words(run, words, scored), read_curves(args, run)
-    pictures = {"codes": [draw_usage(folder, run.names, run.codes, run.sizes), *maps,
-                          *([draw_curves(folder, curves)] if curves else [])],
+    pictures = {"codes": [draw_usage(folder, run.names, run.codes, run.sizes), *maps],
                 "attention": attention, "mask": [draw_mask(folder, run.names)]}
-    facts, chapters = report_chapters(run, codes, pages, scores, shares, pictures)
-    opening = ["<h1>User inherent profiles: what was inferred, and is it true?</h1>"]
-    path = write_artifact(args, "report.html", page("User inherent profiles", opening, chapters), run.inputs,
-                          words=scores, attention=shares, agreement=facts, names_found=codes.num_names,
-                          seconds=time.time() - started)
+    if curves:
+        pictures["codes"].append(draw_curves(folder, curves))
+    facts = {"words": scores, "attention": shares, "agreement": agreement(run),
+             "names_found": sum(profile.num_names for profile in cards)}
+    path = write_artifact(args, "report.html", report_page(run, cards, pages, pictures, facts), run.inputs,
+                          **facts, seconds=time.time() - started)
     for name, method, auc, _ in scores:
         print(f"{name}: {method} words in held-out items, own against another user's: AUC {auc}")
     for name, *parts, _ in shares:

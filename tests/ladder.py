@@ -11,7 +11,6 @@ cold-user (then with --id-dropout 0.3, so that they meet a trained unknown id).
 """
 
 import argparse
-import importlib
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from sklearn.decomposition import TruncatedSVD
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-quantize = importlib.import_module("03_quantize")
+from userip.probes import probe_auc  # noqa: E402  (needs the path)
 
 PAPER = ["--paper"]
 SHARED = [*PAPER, "--start", "shared"]
@@ -115,8 +114,8 @@ def context(data):
     had = sparse.csr_matrix((np.ones(len(rows)), (rows["user"], rows["item"])))
     factors = TruncatedSVD(32, random_state=0).fit_transform(had)[:len(users)]
     labels = (users["gender"] == "M").to_numpy(), (pd.to_numeric(users["age"]) > 30).to_numpy()
-    told = " · ".join(f"{quantize.probe_auc(factors, label):.2f}" for label in labels)
-    print(f"probe on the truncated SVD of the user x item matrix, rank 32: {told}; chance 0.50 · 0.50")
+    aucs = " · ".join(f"{probe_auc(factors, label):.2f}" for label in labels)
+    print(f"probe on the truncated SVD of the user x item matrix, rank 32: {aucs}; chance 0.50 · 0.50")
 
 
 def main():

@@ -2,13 +2,16 @@ import argparse
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
+from common import usage_of
 from conftest import quantize, run_pipeline, run_stage
+from userip.artifacts import read_artifacts, write_artifact
 
 
 def clusters(num_users=1200, dim=24, num_codes=4, spread=3.0, seed=0):
@@ -23,9 +26,31 @@ def clusters(num_users=1200, dim=24, num_codes=4, spread=3.0, seed=0):
     return deviation, torch.tensor(mixing.T @ mixing, dtype=torch.float32), kind
 
 
+def profile_of(deviation, num_codes=4, noise=None, **changes):
+    """A profile whose deviations [F + 1, N, D] or [N, D] are given; every user has evidence and train rows."""
+    deviation = deviation[None] if deviation.ndim == 2 else deviation
+    num_users = deviation.shape[1]
+    facts = {"name": "hobby", "num_codes": num_codes, "theta": deviation, "deviation": deviation,
+             "mean": torch.zeros(deviation.shape[2]), "num_evidence": torch.ones(deviation.shape[:2]),
+             "gain": torch.ones(num_users), "noise": noise, "is_fitted": torch.ones(num_users).bool(),
+             "has_noise_level": True, "reads_ratings": False}
+    return SimpleNamespace(**facts | changes)
+
+
+def rows_of(user, item, label, fold=None, num_items=None):
+    fold = torch.zeros_like(user) if fold is None else fold
+    return quantize.Rows(user, item, label.float(), fold, num_items or int(item.max()) + 1)
+
+
+def first_transform(deviation, noise, num_codes=11, options=(), **changes):
+    """Without a choice on valid rows, unless options say so"""
+    args = quantize.parse_args(["--rec-weight", "0", *options])
+    return quantize.first_transform(args, profile_of(deviation, num_codes, noise, **changes), None, None)
+
+
 def test_whitening_finds_exactly_the_directions_that_hold_information():
     deviation, noise, kind = clusters()
-    transform, eigenvalues = quantize.whiten(deviation, torch.ones(len(deviation)), noise, 0, 10)
+    transform, eigenvalues = first_transform(deviation, noise)
     assert transform.shape == (24, 3)  # four kinds differ in three directions
     assert float(eigenvalues[3:].mean()) == pytest.approx(1.0, abs=0.1)
     from sklearn.cluster import KMeans
@@ -38,10 +63,8 @@ def test_whitening_finds_exactly_the_directions_that_hold_information():
 @pytest.mark.parametrize("factor", [0.01, 30.0])
 def test_whitening_does_not_ask_how_large_steps_of_gradient_were(factor):
     deviation, noise, _ = clusters()
-    gain = torch.ones(len(deviation))
-    found, _ = quantize.whiten(factor * deviation, gain, noise, 0, 10, is_to_scale=False)
-    assert found.shape == (24, 3)
-    assert quantize.whiten(factor * deviation, gain, noise, 0, 10)[0].shape[1] in (1, 10)  # none, or all
+    assert first_transform(factor * deviation, noise, has_noise_level=False)[0].shape == (24, 3)
+    assert first_transform(factor * deviation, noise)[0].shape[1] in (1, 10)  # none, or all
 
 
 @pytest.mark.parametrize("method, is_known", [("score", True), ("gradient", False)])
@@ -55,38 +78,33 @@ def test_only_scores_come_with_the_size_of_their_noise(small_run, tmp_path, meth
     assert ("(noise 1, its edge" in printed) == is_known
 
 
-def test_dims_and_most_bind_the_number_of_directions():
+def test_dims_and_the_number_of_codes_bind_the_number_of_directions():
     deviation, noise, _ = clusters()
-    gain = torch.ones(len(deviation))
-    assert quantize.whiten(deviation, gain, noise, 7, 3)[0].shape[1] == 7
-    assert quantize.whiten(deviation, gain, noise, 0, 2)[0].shape[1] == 2
-    nothing = deviation[torch.randperm(len(deviation))] * 0
-    nothing = nothing + torch.randn(len(deviation), 24) @ torch.linalg.cholesky(noise).T
-    assert quantize.whiten(nothing, gain, noise, 0, 3)[0].shape[1] == 1  # never fewer than one
+    assert first_transform(deviation, noise, 4, ["--dims", "7"])[0].shape[1] == 7
+    assert first_transform(deviation, noise, num_codes=3)[0].shape[1] == 2
+    nothing = torch.randn(len(deviation), 24) @ torch.linalg.cholesky(noise).T
+    assert first_transform(nothing, noise, num_codes=4)[0].shape[1] == 1  # never fewer than one
 
 
 def losses_with(**changes):
     """Train two small profiles for an epoch and return the weights that moved."""
     torch.manual_seed(0)
-    defaults = {"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0,
-                "codebook": "gradient", "revive": False}
+    defaults = {"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0, "revive": False}
     options = argparse.Namespace(**defaults | changes)
     deviation = torch.randn(40, 5)
     codebook = torch.randn(3, 2) + torch.tensor([[0.0], [0.0], [99.0]]) * (options.revive is not False)
-    decay = 0.9 if options.codebook == "ema" else None
-    quantizer = quantize.Quantizer(torch.eye(5)[:, :2], codebook, changes.get("beta", 0.25), decay)
+    quantizer = quantize.Quantizer(torch.eye(5)[:, :2], codebook, changes.get("beta", 0.25))
     surrogate = quantize.Surrogate([2], 10)
-    rows = torch.randint(40, (100,)), torch.randint(10, (100,)), torch.randint(2, (100,)).float()
-    fold = torch.zeros(100, dtype=torch.long)
+    rows = rows_of(torch.randint(40, (100,)), torch.randint(10, (100,)), torch.randint(2, (100,)))
     torch.manual_seed(1)
-    quantize.train(options, torch.nn.ModuleList([quantizer]), surrogate, [deviation[None]], *rows, fold)
+    quantize.train(options, torch.nn.ModuleList([quantizer]), surrogate, [deviation[None]], rows)
     return {"transform": quantizer.transform.detach(), "codebook": quantizer.vq.codebook.detach(),
             "item": surrogate.item.weight.detach()}
 
 
 @pytest.mark.parametrize("change, moves", [
     ({"vq_weight": 0.1}, "codebook"), ({"rec_weight": 0.1}, "transform"),
-    ({"beta": 2.0}, "transform"), ({"rec_weight": 0.0}, "item"), ({"codebook": "ema"}, "codebook")])
+    ({"beta": 2.0}, "transform"), ({"rec_weight": 0.0}, "item")])
 def test_every_weight_reaches_the_loss(change, moves):
     assert not torch.equal(losses_with()[moves], losses_with(**change)[moves])
 
@@ -103,26 +121,7 @@ def test_a_dead_codeword_is_revived_at_a_user_and_only_if_so_wished():
     assert far(None) > 50 > 10 > far(True)
 
 
-def test_the_moving_average_is_that_of_what_each_codeword_was_given():
-    """Three batches by hand: counts and sums decay, codewords are their ratio (van den Oord et al., 2017)."""
-    torch.manual_seed(0)
-    quantizer = quantize.Quantizer(torch.eye(2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0.25, decay=0.8)
-    count, total = np.ones(2), np.array([[1.0, 0.0], [-1.0, 0.0]])
-    for _ in range(3):
-        z = torch.randn(30, 2)
-        codes = torch.cdist(z, torch.tensor(total / count[:, None], dtype=torch.float32)).argmin(1).numpy()
-        quantizer(z)
-        for code in range(2):
-            count[code] = 0.8 * count[code] + 0.2 * (codes == code).sum()
-            total[code] = 0.8 * total[code] + 0.2 * z.numpy()[codes == code].sum(0)
-        assert np.allclose(quantizer.vq.codebook.detach(), total / count[:, None], atol=1e-5)
-    quantizer.eval()
-    before = quantizer.vq.codebook.clone()
-    quantizer(torch.randn(30, 2))
-    assert torch.equal(before, quantizer.vq.codebook)
-
-
-def test_a_train_row_is_told_by_the_fold_that_has_not_seen_it():
+def test_a_train_row_is_read_with_the_profile_that_has_not_seen_it():
     """Deviations of the row's own fold reach the losses; those of the other folds do not."""
     def loss_of(poisoned):
         torch.manual_seed(0)
@@ -134,10 +133,11 @@ def test_a_train_row_is_told_by_the_fold_that_has_not_seen_it():
             deviation[1, 4] += 5.0  # user 4's row is in fold 0
             deviation[2, 4] += 5.0
         options = argparse.Namespace(epochs=1, batch_size=8, lr=0.01, vq_weight=1.0, rec_weight=1.0,
-                                     codebook="gradient", revive=False)
+                                     revive=False)
         quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.zeros(2, 2), 0.25)
+        rows = rows_of(user, torch.arange(40) % 10, torch.arange(40) % 3 > 0, fold)
         quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10), [deviation],
-                       user, torch.arange(40) % 10, (torch.arange(40) % 3 > 0).float(), fold)
+                       rows)
         return quantizer.vq.codebook.detach()
 
     torch.manual_seed(0)
@@ -149,20 +149,16 @@ def test_the_released_start_collapses_where_kmeans_finds_all_kinds():
     """Runs of the released start end with one code, where k-means++ on the same vectors finds the
     clusters: in many dimensions all users are alike, seen from codewords far outside.
     """
-    from common import usage_of
-
     rng = np.random.default_rng(0)
     kind = rng.integers(4, size=400)
     deviation = torch.tensor(3 * np.eye(64)[kind] + rng.standard_normal((400, 64)), dtype=torch.float32)
-    rows = torch.arange(400), torch.zeros(400, dtype=torch.long), torch.zeros(400), torch.zeros(400).long()
-    told, start = [torch.ones(400, dtype=torch.bool)], torch.eye(64) / deviation.std()
+    rows = rows_of(torch.arange(400), torch.zeros(400, dtype=torch.long), torch.zeros(400))
+    start, profile = torch.eye(64) / deviation.std(), profile_of(deviation - deviation.mean(0))
     for options in (["--released"], ["--rec-weight", "0", "--no-revive"]):
         args = quantize.parse_args([*options, "--codes", "4", "--epochs", "25", "--batch-size", "16"])
         for seed in range(3):
-            (quantizer,), _ = quantize.fit(args, [start], [deviation[None] - deviation.mean(0)], told, 1,
-                                           rows, seed, quiet=True)
-            z = (deviation - deviation.mean(0)) @ quantizer.transform
-            codes = torch.cdist(z, quantizer.vq.codebook).argmin(1).detach().numpy()
+            (part,), _ = quantize.fit(args, [profile], [start], rows, seed)
+            codes = quantize.nearest_codes(part, profile.theta[0], profile.num_evidence[0]).numpy()
             perplexity = usage_of(codes, 4)[1]
             assert (perplexity < 1.2) if args.released else (perplexity > 3), (seed, perplexity)
             assert args.released or adjusted_rand_score(kind, codes) > 0.4
@@ -174,40 +170,33 @@ def test_the_directions_that_matter_to_what_users_like_are_kept():
     kind = torch.randint(2, (2, 600), generator=generator) * 2.0 - 1
     deviation = torch.stack([3 * kind[0], 2 * kind[1]], 1) + 0.2 * torch.randn(600, 2, generator=generator)
     user, item = torch.arange(600).repeat(10), torch.randint(6, (6000,), generator=generator)
-    evidence = torch.ones(1, 600)
+    args, profile = argparse.Namespace(seed=0), profile_of(deviation, 2)
+    split = lambda label: (rows_of(*(column[:5000] for column in (user, item, label))),
+                           rows_of(*(column[5000:] for column in (user, item, label))))
 
-    args, rows_of = argparse.Namespace(seed=0), lambda label: (
-        [column[:5000] for column in (user, item, label)] + [torch.zeros(5000).long()],
-        [column[5000:] for column in (user, item, label)])
+    def is_kept(label):
+        first, second = torch.eye(2)[:, :1], torch.eye(2)[:, 1:]
+        chosen = quantize.choose_directions(args, profile, first, second, *split(label))
+        return "first" if torch.equal(chosen, first) else "second"
 
-    def kept(label):
-        candidates = {"leading 1": torch.eye(2)[:, :1], "second": torch.eye(2)[:, 1:]}
-        rows, valid = rows_of(label.float())
-        everyone = torch.ones(600, dtype=torch.bool)
-        chosen = quantize.choose_directions(args, candidates, deviation[None], everyone, evidence, 2, rows,
-                                            valid, 6)
-        return next(name for name, transform in candidates.items() if transform is chosen)
-
-    assert kept(kind[0][user] * (item % 2 * 2 - 1) > 0) == "leading 1"
-    assert kept(kind[1][user] * (item % 2 * 2 - 1) > 0) == "second"
-    label = (kind[0][user] * (item % 2 * 2 - 1) > 0).float()
-    told = [quantize.rec_loss_of((values > 0).long()[None], 2, *rows_of(label), 6, 0).mean()
-            for values in kind]
-    assert told[0] < 0.2 and told[1] > 0.6
+    assert is_kept(kind[0][user] * (item % 2 * 2 - 1) > 0) == "first"
+    assert is_kept(kind[1][user] * (item % 2 * 2 - 1) > 0) == "second"
+    label = kind[0][user] * (item % 2 * 2 - 1) > 0
+    losses = [quantize.recommendation_losses((values > 0).long()[None], 2, *split(label), 0).mean()
+              for values in kind]
+    assert losses[0] < 0.2 and losses[1] > 0.6
 
 
 @pytest.mark.parametrize("better, kept", [(0.0007, "leading 2"), (0.02, "leading 1")])
 def test_a_direction_is_given_up_for_no_tie(monkeypatch, better, kept):
     """Less loss on valid rows without it, by less and by more than the standard error, .1 / √1000."""
     noise = 0.1 * np.random.default_rng(0).standard_normal(1000)
-    losses = iter([0.6 + noise - noise.mean() - better] * 2 + [np.full(1000, 0.6)] * 2)
-    monkeypatch.setattr(quantize, "rec_loss_of", lambda *_: next(losses))
-    candidates = {"leading 1": torch.eye(2)[:, :1], "leading 2": torch.eye(2)}
-    deviation = torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(0))
-    everyone = torch.ones(50, dtype=torch.bool)
-    chosen = quantize.choose_directions(argparse.Namespace(seed=0), candidates, deviation, everyone,
-                                        torch.ones(1, 50), 2, (), (), 6)
-    assert chosen is candidates[kept]
+    losses = iter([0.6 + noise - noise.mean() - better] * 2 + [np.full(1000, 0.6)] * 2 + [np.ones(1000)] * 2)
+    monkeypatch.setattr(quantize, "recommendation_losses", lambda *_: next(losses))
+    profile = profile_of(torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), 2)
+    chosen = quantize.choose_directions(argparse.Namespace(seed=0), profile, torch.eye(2), torch.eye(2)[:, 1:],
+                                        (), ())
+    assert torch.equal(chosen, torch.eye(2)[:, :int(kept[-1])])
 
 
 def test_the_direction_of_the_label_is_found_whatever_its_variance():
@@ -219,8 +208,7 @@ def test_the_direction_of_the_label_is_found_whatever_its_variance():
     generous = deviation[0, :, 2] + deviation[0, :, 3]
     quality = torch.randn(20, generator=generator)
     label = (generous[user] + quality[item] + torch.randn(4000, generator=generator) > 0).float()
-    rows = user, item, label, torch.zeros(4000).long()
-    found = quantize.label_direction(torch.eye(4), deviation, rows, 20)[:, 0]
+    found = quantize.label_direction(torch.eye(4), deviation, rows_of(user, item, label))[:, 0]
     assert found.shape == (4,) and float(found @ torch.tensor([0, 0, 1.0, 1.0])) / 2**0.5 > 0.97
 
 
@@ -233,28 +221,30 @@ def test_what_ratings_tell_is_quantized_along_the_labels_direction_into_eight_co
         codebook = torch.load(run / "codebook.pt", weights_only=True)
         assert [len(part["codebook"]) for part in codebook.values()] == sizes
         assert codebook["judgement"]["transform"].shape[1] == 1
-    told = lambda options: (run / "profiles.pt.json").write_text(json.dumps(
-        json.loads((run / "profiles.pt.json").read_text()) | {"options": options}))
-    args = argparse.Namespace(run_dir=run)
-    for options, expected in (({"ratings": "liked", "route": ["title", "brand+rating"]}, [False, True]),
-                              ({"ratings": "stars", "route": ["none"]}, [True, True]),
-                              ({"ratings": "none", "route": ["title", "brand"]}, [False, False]),
-                              ({}, [False, False])):
-        told(options)
-        assert quantize.is_rated(args, ["a", "b"]) == expected
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({"ratings": "liked", "route": ["title", "brand+rating"]}, [False, True]),
+    ({"ratings": "stars", "route": ["none"]}, [True, True]),
+    ({"ratings": "none", "route": ["title", "brand"]}, [False, False]), ({}, [False, False])], ids=str)
+def test_the_options_of_stage_2_say_which_profiles_read_ratings(options, expected):
+    stored = {"names": ["a", "b"], "profiles": torch.zeros(1, 3, 2, 4), "num_evidence": torch.ones(1, 3, 2),
+              "gain": torch.ones(3, 2), "noise": torch.zeros(2, 4, 4)}
+    profiles = [quantize.Profile(stored, k, options, torch.ones(3).bool()) for k in range(2)]
+    assert [profile.reads_ratings for profile in profiles] == expected
+    assert [profile.num_codes for profile in profiles] == [8 if reads else size
+                                                           for reads, size in zip(expected, (4, 3))]
 
 
 def test_codes_of_train_rows_are_those_without_their_own_fold(small_run, tmp_path):
-    import common
-
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4,
               "--shared-steps", 3, "--map-steps", 3, "--heldout", 60, "--ratings", "--folds", 3)
-    told = run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 3, 2, "--epochs", 1, "--stability", 2)
-    assert told.count("ARI between seeds") == 3
+    printed = run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 3, 2, "--epochs", 1, "--stability", 2)
+    assert printed.count("ARI between seeds") == 3
     options = argparse.Namespace(run_dir=str(run), seed=0)
-    stored, bank, codebook, of_train, rows = common.read_artifacts(
+    stored, bank, codebook, of_train, rows = read_artifacts(
         options, "profiles.pt", "feature_bank.parquet", "codebook.pt", "train_codes.parquet",
         "interactions.parquet")
     rows = rows[rows["split"] == "train"]
@@ -274,33 +264,31 @@ def test_codes_of_train_rows_are_those_without_their_own_fold(small_run, tmp_pat
 def test_the_recommendation_loss_reaches_encoder_and_items_through_the_codewords():
     quantizer = quantize.Quantizer(torch.randn(5, 2), torch.randn(3, 2), 0.25)
     surrogate = quantize.Surrogate([2], 4)
-    quantized, *_ = quantizer(torch.randn(6, 5))
+    quantized, _, _ = quantizer(torch.randn(6, 5))
     surrogate([quantized], torch.randint(4, (6,))).sum().backward()
     assert quantizer.transform.grad.abs().sum() > 0 and surrogate.item.weight.grad.abs().sum() > 0
 
 
 def test_the_bank_holds_one_code_per_user_and_unknown_for_those_without_evidence(small_run, tmp_path):
-    import common
-
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     options = argparse.Namespace(run_dir=str(run), seed=0)
-    stored, bank = common.read_artifacts(options, "profiles.pt", "feature_bank.parquet")
+    stored, bank = read_artifacts(options, "profiles.pt", "feature_bank.parquet")
     assert bank["user"].tolist() == list(range(60)) and set(bank["hobby"]) <= {0, 1}
     stored["num_evidence"][3] = 0
     stored["num_evidence"][5, 1] = 0
-    common.write_artifact(options, "profiles.pt", stored, ["interactions.parquet", "items.parquet"])
+    write_artifact(options, "profiles.pt", stored, ["interactions.parquet", "items.parquet"])
     run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 3, "--epochs", 1)
-    bank, codebook = common.read_artifacts(options, "feature_bank.parquet", "codebook.pt")
+    bank, codebook = read_artifacts(options, "feature_bank.parquet", "codebook.pt")
     assert bank.loc[3, ["hobby", "background"]].tolist() == [2, 3]
     assert bank.loc[5, "background"] == 3 and bank.loc[5, "hobby"] < 2
     for k, name in enumerate(("hobby", "background")):  # eq. 6, with what codebook.pt alone tells
         part = codebook[name]
         z = (stored["profiles"][:, k] - part["mean"]) @ part["transform"]
         nearest = torch.cdist(z, part["codebook"]).argmin(1).numpy()
-        told = stored["num_evidence"][:, k].numpy() > 0
-        assert (bank[name].to_numpy()[told] == nearest[told]).all()
-        assert part["usage"].tolist() == np.bincount(nearest[told], minlength=2 + k).tolist()
+        mask = stored["num_evidence"][:, k].numpy() > 0
+        assert (bank[name].to_numpy()[mask] == nearest[mask]).all()
+        assert part["usage"].tolist() == np.bincount(nearest[mask], minlength=2 + k).tolist()
 
 
 def test_bad_input(small_run, tmp_path):
@@ -317,7 +305,7 @@ def test_the_edge_of_pure_noise():
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (["--paper", "--released"], "two recipes"), (["--apply", "--codes", "5"], "--codes"),
+    (["--paper", "--released"], "different recipes"), (["--apply", "--codes", "5"], "--codes"),
     (["--apply", "--paper"], "--paper"), (["--no-whiten", "--dims", "3"], "--dims"),
     (["--paper", "--dims", "3"], "--dims")])
 def test_options_that_would_change_nothing_are_refused(options, complaint, capsys):

@@ -1,5 +1,6 @@
-"""What the users of a code have in common: items, ratings, and what is known of the users, as a card per code."""
+"""What the users of a code have more often than others: their items, ratings, and what is known of them."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,21 +14,26 @@ from userip.page import mean_with_interval
 WORD = r"[^\W\d_]{3,}"  # at least three letters
 
 
-class Observations(NamedTuple):
-    """What is compared between codes, of train rows only, and computed once for all profiles"""
+class CodeCards(NamedTuple):
+    """Of one profile: per code its card, a list of (term, text), and its meaning in a few words; how many
+    names of items are overrepresented [with these codes, with the codes shuffled among users]
+    """
 
-    had: sparse.csr_matrix  # [N, M], 1 where the user had the item
-    item_features: list  # see item_features
-    habits: pd.DataFrame  # how users rate: a row per user with train rows, a column per habit
-    user_facts: dict  # see user_facts
+    cards: list
+    meanings: list
+    num_names: np.ndarray
 
 
 def observe(items, users, train):
+    """What is compared between codes: had [N, M] (1 where a user has a train row of the item), item_features,
+    habits (how users rate: a data frame with a row per user who has train rows), user_facts
+    """
     pairs = train[["user", "item"]].drop_duplicates()
     had = sparse.csr_matrix((np.ones(len(pairs)), (pairs["user"], pairs["item"])), (len(users), len(items)))
     departure = train["rating"] - train.groupby("item")["rating"].transform("mean")
     habits = pd.DataFrame({"share rated positive": train["label"], "rating less the item's mean": departure})
-    return Observations(had, item_features(items), habits.groupby(train["user"]).mean(), user_facts(users))
+    return SimpleNamespace(had=had, item_features=item_features(items), user_facts=user_facts(users),
+                           habits=habits.groupby(train["user"]).mean())
 
 
 def overrepresented(counts, names, num_words):
@@ -86,23 +92,23 @@ def user_facts(users):
     return facts
 
 
-def agreement(name, codes, num_codes, facts):
-    """Of codes [N] with each fact of user_facts: rows of (name, fact, adjusted mutual information, p)"""
+def agreement(run):
+    """Codes against each fact of user_facts: rows of (profile, fact, adjusted mutual information, p)"""
     rows = []
-    for fact, values in facts.items():
-        is_known = (codes < num_codes) & values.notna().to_numpy()
-        table = pd.crosstab(codes[is_known], values[is_known].to_numpy())
-        if min(table.shape) > 1:
-            information = adjusted_mutual_info_score(codes[is_known], values[is_known].astype(str))
-            p = stats.chi2_contingency(table).pvalue
-            rows.append((name, fact, f"{information:.3f}", f"{p:.2g}" if p > 1e-16 else "below 1e-16"))
+    for name, codes, num_codes in zip(run.names, run.codes.T, run.sizes):
+        for fact, values in run.observations.user_facts.items():
+            is_known = (codes < num_codes) & values.notna().to_numpy()
+            table = pd.crosstab(codes[is_known], values[is_known].to_numpy())
+            if min(table.shape) > 1:
+                information = adjusted_mutual_info_score(codes[is_known], values[is_known].astype(str))
+                p = stats.chi2_contingency(table).pvalue
+                rows.append((name, fact, f"{information:.3f}", f"{p:.2g}" if p > 1e-16 else "below 1e-16"))
     return rows
 
 
-def code_cards(codes, num_codes, observations, num_words, seed):
-    """codes [N] -> a card per code, a list of (term, text); per code what it means, in a few words; how many
-    names are overrepresented: of items [with these codes, with the codes shuffled among users]
-    """
+def code_cards(codes, typical, observations, num_words, seed):
+    """codes [N] of one profile -> CodeCards; typical: by code the ids of typical users; see observe"""
+    num_codes = len(typical)
     shuffled = np.random.default_rng(seed).permutation(codes)
     is_member, is_shuffled = (np.stack([column == code for code in range(num_codes)]).astype(float)
                               for column in (codes, shuffled))  # [K, N]
@@ -123,5 +129,6 @@ def code_cards(codes, num_codes, observations, num_words, seed):
         one_hot = pd.get_dummies(values)
         names = overrepresented(is_member @ one_hot.to_numpy(float), list(one_hot.columns), num_words)
         lines.append((fact, list(map(odds_text, names))))
+    lines.append(("typical users", list(map(", ".join, typical))))
     cards = [[(term, texts[code]) for term, texts in lines] for code in range(num_codes)]
-    return cards, [", ".join(meaning) or "nothing above chance" for meaning in meanings], num_names
+    return CodeCards(cards, [", ".join(meaning) or "nothing above chance" for meaning in meanings], num_names)

@@ -30,7 +30,8 @@ def mean_with_interval(values, form=".2f"):
     """Mean ± half of its 95% interval as text, in a number format; "–" for fewer than two values"""
     if len(values) < 2:
         return "–"
-    return f"{np.mean(values):{form}} ± {1.96 * np.std(values, ddof=1) / len(values) ** 0.5:{form.strip('+')}}"
+    half = 1.96 * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):{form}} ± {half:{form.strip('+')}}"
 
 
 def paragraph(text):
@@ -80,12 +81,13 @@ def sections_as_html(title, sections):
 
 def sections_as_text(sections):
     """For a terminal"""
-    frames = [(part.title, pd.DataFrame(part.rows, columns=part.header)) for part in sections if part.rows]
-    return "\n\n".join(f"{title}\n{frame.to_string(index=False, max_colwidth=60)}" for title, frame in frames)
+    frames = {part.title: pd.DataFrame(part.rows, columns=part.header) for part in sections if part.rows}
+    return "\n\n".join(f"{title}\n{frame.to_string(index=False, max_colwidth=60)}"
+                       for title, frame in frames.items())
 
 
 def page(title, opening, chapters=()):
-    """One HTML file: opening, a list of HTML; chapters, pairs of (heading, list of HTML), behind their list"""
+    """One HTML file: opening, a list of HTML; a table of contents; chapters (heading, list of HTML)"""
     links = "".join(f'<li><a href="#part{k}">{html.escape(heading)}</a></li>'
                     for k, (heading, _) in enumerate(chapters))
     body = [*opening, f"<nav><ul>{links}</ul></nav>" if chapters else ""]

@@ -45,7 +45,8 @@ def draw_map(folder, title, plane, group, labels, marked):
     """Scatter plot of users: plane [N, 2], group int [N] (an index into labels); marked: {user id: index}"""
     figure, axis = plt.subplots(figsize=(4.2, 3.6))
     for index, label in enumerate(labels):
-        axis.scatter(*plane[group == index].T, s=5, alpha=0.6, color=plt.cm.tab10(index % 10), label=str(label))
+        axis.scatter(*plane[group == index].T, s=5, alpha=0.6, color=plt.cm.tab10(index % 10),
+                     label=str(label))
     for user_id, index in marked.items():
         axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
         axis.annotate(user_id, plane[index], fontsize=6, xytext=(5, 5), textcoords="offset points",

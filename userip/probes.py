@@ -40,7 +40,8 @@ def seed_agreement(codes, num_codes):
 
 def probe_demographics(features, users):
     """MovieLens: AUC with which features [N, C] predict gender and age -> sidecar facts. Prints it, too."""
-    labels = {"gender": users["gender"] == "M", "age_over_30": pd.to_numeric(users["age"], errors="coerce") > 30}
+    age = pd.to_numeric(users["age"], errors="coerce")
+    labels = {"gender": users["gender"] == "M", "age_over_30": age > 30}
     facts = {f"probe_{name}": probe_auc(features, label.to_numpy()) for name, label in labels.items()}
     print("probe (logistic regression on the profiles, 5 folds): "
           + "  ".join(f"{name.removeprefix('probe_')} AUC {value:.3f}" for name, value in facts.items()))
@@ -48,7 +49,7 @@ def probe_demographics(features, users):
 
 
 def probe_auc(features, labels, num_repeats=3):
-    """AUC of a logistic regression on features [N, C] over 5 folds, mean over three random choices of folds"""
+    """AUC of a logistic regression on features [N, C] over 5 folds, mean of three random ways to fold"""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     aucs = []
     for seed in range(num_repeats):
