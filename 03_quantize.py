@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add.method("--whiten", action=argparse.BooleanOptionalAction, default=True,
                help="whiten by the noise and keep directions that exceed it, or take θ as it is")
     add.method("--dims", type=at_least(0), default=0,
-               help="directions kept, C (0: chosen on valid, or all that exceed the noise if --rec-weight is 0)")
+               help="directions kept, C (0: chosen on valid; all that exceed the noise if --rec-weight is 0)")
     add.method("--init", choices=["kmeans", "released"], default="kmeans",
                help="first codewords: k-means++, or random at 2.5 to 3.3 times the norm of the profiles")
     add.method("--revive", action=argparse.BooleanOptionalAction, default=True,
@@ -223,7 +223,7 @@ def informative_dims(eigenvalues, dim, num_users, most, has_noise_level=True):
 
 
 def starting_transform(args, profile, train_rows, valid_rows):
-    """Transform [D, C] at which the training starts, and the eigenvalues of the whitened profiles (or None)"""
+    """Transform [D, C] at which training starts, and the eigenvalues of the whitened profiles (or None)"""
     deviation = profile.deviation[-1, profile.is_fitted]  # [N', D]
     print(f"{profile.name}: {len(deviation):,} users with evidence in train rows, {profile.num_codes} codes")
     transform, eigenvalues = torch.eye(deviation.shape[1]), None
@@ -478,8 +478,8 @@ def describe_codes(profile, codes_by_seed):
     usage, perplexity = usage_of(codes_by_seed[0], num_codes)
     share = usage.min() / max(usage.sum(), 1)
     stability = seed_agreement(codes_by_seed, num_codes)
-    text = (f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} | "
-            f"smallest share {share:.3f}")
+    text = (f"{name}: users per code {' '.join(map(str, usage))} | "
+            f"perplexity {perplexity:.2f} of {num_codes} | smallest share {share:.3f}")
     if stability is not None:
         text += f" | ARI between seeds {stability:.3f}"
     if perplexity < num_codes / 2:

@@ -3,8 +3,8 @@
 For each code a card lists the categories, brands, words and prices that its users have more often than all
 others (log-odds with a Dirichlet prior; Monroe et al., 2008), how they rate, and what is known of them. A few
 users are shown with the items they had, their codes, the words of their profiles (table 5 of the paper)
-beside those of a control, another user drawn at random, and what a click-through model recommends without and with
-the codes. Two methods give words: the vocabulary's nearest to θ_u - θ̄, and a lens: the words that the LLM
+beside those of a control, another user drawn at random, and what a click-through model recommends without
+and with the codes. Two methods give words: the vocabulary's nearest to θ_u - θ̄, and a lens: the words that the LLM
 expects more after "This user's hobby is" θ_u than after θ̄. Over many users: do a user's words occur in the
 user's held-out items more often than the control's? And where does the LLM look (figure 7 of the paper): the
 attention from the words of "The user likes …" to the soft token, before and after tuning, and the share of it
@@ -123,7 +123,7 @@ def words_of_users(args, run, model, tokenizer, users):
 
 
 def word_scores(run, words_by_method, scored, control):
-    """Do own words occur in held-out items more often than the control's? Rows of (profile, method, AUC, n)"""
+    """Do own words occur in held-out items more often than the control's? Rows (profile, method, AUC, n)"""
     texts, rows = words_in(run.items, run.split["valid"]), []
     row_of = {user: row for row, user in enumerate(scored)}
     heldout_words = [texts.get(user, set()) for user in scored]
@@ -161,7 +161,7 @@ def attention_to_soft(model, prefix, soft, text, layers=None, heads=None):
 def sentences_of(profile, rows, items, num_content=3):
     """The sentence of figure 7 for each user: (noise words, content words) by user
 
-    Of the first profile: "The user likes" and the words that the titles and categories of their train items hold
+    Of the first profile: "The user likes" and the words that titles and categories of the train items hold
     most; of the others, where prices are known, "The spending level of this user is" and low, medium or high.
     """
     price = rows["item"].map(items["price"])
@@ -173,14 +173,15 @@ def sentences_of(profile, rows, items, num_content=3):
     texts = (items["category"].fillna("") + " " + items["title"]).str.findall(r"[^\W\d_]{3,}")
     result = {}
     for user, user_items in rows.groupby("user")["item"]:
-        counts = pd.Series([word for words in texts.iloc[user_items] for word in words]).value_counts(sort=False)
+        words = pd.Series([word for words in texts.iloc[user_items] for word in words])
+        counts = words.value_counts(sort=False)
         if len(counts):
             result[user] = (["The", "user", "likes"], list(counts.nlargest(num_content).index))
     return result
 
 
 def attention_by_word(args, model, tokenizer, prefix, soft, sentences, batch_size=64):
-    """Attention of each word of each user's sentence to the user's soft token: (words, is content, weights)"""
+    """Attention of each word of a user's sentence to the user's soft token: (words, is content, weights)"""
     ids = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in noise + content]
            for noise, content in sentences]
     length = np.array([sum(map(len, word_ids)) for word_ids in ids])
@@ -386,7 +387,8 @@ def main(args):
         f"Train rows.</p>",
         cards_as_html(cards),
         "<p>Agreement with what is known of users: adjusted mutual information (0: chance, 1: the same), p "
-        "of the chi-squared test.</p>" + table(("profile", "fact", "agreement", "p"), agreements) if agreements else "",
+        "of the chi-squared test.</p>" + table(("profile", "fact", "agreement", "p"), agreements)
+        if agreements else "",
         heading("Do words of profiles mean anything?"),
         "<p>Share of users whose own words occur more often in their held-out (valid) items than another "
         "user's words do, ties counted half, ± half of the 95% interval; 0.5 if they tell nothing.</p>",

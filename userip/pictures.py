@@ -82,8 +82,8 @@ def draw_maps(folder, run, chosen, rng):
             plane = np.column_stack([plane, rng.random(len(plane))])
         row_of = np.cumsum(has_evidence.numpy()) - 1
         marked = {user_ids.iat[user]: row_of[user] for user in chosen if has_evidence[user]}
-        maps[name] = [draw_map(folder, plane, run.codes[has_evidence.numpy(), k], f"{name} by code", range(num_codes),
-                               marked)]
+        codes = run.codes[has_evidence.numpy(), k]
+        maps[name] = [draw_map(folder, plane, codes, f"{name} by code", range(num_codes), marked)]
         if f"true_{name}" in run.users:
             truth, labels = pd.factorize(run.users[f"true_{name}"][has_evidence.numpy()], sort=True)
             maps[name].append(draw_map(folder, plane, truth, f"{name} by truth", labels, marked))

@@ -12,10 +12,10 @@ from sklearn.preprocessing import StandardScaler
 
 
 def compare_with_truth(codes, users, bayes_ari):
-    """Planted data: adjusted Rand index (ARI) of the codes with the true groups. Prints it, returns sidecar facts.
+    """Planted data: print the adjusted Rand index (ARI) of codes with the true groups -> facts
 
-    codes: int [N] by profile name; users: data frame with columns true_… ; bayes_ari: by profile name, the ARI of
-    the Bayes-optimal classifier. A profile should agree with its own truth and not with those of other profiles.
+    codes: int [N] by profile name; users: data frame with columns true_…; bayes_ari: by profile name, the ARI
+    of the Bayes-optimal classifier. A profile should agree with its own truth and with no other one.
     """
     facts = {}
     truths = [column for column in users if column.startswith("true_")]

@@ -24,7 +24,8 @@ def nearest_words(deviation, embeddings, words, num_words):
 def lens_words(model, vocabulary, prefix, soft, shared, num_words, batch_size=256):
     """The words whose log-probability after the name text and θ_u rises most against θ̄: a list per user
 
-    vocabulary: ids and texts [W] of its words; prefix: token ids of "This user's hobby is"; soft [B, S D], shared [S D].
+    vocabulary: ids and texts [W] of its words; prefix: token ids of "This user's hobby is"; soft [B, S D], shared
+    [S D].
     """
     (ids, words), embed = vocabulary, model.get_input_embeddings()
     before = embed(torch.tensor(prefix))[None]  # [1, L, D]
@@ -64,4 +65,5 @@ def words_in(items, rows):
     """The words of the items of those rows by user: dict of sets"""
     texts = items["title"].fillna("") + " " + items["category"].fillna("") + " " + items["brand"].fillna("")
     item_words = texts.str.lower().str.findall(r"[^\W\d_]{3,}")
-    return {user: set().union(*item_words.iloc[user_items]) for user, user_items in rows.groupby("user")["item"]}
+    return {user: set().union(*item_words.iloc[user_items])
+            for user, user_items in rows.groupby("user")["item"]}
