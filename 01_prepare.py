@@ -51,6 +51,17 @@ SPLITS = ("random", "temporal", "cold-user", "published")
 BELONGS = {  # option -> the data sets for which it means something
     "category": ["amazon"], "columns": ["table"], "fold": ["nete"], "max_bad": [*AMAZON, "yelp"],
     "strict": [*AMAZON, "yelp"], "download": [*AMAZON, *ARCHIVES]}
+COUNTS = {  # key in prepare.json -> what it counts
+    "duplicates": "duplicates of (user, item) dropped, the latest kept",
+    "not_in_split": "interactions in no index of the published split dropped",
+    "filtered": "interactions of users or items below --min-interactions dropped",
+    "untitled_items": "items without a title keep their id as title",
+    "items_not_listed": "items are not in the items file",
+    "items_listed_twice": "lines of the items file repeat an item, the first counts",
+    "users_listed_twice": "lines of the users file repeat a user, the first counts",
+    "junk_prices": "prices are no numbers and count as missing",
+    "users_not_listed": "users are not in the users file",
+}
 
 
 def share(text):
@@ -74,11 +85,12 @@ def parse_args(argv=None):
              help="first fetch what is not in --raw yet (Amazon 2014, MovieLens); URL: folder of a mirror")
     add.data("--max-bad", type=share, default=0.01, help="Amazon, Yelp: share of bad lines that is an error")
     add.data("--strict", action="store_true", help="Amazon, Yelp: a truncated gzip file is an error")
-    add.method("--min-interactions", type=at_least(1), default=4, help="drop users and items with fewer, iterated")
+    add.method("--min-interactions", type=at_least(1), default=4,
+               help="drop users and items with fewer, iterated")
     add.method("--threshold", type=float, default=3, help="a rating above this is a positive label")
     add.method("--split", choices=SPLITS, help="see above (default: random; nete: published)")
     add.method("--split-seed", type=at_least(0),
-               help="random, cold-user: seed of the split alone: another split of the same data (default: --seed)")
+               help="random, cold-user: seed of the split alone (default: --seed)")
     add.method("--ensure-train", action="store_true",
                help="random, temporal: move rows until all users and items of valid and test are in train")
     args = parser.parse_args(argv)
@@ -101,8 +113,8 @@ def check_options(parser, args):
     for name in useless:
         if getattr(args, name) != parser.get_default(name):
             advice = "fetch it by hand" if name == "download" else "leave it out"
-            parser.error(f"{option_name(name)} means nothing for --dataset {args.dataset} --split {args.split}: "
-                         f"{advice}")
+            parser.error(f"{option_name(name)} means nothing for --dataset {args.dataset} "
+                         f"--split {args.split}: {advice}")
     if args.split == "published" and args.dataset not in ("nete", "table"):
         parser.error(f"--split published: {args.dataset} is published without one")
     if args.dataset == "amazon" and args.download is not None and not args.category:
@@ -115,8 +127,8 @@ def check_options(parser, args):
 
 
 def load(args):
-    """--raw as published -> interactions [rows of the files], items, users, and the review texts of those rows
-    as a list of arrow arrays (None without reviews). User and item ids are texts, categorical in interactions.
+    """--raw as published -> interactions, items, users, and the interactions' review texts as a list of arrow
+    arrays (None without reviews). Ids of users and items are texts, in interactions categorical.
     """
     if args.download is not None:
         download(args)
@@ -133,17 +145,16 @@ def load(args):
                 fail(f"{num_missing} rows have no {column} in {args.raw}: fill or drop them")
             if frame[column].dtype != "category":
                 frame[column] = frame[column].astype(str)
-    interactions = interactions.reset_index(drop=True).astype({"user_id": "category", "item_id": "category"})
+    interactions = interactions.reset_index(drop=True)
+    interactions = interactions.astype({"user_id": "category", "item_id": "category"})
     if "review" not in interactions:
         return interactions, items, users, None
-    texts = interactions.pop("review")
-    texts = pa.array(texts if isinstance(texts.dtype, pd.ArrowDtype) else texts.astype("string"))
-    chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
-    return interactions, items, users, [chunk.cast(pa.large_string()) for chunk in chunks]
+    reviews = pa.Table.from_pandas(interactions[["review"]], preserve_index=False)["review"]
+    return interactions.drop(columns="review"), items, users, reviews.cast(pa.large_string()).chunks
 
 
 def keep_latest(interactions):
-    """Of rows with the same user and item the latest, of equal times the last in the file; rows stay in order."""
+    """Of rows with the same user and item the latest, of equal times the last; rows stay in order."""
     by_time = interactions[["user_id", "item_id", "timestamp"]].sort_values("timestamp", kind="stable")
     return interactions[~by_time.duplicated(["user_id", "item_id"], keep="last").sort_index()]
 
@@ -161,8 +172,8 @@ def keep_core(interactions, min_interactions):
 
 
 def rows_by_id(frame, name, ids):
-    """The row of each id, the first if it has several, empty if it has none; how many rows repeat an id; how many
-    ids have no row.
+    """The row of each id, the first if it has several, empty if it has none; how many rows repeat an id; how
+    many ids have no row.
     """
     first = frame.drop_duplicates(name, ignore_index=True)
     position = pd.Index(first[name]).get_indexer(ids)  # -1: no row
@@ -172,13 +183,15 @@ def rows_by_id(frame, name, ids):
 
 
 def index_ids(interactions, items, users):
-    """Published ids -> user 0..N-1 and item 0..M-1, in the order of the ids: interactions sorted by user and time
-    (ties in the order of the file; the frame's index is the row in the file), items, users, counts.
+    """Published ids become user 0..N-1 and item 0..M-1, sorted -> interactions, items, users, counts.
+
+    Interactions are sorted by user and time, ties in the order of the file; their index keeps the file's row.
     """
     user_ids, item_ids = (sorted(interactions[name].unique()) for name in ("user_id", "item_id"))
     user = pd.Categorical(interactions["user_id"], user_ids).codes.astype("int64")
     item = pd.Categorical(interactions["item_id"], item_ids).codes.astype("int64")
-    table = interactions.drop(columns=["user_id", "item_id"]).astype({"rating": "float32", "timestamp": "int64"})
+    table = interactions.drop(columns=["user_id", "item_id"])
+    table = table.astype({"rating": "float32", "timestamp": "int64"})
     table.insert(0, "user", user)
     table.insert(1, "item", item)
     table = table.iloc[np.lexsort((table["timestamp"], user))]
@@ -233,10 +246,17 @@ def split_cold_user(table, seed):
 
 
 def untrained(table):
-    """Valid and test rows whose user, and those whose item, has no train row: two boolean columns [R]"""
+    """Valid and test rows whose user has no train row, and those whose item has none: two masks [R]"""
     is_held_out = table["split"].isin(["valid", "test"])
     trained = table[table["split"] == "train"]
     return [is_held_out & ~table[name].isin(trained[name]) for name in ("user", "item")]
+
+
+def count_untrained(table):
+    """Users, items and rows of valid and test without a train row: dict of counts"""
+    no_user, no_item = untrained(table)
+    return {"users": int(table.loc[no_user, "user"].nunique()),
+            "items": int(table.loc[no_item, "item"].nunique()), "rows": int((no_user | no_item).sum())}
 
 
 def ensure_train(table):
@@ -247,18 +267,18 @@ def ensure_train(table):
 
 
 def keep_past(table):
-    """Move rows before a train row of their user into train, in place: else the future would predict the past."""
+    """Move what lies before a train row of its user into train, in place: no future predicts the past."""
     backwards = table["split"].eq("train")[::-1]
     table.loc[backwards.groupby(table["user"]).cummax(), "split"] = "train"
 
 
 def draw_split(args, table):
-    """Set the column `split`, in place -> facts about it: rows per split, users and items without a train row."""
-    if args.split == "temporal" and table["timestamp"].nunique() < 2:
-        fail(f"--split temporal: all rows of {args.raw} have the same time; choose another split")
+    """Set the column `split`, in place -> facts: rows per split, users and items without a train row."""
     if args.split == "random":
         table["split"] = split_random(len(table), args.split_seed)
     elif args.split == "temporal":
+        if table["timestamp"].nunique() < 2:
+            fail(f"--split temporal: all rows of {args.raw} have the same time; choose another split")
         table["split"] = split_temporal(table)
     elif args.split == "cold-user":
         table["split"] = split_cold_user(table, args.split_seed)
@@ -271,31 +291,14 @@ def draw_split(args, table):
     counts = table["split"].value_counts()
     facts["rows_of_split"] = {name: int(counts[name]) for name in ("train", "valid", "test", "support")
                               if name in counts}
-    for name in ("train", "valid", "test"):
-        if name not in counts:
-            fail(f"--split {args.split}{' --ensure-train' * args.ensure_train} leaves no {name} row among "
-                 f"{len(table):,}: take more data or another split")
-    warn_of_split(args, table)
-    return facts
-
-
-def count_untrained(table):
-    """Users, items and rows of valid and test that have no train row: dict of counts"""
-    no_user, no_item = untrained(table)
-    return {"users": int(table.loc[no_user, "user"].nunique()),
-            "items": int(table.loc[no_item, "item"].nunique()), "rows": int((no_user | no_item).sum())}
-
-
-def warn_of_split(args, table):
-    """Warn of cold users without support and of pairs that a published split repeats."""
-    if args.split == "cold-user":
-        cold, supported = (set(table.loc[table["split"] == name, "user"]) for name in ("test", "support"))
-        if cold - supported:
-            warn(f"{len(cold - supported):,} of {len(cold):,} cold users have one interaction, so no support row")
+    if missing := [name for name in ("train", "valid", "test") if name not in counts]:
+        fail(f"--split {args.split}{' --ensure-train' * args.ensure_train} leaves no {missing[0]} row among "
+             f"{len(table):,}: take more data or another split")
     if args.split == "published" and (num_repeated := int(table.duplicated(["user", "item"]).sum())):
         num_splits = table.groupby(["user", "item"])["split"].nunique()
         warn(f"{num_repeated:,} rows repeat a (user, item) of the published split, which keeps them; "
              f"{int((num_splits > 1).sum()):,} pairs stand in two of its parts")
+    return facts
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -304,23 +307,12 @@ def warn_of_split(args, table):
 
 
 def report(args, facts):
-    """Print what stage 1 found: counts of what was dropped, the row of table 1, the split."""
-    reasons = {
-        "duplicates": "duplicates of (user, item) dropped, the latest kept",
-        "not_in_split": "interactions in no index of the published split dropped",
-        "filtered": f"interactions of users or items with fewer than {args.min_interactions} dropped",
-        "untitled_items": "items without a title keep their id as title",
-        "items_not_listed": "items are not in the items file",
-        "items_listed_twice": "lines of the items file repeat an item, the first counts",
-        "users_listed_twice": "lines of the users file repeat a user, the first counts",
-        "junk_prices": "prices are no numbers and count as missing",
-        "users_not_listed": "users are not in the users file",
-    }
+    """Print what was read and dropped, the row of the paper's table 1, and the split."""
     print(f"read {facts['rows_read']:,} interactions")
-    for name, reason in reasons.items():
+    for name, meaning in COUNTS.items():
         if facts[name]:
-            print(f"  {facts[name]:,} {reason}")
-    print("| data | interactions | users | items | sparsity (%) | positive labels | logloss of predicting it |")
+            print(f"  {facts[name]:,} {meaning}")
+    print("| data | interactions | users | items | sparsity (%) | positive labels | base-rate logloss |")
     print("|---|---|---|---|---|---|---|")
     print(f"| {facts['dataset']} | {facts['interactions']:,} | {facts['users']:,} | {facts['items']:,} | "
           f"{facts['sparsity_percent']:.2f} | {facts['positive_share']:.3f} | "
@@ -328,10 +320,9 @@ def report(args, facts):
     rows = ", ".join(f"{count:,} {name}" for name, count in facts["rows_of_split"].items())
     print(f"split {args.split}: {rows}")
     for name, prefix in (("untrained", ""), ("untrained_after_ensure_train", "after --ensure-train, ")):
-        if name in facts:
-            counts = facts[name]
-            print(f"{prefix}{counts['rows']:,} rows of valid and test have a user or an item without a train row: "
-                  f"{counts['users']:,} users, {counts['items']:,} items")
+        if counts := facts.get(name):
+            print(f"{prefix}{counts['rows']:,} rows of valid and test have a user or an item without a train "
+                  f"row: {counts['users']:,} users, {counts['items']:,} items")
     if "bayes_ari" in facts:
         ceilings = "  ".join(f"{name} {ari:.3f}" for name, ari in facts["bayes_ari"].items())
         seen = "train and support" if args.split == "cold-user" else "train"
@@ -339,10 +330,8 @@ def report(args, facts):
 
 
 def take_texts(chunks, rows):
-    """The review texts of `rows` (positions in all chunks together), in that order: an arrow array
-
-    A take from all chunks at once would first copy all of them into one.
-    """
+    """The review texts of `rows` (positions in all chunks together), in that order: an arrow array."""
+    # a take from all chunks at once would first copy all of them into one
     order = np.argsort(rows, kind="stable")
     starts = np.cumsum([0, *map(len, chunks)])
     bounds = np.searchsorted(rows[order], starts)
@@ -352,7 +341,7 @@ def take_texts(chunks, rows):
 
 
 def row_groups(table, reviews, size=1 << 16):
-    """The interactions as the artifact holds them: yields arrow tables, so that no copy of all texts is made."""
+    """The interactions as the artifact holds them: yields arrow tables; all texts are never copied at once."""
     for start in range(0, len(table), size):
         part = table.iloc[start:start + size]
         columns = {name: pa.array(part[name].to_numpy())
@@ -401,7 +390,8 @@ def main(args):
     if counts["items_not_listed"] == len(items):
         fail(f"not one of the {len(items):,} items is in the items file: do both belong to one data set?")
     if counts["untitled_items"] > len(items) / 2:
-        warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: a LLM reads only their ids")
+        warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: a LLM reads only their "
+             f"ids")
     if args.dataset == "planted":
         facts["bayes_ari"] = bayes_ari(args.seed, table, items, users)
     report(args, facts)
@@ -410,7 +400,8 @@ def main(args):
     row = json.dumps(facts, indent=2) + "\n"  # without seconds: the same run gives the same bits
     facts["seconds"] = time.time() - started
     facts["seconds_of"] = {"read": read - started, "filter and split": time.time() - read}
-    artifacts = {"users.parquet": users, "items.parquet": items, "interactions.parquet": row_groups(table, reviews)}
+    artifacts = {"users.parquet": users, "items.parquet": items,
+                 "interactions.parquet": row_groups(table, reviews)}
     for name, content in artifacts.items():
         write_artifact(args, name, content, **facts)
     write_artifact(args, "prepare.json", row, inputs=list(artifacts))

@@ -12,7 +12,7 @@ TAG = re.compile(  # also one that was cut short
 SCRIPT = re.compile(r"getTime\(|function ?\(|[.#][\w-]+ ?\{|\{[^{}]*:[^{}]*\}")  # of the page, not a title
 AMOUNT = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 PRICE = re.compile(rf"\s*(?:from\s+)?{AMOUNT.pattern}\s*(?:[-–—]\s*{AMOUNT.pattern}\s*)?", re.I)
-NO_NAME = re.compile(r"[<{%]|[.!?:;]$|.{51}")  # features and slogans at the end of Amazon 2018's category paths
+NO_NAME = re.compile(r"[<{%]|[.!?:;]$|.{51}")  # features and slogans in Amazon 2018's category paths
 NOT_INFORMATIVE = re.compile(r"(all|general|other|more|misc\w*)( \w+)?", re.I)
 
 
@@ -39,7 +39,7 @@ def to_seconds(times):
 
 
 def deepest_category(paths):
-    """A category's name, a path of names or a list of paths -> the last informative name of the longest path."""
+    """A category, a path of categories or a list of paths -> last informative name of the longest path."""
     paths = paths if isinstance(paths, list) else [paths]
     paths = paths if any(isinstance(path, list) for path in paths) else [paths]
     longest = []
@@ -56,8 +56,8 @@ def deepest_category(paths):
 
 
 def clean_items(items):
-    """Items with item_id, title and, where published, category, brand, price -> these five columns, plain; the
-    number of items without a title, whose id replaces it; the number of prices that are no numbers.
+    """Items with item_id, title, maybe category, brand, price -> these columns as plain text and dollars;
+    number of items without a title, whose id replaces it; number of prices that are no numbers.
     """
     items = items.reindex(columns=["item_id", "title", "category", "brand", "price"])
     has_price = items["price"].notna() & (items["price"] != "")

@@ -1,7 +1,6 @@
 """Download of the data sets that are published without terms to accept: Amazon 2014 and MovieLens."""
 
 import hashlib
-import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -19,15 +18,13 @@ ARCHIVES = {  # data set -> MD5 of its archive, as published, and a file in it
     "ml-100k": ("0e33842e24a9c977be4e0107933c0723", "u.data"),
     "ml-1m": ("c4d9eecfca2ab87c1945afe126590906", "ratings.dat"),
 }
-PATIENCE = 1.0  # seconds: the waits between attempts are multiples of it
-ATTEMPTS = 5
 
 
 def download(args):
     """Fetch the published files of args.dataset into args.raw, except those that are there already.
 
-    args.download: the URL of a mirror's folder, or empty for the publisher's. Exit code 2 when a file cannot
-    be had whole.
+    args.download: the URL of a mirror's folder, or empty for the publisher's. Exit code 2 when a file does
+    not arrive whole; the same command then resumes it.
     """
     try:
         args.raw.mkdir(parents=True, exist_ok=True)
@@ -37,8 +34,8 @@ def download(args):
         for name in (f"reviews_{args.category}_5.json.gz", f"meta_{args.category}.json.gz"):
             _fetch(f"{args.download or AMAZON_2014}/{name}", args.raw / name)
         return
-    md5, unpacked = ARCHIVES[args.dataset]
-    if (movielens_folder(args, unpacked) / unpacked).exists():
+    md5, member = ARCHIVES[args.dataset]
+    if (movielens_folder(args, member) / member).exists():
         return
     path = args.raw / f"{args.dataset}.zip"
     _fetch(f"{args.download or MOVIELENS}/{path.name}", path, md5)
@@ -50,34 +47,18 @@ def download(args):
 
 
 def _fetch(url, path, md5=None):
-    """Download `url` as `path`, resuming path.part of an earlier attempt; checks the size and the MD5, if given.
-
-    Exit code 2 after ATTEMPTS attempts; path.part is kept.
-    """
+    """Download `url` as `path`; path.part is kept, and resumed next time, if the connection breaks off."""
     if path.exists():
         print(f"{path} is there already")
         return
-    part, size, reason = path.with_name(f"{path.name}.part"), None, ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            print(f"{url}: {reason}; attempt {attempt + 1} of {ATTEMPTS}", flush=True)
-            time.sleep(min(2 ** attempt, 30) * PATIENCE)
-        try:
-            size = _fetch_rest(url, part)
-            if size is None or part.stat().st_size == size:
-                break
-            reason = "the connection was closed early"
-        except (OSError, HTTPException) as error:
-            reason = str(error)
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                fail(f"{url}: {reason}; is it another --category, or a mirror without it?")
-        except ValueError as error:  # not a URL
-            fail(f"{url} cannot be fetched: {error}")
-    else:
-        if not size:
-            fail(f"{url} cannot be fetched ({reason}): try later or from another mirror")
-        fail(f"{url}: {reason}; {part.stat().st_size:,} of {size:,} bytes are kept in {part}: the same "
-             f"command goes on from there")
+    part = path.with_name(f"{path.name}.part")
+    try:
+        size = _fetch_rest(url, part)
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
+        fail(f"{url} cannot be fetched ({error}): what arrived is kept, try again or another mirror")
+    if size is not None and part.stat().st_size < size:
+        fail(f"{url}: the connection was closed early; {part.stat().st_size:,} of {size:,} bytes are kept in "
+             f"{part}: the same command goes on from there")
     problem = None
     with open(part, "rb") as file:
         if md5 and (digest := hashlib.file_digest(file, "md5").hexdigest()) != md5:
@@ -91,7 +72,7 @@ def _fetch(url, path, md5=None):
 
 
 def _fetch_rest(url, part):
-    """Append to `part` what it lacks of `url` -> size of the whole in bytes, None if the server does not say."""
+    """Append to `part` what it lacks of `url` -> bytes of the whole, None if the server does not say."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url)
     if start:
@@ -100,7 +81,7 @@ def _fetch_rest(url, part):
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if start and error.code in (412, 416):  # the file has changed since, or is shorter than `part`
+        if start and error.code in (412, 416):  # the file has changed since, or is not longer than `part`
             part.unlink()
             return _fetch_rest(url, part)
         raise

@@ -17,7 +17,7 @@ DAMAGE = (EOFError, zlib.error)  # of a gzip file
 
 
 def read_lines(path, args, decode, decode_block=None):
-    """Records of a file of lines: yields a list per block. Bad lines are left out, counted by kind, and warned of.
+    """Records of a file of lines: yields a list per block. Bad lines are left out and counted by kind.
 
     decode(line) gives a record, or None for one that is not needed; decode_block(lines), which is faster,
     gives all records of a block. Exit code 2 when more than args.max_bad of the lines are bad, and with
@@ -75,7 +75,7 @@ def parse_line(line):
 
 
 def unzip(file, size=1 << 19):
-    """The content of an open binary file, gzip (also of several members) or not: yields up to `size` bytes each.
+    """The content of an open binary file, gzip (also of several members) or not: yields up to `size` bytes.
 
     Raises EOFError where a gzip file was cut off and zlib.error where it is damaged, after all that is whole.
     """

@@ -1,4 +1,4 @@
-"""The planted world: users with a true hobby and background, and a catalogue and interactions that reflect them.
+"""The planted world: users with a true hobby and background, items and interactions that reflect them.
 
 A seed decides the world. Its generator is known, so that `bayes_ari` gives the score of the best possible
 classifier of users, to which inferred profiles are compared.
@@ -41,7 +41,7 @@ NUM_USERS, NUM_ITEMS = 2000, 600
 
 
 def read_planted(args):
-    """Interactions (user_id, item_id, rating, timestamp), items, users with the truth, all drawn with args.seed."""
+    """Interactions, items, and users with their true hobby and background, all drawn with args.seed."""
     world = _draw_world(args.seed)
     rng, hobby, background = world.rng, world.hobby, world.background
     chance = 1 - np.exp(-world.activity[:, None] * world.choice[hobby, background])  # [N, M]
@@ -69,8 +69,8 @@ def read_planted(args):
 
 
 def _draw_world(seed):
-    """What causes interactions: items; affinity of each hobby [4, M] and background [3, M] to them; each user's
-    hobby [N], background [N] and activity [N]; choice [4, 3, M], p(item | hobby, background).
+    """What causes interactions: items; affinity of each hobby [4, M] and background [3, M] to them; hobby,
+    background, activity of each user [N]; choice [4, 3, M], p(item | hobby, background).
 
     User u has item i with probability 1 - exp(-activity_u p(i | hobby, background)), independently of other
     items, so that the likelihood of a whole history is exact.
@@ -91,7 +91,7 @@ def _draw_world(seed):
 
 
 def _draw_items(rng):
-    """The catalogue: items and what drives choice, the affinity of each hobby [4, M] and background [3, M]."""
+    """The catalogue, and the affinity to it of each hobby [4, M] and background [3, M]."""
     nouns = {category: words.split() for hobby in HOBBIES.values() for category, words in hobby.items()}
     categories = list(nouns)
     category = rng.integers(len(categories), size=NUM_ITEMS)
@@ -117,12 +117,12 @@ def _draw_items(rng):
 
 
 def bayes_ari(seed, table, items, users):
-    """Adjusted Rand index, per profile, of the Bayes-optimal classifier, which knows the world of this seed and
-    sees the items of train and support rows, as profiles do. table, items, users: as stage 1 writes them.
+    """Adjusted Rand index per profile of the Bayes-optimal classifier: it knows this seed's world and sees
+    the items of train and support rows, as profiles do. table, items, users: as stage 1 writes them.
 
-    log p(h, b | seen items) = log prior + Σ_i log p(i seen or not | h, b): an item is seen with probability
-    share · (1 - exp(-activity p(i | h, b))), where share is that of the rows that are seen of a cold user
-    or of any other user. Ratings are not used, as in stage 2.
+    log p(h, b | seen items) = log prior + Σ_i log p(i seen or not | h, b), where an item is seen with
+    probability share · (1 - exp(-activity p(i | h, b))); share: the part of cold users' rows are support, and
+    of other users' rows train. Ratings are not used, as in stage 2.
     """
     world = _draw_world(seed)
     is_seen = table["split"].isin(["train", "support"])

@@ -1,8 +1,8 @@
 """Readers of Amazon's, Yelp's and NETE's files as published: raw files -> interactions, items, users.
 
 Each reader takes the stage's options and returns three frames: interactions with user_id, item_id, rating,
-timestamp (s), review and, if the data set's own split is asked for, split; items with item_id, title, category,
-brand, price; users with user_id. A file that cannot be read exits with code 2.
+timestamp (s), review and, with --split published, split; items with item_id, title, category, brand, price;
+users with user_id. A file that cannot be read exits with code 2.
 """
 
 import json
@@ -32,6 +32,7 @@ REVIEW_FIELDS = {  # format -> our columns and the fields that hold them
 }
 Id = Annotated[str, msgspec.Meta(min_length=1)]
 Time = Annotated[float, msgspec.Meta(ge=-1e10, le=1e14)]  # seconds or milliseconds: see `to_seconds`
+PUBLISHED_NAME = re.compile(r"(?:reviews_|meta_)?([A-Z]\w*?)(?:_5)?\.jsonl?(?:\.gz)?")  # [1]: category
 ASIN = re.compile(rb"""["'](?:parent_)?asin["']: ?["']([^"']+)["']""")
 YELP_TOP_LEVEL = set("""Active Life|Arts & Entertainment|Automotive|Beauty & Spas|Bicycles|Education|
 Event Planning & Services|Financial Services|Food|Health & Medical|Home Services|Hotels & Travel|Local Flavor|
@@ -49,14 +50,17 @@ def _find_files(args, formats):
     or None}, and the format of the reviews. --category decides between several files of one kind.
     """
     contents = {path: _contents(path, formats) for path in sorted(args.raw.iterdir()) if path.is_file()}
+    listing = ", ".join(f"{path.name} ({content})" for path, (content, _) in list(contents.items())[:8])
     paths = {}
     for kind in ("reviews", "items", "users"):
         candidates = [path for path, (content, _) in contents.items() if content == kind]
-        if args.category:
-            candidates = _of_category(args, candidates)
+        if args.category:  # files under another category's name are left out
+            names = {path: PUBLISHED_NAME.fullmatch(path.name) for path in candidates}
+            is_same = lambda path: names[path] and names[path][1].lower() == args.category.lower()
+            candidates = [*filter(is_same, candidates)] or [path for path in candidates if not names[path]]
         if not candidates and kind != "users":
-            listing = ", ".join(f"{path.name} ({content})" for path, (content, _) in list(contents.items())[:8])
-            fail(f"{args.raw} holds no {kind} in the format {' or '.join(formats)}; it holds "
+            of_category = f" of --category {args.category}" if args.category else ""
+            fail(f"{args.raw} holds no {kind} in the format {' or '.join(formats)}{of_category}; it holds "
                  f"{listing or 'no file'}")
         if len(candidates) > 1:
             fail(f"{args.raw} holds several files of {kind} ({', '.join(path.name for path in candidates)}): "
@@ -66,7 +70,7 @@ def _find_files(args, formats):
 
 
 def _contents(path, formats):
-    """What a file holds: "reviews", "items", "users" or, for a complaint, what else; the format of reviews."""
+    """What a file holds: "reviews", "items", "users" or, for a complaint, what else; the reviews' format."""
     try:
         lines = first_lines(path)
     except (OSError, *DAMAGE) as error:
@@ -77,31 +81,15 @@ def _contents(path, formats):
         except BAD_LINE:
             continue
         for name in formats:
-            if {field for key, field in REVIEW_FIELDS[name].items() if key != "review"} <= fields:
+            if {field for column, field in REVIEW_FIELDS[name].items() if column != "review"} <= fields:
                 return "reviews", name
-        if formats == ["Yelp"]:
-            is_user = {"user_id", "yelping_since"} <= fields
-            is_item = {"business_id", "name"} <= fields
-        else:
-            is_user = False
-            is_item = fields & {"asin", "parent_asin"} and fields & {"title", "categories", "category"}
-        if is_user or is_item:
-            return "users" if is_user else "items", None
-    start = b"".join(lines).strip()[:1]
+        if {"user_id", "yelping_since"} <= fields:
+            return "users", None
+        if {"business_id", "name"} <= fields or \
+                fields & {"asin", "parent_asin"} and fields & {"title", "categories", "category"}:
+            return "items", None
     other = {b"": "empty", b"[": "a JSON array, not one record a line", b"<": "HTML"}
-    return other.get(start, "other records"), None
-
-
-def _of_category(args, paths):
-    """The files named as --category is published; if no file has a category's name, all of them."""
-    published = re.compile(r"(?:reviews_|meta_)?([A-Z]\w*?)(?:_5)?\.jsonl?(?:\.gz)?")
-    categories = {path: match[1] for path in paths if (match := published.fullmatch(path.name))}
-    if chosen := [path for path, name in categories.items() if name.lower() == args.category.lower()]:
-        return chosen
-    for path, name in categories.items():
-        fail(f"{path} is named as category {name}, and nothing as {args.category}: take --dataset amazon "
-             f"--category {name}, or rename the file")
-    return paths
+    return other.get(b"".join(lines).strip()[:1], "other records"), None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -122,13 +110,14 @@ def _read_reviews(args, path, fields):
     tables = []
     for records in _grouped(read_lines(path, args, decoder.decode, decoder.decode_lines)):
         times = [record.timestamp for record in records]
+        texts = pa.array([record.review for record in records], pa.large_string())
         tables.append(pa.table({
             "user_id": pa.array([record.user_id for record in records]),
             "item_id": pa.array([record.item_id for record in records]),
             "rating": np.array([record.rating for record in records], dtype="float32"),
             "timestamp": to_seconds(times) if time_type is Time
             else np.array(times, dtype="datetime64[s]").astype("int64"),
-            "review": pa.array([record.review for record in records], pa.large_string()),
+            "review": pa.concat_arrays([texts, texts[:0]]),  # a copy of just their size
         }))
     if not tables:
         fail(f"{path} holds no review: download it again")
@@ -154,11 +143,6 @@ def _grouped(blocks, size=1 << 13):
         yield group
 
 
-def _read_records(args, path, decode, fields):
-    """A file of JSON lines as a frame of these fields; decode(line): a dict, or None where it is not needed."""
-    return pd.DataFrame(chain.from_iterable(read_lines(path, args, decode)), columns=fields)
-
-
 def read_amazon(args):
     """Amazon's reviews of one category, in the format of 2014, 2018 or 2023, with their items' metadata."""
     paths, name = _find_files(args, [name for name in REVIEW_FIELDS if name.startswith("Amazon")])
@@ -181,7 +165,8 @@ def read_amazon(args):
         return {"item_id": item_id, "title": record.get("title"), "category": deepest_category(category),
                 "brand": brand, "price": record.get("price")}
 
-    items = _read_records(args, paths["items"], decode_item, ITEM_FIELDS)
+    items = chain.from_iterable(read_lines(paths["items"], args, decode_item))
+    items = pd.DataFrame(items, columns=ITEM_FIELDS)
     return interactions, items, pd.DataFrame({"user_id": interactions["user_id"].cat.categories})
 
 
@@ -190,28 +175,27 @@ def read_yelp(args):
     paths, name = _find_files(args, ["Yelp"])
     print(f"reading {paths['reviews']}, {paths['items']}" + (f", {paths['users']}" if paths["users"] else ""))
     interactions = _read_reviews(args, paths["reviews"], REVIEW_FIELDS[name])
-    item_ids, user_ids = (interactions[name].cat.categories for name in ("item_id", "user_id"))
+    items = _yelp_records(args, paths["items"], "business_id", interactions["item_id"].cat.categories)
+    items = pd.DataFrame(map(_yelp_item, items), columns=ITEM_FIELDS)
+    users = pd.DataFrame({"user_id": interactions["user_id"].cat.categories})
+    if paths["users"]:
+        fields = ["user_id", "review_count", "yelping_since", "fans"]
+        users = _yelp_records(args, paths["users"], "user_id", users["user_id"])
+        users = pd.DataFrame(({name: user.get(name) for name in fields} for user in users), columns=fields)
+    return interactions, items, users
 
-    def record_of(line, key, ids):
+
+def _yelp_records(args, path, key, ids):
+    """The records of a file whose `key` is among `ids`: yields dicts."""
+    ids = set(ids)
+
+    def decode(line):
         record = parse_line(line)
         if not isinstance(record.get(key), str) or not record[key]:
             raise ValueError(f"no {key}")
         return record if record[key] in ids else None
 
-    def decode_item(line):
-        record = record_of(line, "business_id", item_ids)
-        return _yelp_item(record) if record else None
-
-    def decode_user(line):
-        record = record_of(line, "user_id", user_ids)
-        return {name: record.get(name) for name in user_fields} if record else None
-
-    items = _read_records(args, paths["items"], decode_item, ITEM_FIELDS)
-    users = pd.DataFrame({"user_id": user_ids})
-    if paths["users"]:
-        user_fields = ["user_id", "review_count", "yelping_since", "fans"]
-        users = _read_records(args, paths["users"], decode_user, user_fields)
-    return interactions, items, users
+    return chain.from_iterable(read_lines(path, args, decode))
 
 
 def _yelp_item(record):
@@ -244,10 +228,10 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 def read_nete(args):
-    """The dumps that the paper's Movies and Yelp are (from NETE, Li et al., 2020), with their split if asked for.
+    """The dumps that the paper's Movies and Yelp are (from NETE, Li et al., 2020).
 
     reviews.pickle: list of {user, item, rating, template: (feature, adjective, sentence, sentiment)};
-    item.json: list (or lines) of {item, title or name, categories, …}; N/train.index, …: rows of the list.
+    item.json: list (or lines) of {item, title or name, categories, …}; N/train.index, …: row numbers.
     """
     path = args.raw / "reviews.pickle"
     try:
@@ -264,8 +248,8 @@ def read_nete(args):
     except pickle.UnpicklingError as error:
         fail(f"{path} is refused: {error}")
     except Exception as error:  # a broken pickle raises nearly anything
-        fail(f"{path} is cut off or does not hold {'items' if path.suffix == '.json' else 'reviews'} as NETE's "
-             f"do ({type(error).__name__}: {error}): download it again")
+        fail(f"{path} is cut off or is not what NETE published ({type(error).__name__}: {error}): download "
+             f"it again")
     interactions = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "review"])
     interactions["timestamp"] = 0  # the dumps have none
     if args.split == "published":
@@ -284,19 +268,17 @@ def _nete_item(record):
 
 def _published_split(folder, num_rows):
     """Row numbers in train.index, validation.index, test.index -> split per row, None where none has it."""
-    split = pd.Series(None, index=range(num_rows), dtype=object)
+    split = np.full(num_rows, None, dtype=object)
     for name in ("train", "validation", "test"):
         path = folder / f"{name}.index"
         try:
-            index = np.array(path.read_text().split(), dtype="int64")
+            rows = np.array(path.read_text().split(), dtype="int64")
         except FileNotFoundError:
             fail(f"{path} is missing: choose another --fold, or --split random")
         except (OSError, ValueError, OverflowError) as error:
             fail(f"{path} is no list of row numbers ({error}): download it again")
-        if not len(index):
-            fail(f"{path} is empty: download it again")
-        if index.min() < 0 or index.max() >= num_rows or split.iloc[index].notna().any():
-            fail(f"{path} does not fit reviews.pickle with its {num_rows:,} reviews: its row numbers must be "
-                 f"within 0 and {num_rows - 1:,} and in no other index file")
-        split.iloc[index] = "valid" if name == "validation" else name
+        if not len(rows) or rows.min() < 0 or rows.max() >= num_rows or any(split[rows]):
+            fail(f"{path} does not fit reviews.pickle with its {num_rows:,} reviews: it must hold numbers "
+                 f"below {num_rows:,} that are in no other index file")
+        split[rows] = "valid" if name == "validation" else name
     return split

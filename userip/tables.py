@@ -2,16 +2,15 @@
 
 Each reader takes the stage's options and returns three frames: interactions with user_id, item_id, rating,
 timestamp (s), maybe review and split; items with item_id, title, maybe category, brand, price; users with
-user_id and what is known of them. A file that cannot be read exits with code 2.
+user_id and what is known of the user. A file that cannot be read exits with code 2.
 """
 
-import re
 import zlib
 
 import numpy as np
 import pandas as pd
 
-from userip.artifacts import fail, warn
+from userip.artifacts import fail
 from userip.cleaning import to_seconds
 
 INTERACTION_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
@@ -21,7 +20,7 @@ ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
 def _to_numbers(frame, columns, path, first_line):
-    """Make columns numbers, in place; the first text that is none is named with its line (row 0: first_line)."""
+    """Make columns numbers, in place; exit code 2 with the line of the first that is none."""
     for column in columns:
         numbers = pd.to_numeric(frame[column], errors="coerce")
         is_bad = ~np.isfinite(numbers.to_numpy(dtype="float64", na_value=np.nan))
@@ -61,11 +60,6 @@ def read_ml_100k(args):
     """MovieLens-100k as published: u.data (tab), u.item (pipe, 19 genre flags), u.user, u.genre."""
     folder = movielens_folder(args, "u.data")
     interactions = _read_movielens(folder / "u.data", INTERACTION_COLUMNS, "\t")
-    info = folder / "u.info"  # "943 users\n1682 items\n100000 ratings"
-    if info.exists() and (count := re.search(r"(\d+) ratings", info.read_text(errors="replace"))):
-        if int(count[1]) != len(interactions):
-            warn(f"{folder / 'u.data'} holds {len(interactions):,} ratings, but {info} says "
-                 f"{int(count[1]):,}: is it whole?")
     genres = np.array(_read_movielens(folder / "u.genre", ["genre", "number"], "|")["genre"])
     columns = ["item_id", "title", "released", "video_released", "url", *genres]
     items = _read_movielens(folder / "u.item", columns, "|")
@@ -89,44 +83,14 @@ def read_ml_1m(args):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _read_frame(path):
-    """A csv, tsv (also .gz) or parquet file as a frame of at least one row; all columns of a csv as text."""
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",", dtype=str,
-                                keep_default_na=False, na_values=[""])
-    except pd.errors.EmptyDataError:
-        fail(f"{path} is empty: download or export it again")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        # broken gzip, not parquet, not the encoding, not csv
-        fail(f"{path} cannot be read ({error}): download or export it again")
-    if frame.empty:
-        fail(f"{path} has no rows: download or export it again")
-    return frame
-
-
-def _parse_columns(args):
-    """--columns ours=theirs … -> {theirs: ours}"""
-    typed = f"--columns {' '.join(args.columns)}"
-    pairs = [pair.partition("=") for pair in args.columns]
-    if any(not ours or not theirs for ours, _, theirs in pairs):
-        fail(f"{typed}: each must be ours=theirs, such as rating=stars")
-    names = {theirs: ours for ours, _, theirs in pairs}
-    if unknown := set(names.values()) - {*OPTIONAL, *sum(REQUIRED.values(), [])}:
-        fail(f"{typed}: {', '.join(sorted(unknown))} is none of our columns")
-    return names
-
-
 def read_table(args):
     """A folder with interactions.*, items.* (and users.*, if any) as csv, tsv (both also .gz) or parquet."""
-    names, unused = _parse_columns(args), set(_parse_columns(args))
-    frames, paths = {}, {}
+    names = _column_names(args.columns)
+    frames, paths, unused = {}, {}, set(names)
     for kind, required in REQUIRED.items():
         candidates = [path for ending in ENDINGS if (path := args.raw / f"{kind}{ending}").exists()]
         if len(candidates) > 1:
-            fail(f"{args.raw} holds {' and '.join(path.name for path in candidates)}: leave one of them there")
+            fail(f"{args.raw} holds {' and '.join(path.name for path in candidates)}: leave one of them")
         if not candidates and kind == "users":
             frames[kind] = pd.DataFrame({"user_id": frames["interactions"]["user_id"].unique()})
             continue
@@ -139,26 +103,47 @@ def read_table(args):
                 fail(f"--columns {ours}={theirs}: {path} has a column {ours}, too")
         unused -= set(frame)
         frames[kind] = frame = frame.rename(columns=names)
+        if kind == "interactions" and args.split == "published":
+            required = [*required, "split"]
         if missing := [column for column in required if column not in frame]:
             fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
     if unused:
         fail(f"--columns: no file has a column {', '.join(unused)}")
     print("reading " + ", ".join(map(str, paths.values())))
-    interactions = frames["interactions"]
-    _to_numbers(interactions, ["rating", "timestamp"], paths["interactions"], first_line=2)
+    interactions, path = frames["interactions"], paths["interactions"]
+    _to_numbers(interactions, ["rating", "timestamp"], path, first_line=2)
     interactions["timestamp"] = to_seconds(interactions["timestamp"])
-    _check_split(args, interactions, paths["interactions"])
+    if args.split == "published":
+        interactions["split"] = interactions["split"].replace("validation", "valid")
+        if unknown := set(interactions["split"].dropna()) - {"train", "valid", "test", "support"}:
+            fail(f"{path}: {', '.join(map(str, unknown))} is no split; it must be train, valid, test or "
+                 f"support")
+    elif "split" in interactions:
+        print(f"the column split is not used: --split is {args.split}, not published")
     return interactions, frames["items"], frames["users"]
 
 
-def _check_split(args, interactions, path):
-    """With --split published the column `split` must hold names of splits."""
-    if args.split != "published":
-        if "split" in interactions:
-            print(f"the column split is not used: --split is {args.split}, not published")
-        return
-    if "split" not in interactions:
-        fail(f"{path} has no column split, which --split published needs")
-    interactions["split"] = interactions["split"].replace("validation", "valid")
-    if unknown := set(interactions["split"].dropna()) - {"train", "valid", "test", "support"}:
-        fail(f"{path}: {', '.join(map(str, unknown))} is no split; it must be train, valid, test or support")
+def _column_names(pairs):
+    """--columns: ["ours=theirs", …] -> {theirs: ours}"""
+    names = {theirs: ours for ours, _, theirs in (pair.partition("=") for pair in pairs)}
+    allowed = {*OPTIONAL, *(name for columns in REQUIRED.values() for name in columns)}
+    if "" in names or not allowed.issuperset(names.values()):
+        fail(f"--columns {' '.join(pairs)}: each must be OURS=THEIRS, such as rating=stars; ours is one of "
+             f"{', '.join(sorted(allowed))}")
+    return names
+
+
+def _read_frame(path):
+    """A csv, tsv (also .gz) or parquet file as a frame of at least one row; all columns of a csv as text."""
+    try:
+        if path.suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        else:
+            frame = pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",", dtype=str,
+                                keep_default_na=False, na_values=[""])
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        # broken gzip, not parquet, not the encoding, not csv, empty
+        fail(f"{path} cannot be read ({error}): download or export it again")
+    if frame.empty:
+        fail(f"{path} has no rows: download or export it again")
+    return frame
