@@ -188,13 +188,12 @@ def index_ids(interactions, items, users):
     Interactions are sorted by user and time, ties in the order of the file; their index keeps the file's row.
     """
     user_ids, item_ids = (sorted(interactions[name].unique()) for name in ("user_id", "item_id"))
-    user = pd.Categorical(interactions["user_id"], user_ids).codes.astype("int64")
-    item = pd.Categorical(interactions["item_id"], item_ids).codes.astype("int64")
     table = interactions.drop(columns=["user_id", "item_id"])
     table = table.astype({"rating": "float32", "timestamp": "int64"})
-    table.insert(0, "user", user)
-    table.insert(1, "item", item)
-    table = table.iloc[np.lexsort((table["timestamp"], user))]
+    for name, ids in (("user", user_ids), ("item", item_ids)):
+        published = interactions[f"{name}_id"].astype("category")
+        table[name] = published.cat.set_categories(ids).cat.codes.astype("int64")
+    table = table.iloc[np.lexsort((table["timestamp"], table["user"]))]
     items, items_repeated, items_missing = rows_by_id(items, "item_id", item_ids)
     items, num_untitled, num_junk = clean_items(items)
     items.insert(0, "item", np.arange(len(item_ids)))
@@ -341,7 +340,7 @@ def take_texts(chunks, rows):
 
 
 def row_groups(table, reviews, size=1 << 16):
-    """The interactions as the artifact holds them: yields arrow tables; all texts are never copied at once."""
+    """The interactions as the artifact holds them: yields arrow tables; texts are never copied all at once."""
     for start in range(0, len(table), size):
         part = table.iloc[start:start + size]
         columns = {name: pa.array(part[name].to_numpy())
