@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,32 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-NAMES = ("01_prepare", "02_infer_profiles", "03_quantize", "04_train_ctr", "05_case_study")
-MODULES = [importlib.import_module(name) for name in NAMES]
-STAGES = {f"{name}.py": module for name, module in zip(NAMES, MODULES)}
-prepare, infer, quantize, ctr, case_study = MODULES
+NAMES = {"prepare": "01_prepare", "infer": "02_infer_profiles", "quantize": "03_quantize",
+         "ctr": "04_train_ctr", "case_study": "05_case_study"}
+
+
+class Stages(Mapping):
+    """File name of a stage -> its module, imported at first use: a broken stage fails its own tests only."""
+
+    def __getitem__(self, script):
+        return importlib.import_module(script.removesuffix(".py"))
+
+    def __iter__(self):
+        return (f"{name}.py" for name in NAMES.values())
+
+    def __len__(self):
+        return len(NAMES)
+
+
+STAGES = Stages()
+
+
+def __getattr__(name):
+    """`from conftest import prepare` gives the module of stage 1, and so on."""
+    if name in NAMES:
+        return importlib.import_module(NAMES[name])
+    raise AttributeError(name)
+
 
 NAME_TEXTS = ["This user's hobby is", "his background is"]
 TASK_TEXT = "The user has bought"
