@@ -27,7 +27,6 @@ Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
   gains
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -47,7 +46,8 @@ from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, writ
 from userip.ctr_models import MODELS, build
 from userip.ctr_report import calibration_error, draw_figure, history_groups, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
-from userip.features import cf_codes, leniency_codes, profile_vectors, random_codes
+from userip.features import cf_codes, dense_fields, leniency_codes, profile_vectors, random_codes
+from userip.finished import FinishedRows
 from userip.further_runs import check_further_runs, further_run
 from userip.options import at_least, option_name, options_text, parse_with_presets, stage_parser, start_stage
 from userip.serving import serving_figures, serving_table
@@ -184,22 +184,6 @@ def sparse_fields(feature, run, seed):
     return fields, sizes
 
 
-def dense_fields(run, device):
-    """The profiles as the last fields of Rows: vectors, their widths, and by split which one a row reads.
-
-    With folds, run.vectors are those of fold after fold, [(folds + 1) N, C] per profile: a train row reads
-    those without its own fold, run.fold [n], and other rows the last, those with all evidence.
-    """
-    rows = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in run.labels}
-    if run.fold is not None:
-        num_folds = len(run.vectors[0]) // len(run.users) - 1
-        rows = {name: user + len(run.users) * (run.fold if name == "train" else num_folds)
-                for name, user in rows.items()}
-    dims = tuple(part.shape[1] for part in run.vectors)
-    users = {name: user.to(device) for name, user in rows.items()}
-    return {"vectors": torch.cat(run.vectors, 1).to(device), "dims": dims, "users": users}
-
-
 def read_rows(args, run, pairs):
     """Pairs (feature set, seed) of one shape, F fields -> Rows, and the index of each pair's fields in it"""
     keys = {pair: pair if pair[0] in DRAWN else (pair[0], 0) for pair in pairs}
@@ -220,14 +204,9 @@ def read_rows(args, run, pairs):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def own_decay(args, model):
-    """The penalty of a model's embeddings: as asked for, or its default"""
-    return WEIGHT_DECAY[model] if args.weight_decay is None else args.weight_decay
-
-
 def candidates(args, model):
     """What a model is trained with, in the order of CHOICES: the options, or with --tune all of the grid"""
-    decay = own_decay(args, model)
+    decay = WEIGHT_DECAY[model] if args.weight_decay is None else args.weight_decay
     if not args.tune:
         return [(args.lr, decay, args.start)]
     return [(lr, share * decay, start) for lr, share, start in itertools.product(*GRID.values())]
@@ -284,56 +263,28 @@ def score(run, probabilities):
 
 def row_key(args, run, model, feature, seed):
     """A digest of what decides a row's figures: options, inputs, which row, the code that trains it."""
-    ignored = {"run_dir", "models", "features", "splits", "codebook_sizes", "bench", "paper"}
+    ignored = {"run_dir", "models", "features", "splits", "codebook_sizes", "bench", "paper", *CHOICES}
     ignored |= set() if args.tune else {"seed", "seeds"}  # a choice is made over all seeds
     options = {key: option for key, option in vars(args).items() if key not in ignored}
-    options["weight_decay"] = own_decay(args, model)
     # what reads no profile is the same for any codebook
     inputs = {name: digest for name, digest in run.digests.items()
               if feature not in ("none", "leniency") or name == "interactions.parquet"}
-    text = json.dumps([options, inputs, model, feature, seed, code_digests()], sort_keys=True, default=str)
+    text = json.dumps([options, candidates(args, model), inputs, model, feature, seed, code_digests()],
+                      sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@functools.cache
 def code_digests():
     """What of the program decides a row's figures: this stage and the rooms it trains with; torch, device"""
-    rooms = "ctr_models", "ctr_training", "ctr_report", "features"
-    files = [Path(__file__).name, "common.py", *(f"userip/{room}.py" for room in rooms)]
-    digests = [sha256_of(Path(__file__).parent / file) for file in files]
+    rooms = [f"userip/{room}.py" for room in ("ctr_models", "ctr_training", "ctr_report", "features")]
+    digests = [sha256_of(Path(__file__).parent / file) for file in (Path(__file__).name, "common.py", *rooms)]
     return [*digests, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu"]
-
-
-def read_finished(path):
-    """finished.jsonl -> {key: row}; a line that a kill cut short is no row."""
-    rows = {}
-    try:
-        lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}; move it away")
-    for line in filter(None, lines):
-        try:
-            row = json.loads(line)
-            rows[row.pop("key")] = row
-        except (ValueError, KeyError, AttributeError, TypeError):  # TypeError: a list
-            print(f"{path}: an unfinished line is left out")
-    return rows
-
-
-def append_finished(path, rows):
-    """Append rows {key: row}, each on a new line: a line that a kill cut short must not swallow the next."""
-    try:
-        with open(path, "a") as file:
-            file.write("".join("\n" + json.dumps({"key": key, **row}) for key, row in rows.items()))
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; rows that it holds are kept")
 
 
 def train_run(args, run, models, features, seeds):
     """All rows of one run, the base rate first; finished ones are read, the others trained: list of dicts"""
-    path = Path(args.run_dir) / "finished.jsonl"
-    finished, facts = read_finished(path), {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
-    append_finished(path, {})  # fails now, not after the first model, if it cannot be written
+    finished = FinishedRows(Path(args.run_dir) / "finished.jsonl")
+    facts = {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
     rate = float(run.labels["train"].mean())
     rows = [{"model": "base rate", "features": "none", **facts, "seed": 0, "auc": 0.5,
              "logloss": logloss(run.labels["test"], rate),
@@ -349,10 +300,8 @@ def train_run(args, run, models, features, seeds):
             started = time.time()
             chosen = train_group(args, model, run, missing)
             seconds = {"seconds": (time.time() - started) / len(missing)}
-            trained = {keys[pair]: {"model": model, "features": pair[0], **facts, "seed": pair[1]}
-                       | figures | seconds for pair, figures in chosen.items()}
-            append_finished(path, trained)
-            finished |= trained
+            finished.append({keys[pair]: {"model": model, "features": pair[0], **facts, "seed": pair[1]}
+                             | figures | seconds for pair, figures in chosen.items()})
         for pair, key in keys.items():
             row = finished[key]
             rows.append(row)
@@ -420,9 +369,10 @@ def main(args):
     write_artifact(args, "results.md", text, runs[0].inputs, **facts)
     path = write_artifact(args, "results.parquet", results, runs[0].inputs, **facts)
     final = f"wrote {path}: {len(results)} rows"
-    for model, gain in list(gains.items())[:1]:
-        gain_text = with_interval(gain["auc_gain"], gain["auc_half_interval"])
-        final += f" | {model}: codes - random AUC {gain_text}"
+    if gains:
+        model, gain = next(iter(gains.items()))
+        interval = with_interval(gain["auc_gain"], gain["auc_half_interval"])
+        final += f" | {model}: codes - random AUC {interval}"
         if "share_of_oracle" in gain:
             final += f", {gain['share_of_oracle']:.0%} of what the truth gains"
     print(final)

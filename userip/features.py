@@ -6,6 +6,7 @@ train and support rows are read.
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
@@ -73,3 +74,19 @@ def profile_vectors(profiles, codebook, names):
     """
     return [((profiles["profiles"][..., k, :] - codebook[name]["mean"]) @ codebook[name]["transform"])
             .flatten(0, -2) for k, name in enumerate(names)]
+
+
+def dense_fields(run, device):
+    """The profiles as the last fields of Rows: vectors, their widths, and by split which one a row reads.
+
+    With folds, run.vectors are those of fold after fold, [(folds + 1) N, C] per profile: a train row reads
+    those without its own fold, run.fold [n], and other rows the last, those with all evidence.
+    """
+    rows = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in run.labels}
+    if run.fold is not None:
+        num_folds = len(run.vectors[0]) // len(run.users) - 1
+        rows = {name: user + len(run.users) * (run.fold if name == "train" else num_folds)
+                for name, user in rows.items()}
+    dims = tuple(part.shape[1] for part in run.vectors)
+    users = {name: user.to(device) for name, user in rows.items()}
+    return {"vectors": torch.cat(run.vectors, 1).to(device), "dims": dims, "users": users}

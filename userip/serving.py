@@ -21,8 +21,8 @@ class FoldedDCN:
     """A DCN ready to serve: users and items keep the few numbers that it reads of them, the bank folded in.
 
     By induction x_l = α_l x_0 + β_l with β_l = b_0 + … + b_{l-1}, α_{l+1} = α_l (1 + w_lᵀ x_0) + w_lᵀ β_l. So
-    of x_0 the model reads only w_lᵀ x_0 [L], the head's part [1] and the MLP's first layer [H]. These are sums
-    over the fields; the parts of a user and of the user's codes are added in advance.
+    of x_0 the model reads only w_lᵀ x_0 [L], the head's part [1] and the MLP's first layer [H]. These are
+    sums over the fields; the parts of a user and of the user's codes are added in advance.
     """
 
     def __init__(self, net, tables, codes):
