@@ -1,3 +1,6 @@
+"""Stage 4: which fields a model reads, what is chosen on valid, what is trained, finished and refused."""
+
+import functools
 import itertools
 import json
 import shutil
@@ -32,12 +35,17 @@ def test_test_labels_reach_neither_training_nor_any_choice():
 
 def test_the_best_epoch_is_restored_and_patience_stops():
     run = small_run_of()
-    argv = lambda epochs: ("--epochs", epochs, "--patience", 30, "--lr", 0.05)
-    long = group(run, *argv(30))[("none", 0)]
+    argv = lambda epochs: ("--epochs", epochs, "--patience", 20, "--lr", 0.05)
+    long = group(run, *argv(20))[("none", 0)]
     # the figures are those of the best epoch's weights, not of the last
-    assert long["best_epoch"] < 30 and long == group(run, *argv(long["best_epoch"]))[("none", 0)]
-    stopped = group(run, *argv(30), "--patience", 1)[("none", 0)]
+    assert long["best_epoch"] < 20 and long == group(run, *argv(long["best_epoch"]))[("none", 0)]
+    stopped = group(run, *argv(20), "--patience", 1)[("none", 0)]
     assert stopped["best_epoch"] <= long["best_epoch"]
+
+
+@functools.cache
+def default_logloss():
+    return group(small_run_of())[("none", 0)]["logloss"]
 
 
 @pytest.mark.parametrize("change", [
@@ -45,28 +53,28 @@ def test_the_best_epoch_is_restored_and_patience_stops():
     ("--layers", 1), ("--field-dim", 4), ("--batch-size", 64), ("--epochs", 1), ("--id-dropout", 0.3),
     ("--start", 0.1)])
 def test_every_option_moves_the_result(change):
-    run = small_run_of()
-    figure = lambda *argv: group(run, *argv)[("none", 0)]["logloss"]
-    assert figure() != figure(*change)
+    assert group(small_run_of(), *change)[("none", 0)]["logloss"] != default_logloss()
 
 
 def test_codes_that_tell_are_used_and_random_ones_are_not():
-    found = group(small_run_of(), "--epochs", 40, name="dcnv2", features=["codes", "random", "truth", "cf"])
-    auc = {feature: figures["auc"] for (feature, _), figures in found.items()}
+    argv = "--epochs", 25, "--lr", 0.005
+    rows = group(small_run_of(), *argv, name="dcnv2", features=["codes", "random", "truth", "cf"])
+    auc = {feature: figures["auc"] for (feature, _), figures in rows.items()}
     assert min(auc["codes"], auc["truth"]) > auc["random"] + 0.05
-    dense = group(small_run_of(), "--epochs", 40, name="dcnv2", features=["dense"])[("dense", 0)]["auc"]
+    dense = group(small_run_of(), *argv, name="dcnv2", features=["dense"])[("dense", 0)]["auc"]
     assert dense > auc["random"] + 0.05
 
 
 def test_the_choice_is_the_best_mean_on_valid_and_is_that_run():
     run, grid = small_run_of(), ctr.candidates(settings("--tune"), "dcn")
     assert {row[1] for row in grid} == {3e-3, 0.1 * 3e-3} and len(grid) == 8
-    chosen = group(run, "--tune", features=["codes", "random"], seeds=[0, 1])
+    size = "--batch-size", 512
+    chosen = group(run, "--tune", *size, features=["codes", "random"], seeds=[0, 1])
     for feature in ("codes", "random"):
         mean = {}
         for values in grid:
             options = [f"--{key.replace('_', '-')}={value}" for key, value in zip(ctr.CHOICES, values)]
-            alone = group(run, *options, features=[feature], seeds=[0, 1])
+            alone = group(run, *options, *size, features=[feature], seeds=[0, 1])
             mean[values] = np.mean([figures["valid_logloss"] for figures in alone.values()])
             if values == tuple(chosen[feature, 0][key] for key in ctr.CHOICES):
                 for seed in (0, 1):
@@ -79,7 +87,8 @@ def test_a_finished_row_is_never_trained_twice_and_a_killed_run_ends_the_same(tm
     run, seeds, features = small_run_of(), range(2), ["none", "codes", "random", "leniency"]
     rows = lambda folder, *more: [
         {key: value for key, value in row.items() if key != "seconds"} for row in ctr.train_run(
-            settings("--run-dir", tmp_path / folder, *more), run, ["dcn", "pnn"], features, seeds)]
+            settings("--run-dir", tmp_path / folder, "--epochs", 1, *more), run, ["dcn", "pnn"], features,
+            seeds)]
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     whole = rows("whole")
@@ -113,8 +122,8 @@ def test_only_rows_that_are_missing_are_trained(tmp_path, monkeypatch, capsys):
     train = ctr.train_stack
     monkeypatch.setattr(ctr, "train_stack", lambda args, name, members, *rest:
                         trained.append(len(members)) or train(args, name, members, *rest))
-    score = lambda features, seeds, *more: ctr.train_run(settings("--run-dir", tmp_path, *more), run, ["dcn"],
-                                                         features, range(seeds))
+    score = lambda features, seeds, *more: ctr.train_run(
+        settings("--run-dir", tmp_path, "--epochs", 1, *more), run, ["dcn"], features, range(seeds))
     score(["codes"], 1)
     score(["codes", "random"], 2)
     score(["codes", "random"], 2, "--paper")  # the learning rate is that of the tests all the same

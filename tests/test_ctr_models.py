@@ -34,7 +34,7 @@ def rows_for(model, batch=9, num_fields=len(SIZES)):
 
 
 def dot(a, b):
-    return sum(float(x) * float(y) for x, y in zip(a, b))
+    return sum(x * y for x, y in zip(a, b))
 
 
 def affine(layer, x):
@@ -119,12 +119,12 @@ def naive_difm(m, rows):
 
 def naive_afn(m, e):
     norm = lambda layer, j, x: (x - float(layer.running_mean[j])) / np.sqrt(
-        float(layer.running_var[j]) + layer.eps) * float(layer.weight[j]) + float(layer.bias[j])
+        float(layer.running_var[j]) + layer.eps) * layer.weight[j].item() + layer.bias[j].item()
     u = []
     for j in range(SETTINGS["hidden"][0]):
         for d in range(E):
             logs = [np.log(max(abs(x[d]), m.smallest)) for x in e]
-            power = dot(m.powers.weight[j], logs)
+            power = dot(m.powers.weight[j].tolist(), logs)
             u.append(norm(m.behind, j, np.exp(norm(m.before, j, power))))
     return with_head(m.deep, u)
 

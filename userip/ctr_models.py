@@ -125,7 +125,8 @@ class DeepFM(nn.Module):
 
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
-        return self.bias + w.sum(1) + inner_products(e).sum(1) + self.deep(e.flatten(1), keep)
+        deep = self.deep(e.flatten(1), keep)
+        return self.bias + w.sum(1) + inner_products(e).sum(1) + deep
 
 
 class FiBiNET(nn.Module):
