@@ -44,7 +44,7 @@ from sklearn.metrics import roc_auc_score
 from common import logloss, with_interval
 from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, write_artifact
 from userip.ctr_models import MODELS, build
-from userip.ctr_report import calibration_error, draw_figure, history_groups, summarize
+from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
 from userip.features import cf_codes, dense_fields, leniency_codes, profile_vectors, random_codes
 from userip.finished import FinishedRows
@@ -251,6 +251,23 @@ def train_group(args, name, run, pairs):
     return chosen
 
 
+def history_groups(run):
+    """Test rows by how many train rows the user has: none, or a third each: dict of bool [n]"""
+    history = run.history[run.split["test"]["user"]]
+    warm = history[history > 0]
+    low, high = np.quantile(warm, [1 / 3, 2 / 3]) if len(warm) else (0, 0)
+    return {"cold": history == 0, "short": (history > 0) & (history <= low),
+            "middle": (history > low) & (history <= high), "long": history > high}
+
+
+def calibration_error(labels, probabilities, num_bins=10):
+    """Expected calibration error: mean of |mean probability - share of clicks| over bins of equal size."""
+    order = np.argsort(probabilities, kind="stable")
+    bins = [part for part in np.array_split(order, num_bins) if len(part)]
+    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in bins]
+    return float(sum(gaps) / len(labels))
+
+
 def score(run, probabilities):
     """Figures on test: AUC, logloss, calibration error; AUC by history, nan where a group has one label."""
     labels, group_auc = run.labels["test"], {}
@@ -276,7 +293,7 @@ def row_key(args, run, model, feature, seed):
 
 def code_digests():
     """What of the program decides a row's figures: this stage and the rooms it trains with; torch, device"""
-    rooms = [f"userip/{room}.py" for room in ("ctr_models", "ctr_training", "ctr_report", "features")]
+    rooms = [f"userip/{room}.py" for room in ("ctr_models", "ctr_training", "features")]
     digests = [sha256_of(Path(__file__).parent / file) for file in (Path(__file__).name, "common.py", *rooms)]
     return [*digests, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu"]
 

@@ -266,3 +266,27 @@ def test_rows_without_profiles_are_the_same_for_any_codebook_and_no_others():
     for feature in ctr.FEATURES:
         first, other_bank, other_rows = (ctr.row_key(args, run, "dcn", feature, 0) for run in runs)
         assert (first == other_bank) == (feature in ("none", "leniency")) and first != other_rows
+
+
+def test_history_groups_are_a_partition_by_train_rows():
+    run = small_run_of()
+    groups = ctr.history_groups(run)
+    assert (sum(mask.astype(int) for mask in groups.values()) == 1).all()
+    users = run.split["test"]["user"].to_numpy()
+    assert (groups["cold"] == (users >= 280)).all() and groups["cold"].any()
+    run.history = np.arange(300)
+    counts = [run.history[users][mask] for name, mask in ctr.history_groups(run).items() if name != "cold"]
+    assert counts[0].max() < counts[1].min() and counts[1].max() < counts[2].min()
+    sizes = [len(part) for part in counts]
+    assert max(sizes) < 1.3 * min(sizes)
+
+
+def test_calibration_error_is_zero_for_the_truth_and_the_shift_for_a_shift():
+    rng = np.random.default_rng(0)
+    probabilities = rng.uniform(0.2, 0.6, 200_000)
+    labels = (rng.random(200_000) < probabilities).astype(np.int8)
+    assert ctr.calibration_error(labels, probabilities) < 0.01
+    assert ctr.calibration_error(labels, probabilities + 0.3) == pytest.approx(0.3, abs=0.01)
+    extreme = np.where(probabilities < 0.4, 0.0, 0.8)  # right on average, wrong by 0.3 and by 0.3
+    assert ctr.calibration_error(labels, extreme) == pytest.approx(0.3, abs=0.01)
+    assert ctr.calibration_error(np.array([0, 1]), np.array([0.25, 1.0])) == pytest.approx(0.125)

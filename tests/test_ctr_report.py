@@ -11,21 +11,6 @@ from sklearn.metrics import roc_auc_score
 from ctr_data import small_run_of
 from userip import ctr_report
 
-GROUPS = "cold", "short", "middle", "long"
-
-
-def test_history_groups_are_a_partition_by_train_rows():
-    run = small_run_of()
-    groups = ctr_report.history_groups(run)
-    assert (sum(mask.astype(int) for mask in groups.values()) == 1).all()
-    users = run.split["test"]["user"].to_numpy()
-    assert (groups["cold"] == (users >= 280)).all() and groups["cold"].any()
-    run.history = np.arange(300)
-    counts = [run.history[users][mask] for name, mask in ctr_report.history_groups(run).items() if name != "cold"]
-    assert counts[0].max() < counts[1].min() and counts[1].max() < counts[2].min()
-    sizes = [len(part) for part in counts]
-    assert max(sizes) < 1.3 * min(sizes)
-
 
 def test_the_papers_relative_improvements_come_out():
     """Eq. 10 and 11 on table 2's printed figures; tolerance: what rounding to four digits can do."""
@@ -46,17 +31,6 @@ def test_the_paired_interval_is_that_of_a_paired_t_test():
     low, high = test.confidence_interval(0.95)
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
     assert p == pytest.approx(test.pvalue)
-
-
-def test_calibration_error_is_zero_for_the_truth_and_the_shift_for_a_shift():
-    rng = np.random.default_rng(0)
-    probabilities = rng.uniform(0.2, 0.6, 200_000)
-    labels = (rng.random(200_000) < probabilities).astype(np.int8)
-    assert ctr_report.calibration_error(labels, probabilities) < 0.01
-    assert ctr_report.calibration_error(labels, probabilities + 0.3) == pytest.approx(0.3, abs=0.01)
-    extreme = np.where(probabilities < 0.4, 0.0, 0.8)  # right on average, wrong by 0.3 and by 0.3
-    assert ctr_report.calibration_error(labels, extreme) == pytest.approx(0.3, abs=0.01)
-    assert ctr_report.calibration_error(np.array([0, 1]), np.array([0.25, 1.0])) == pytest.approx(0.125)
 
 
 def test_auc_counts_ties_as_half():
@@ -103,7 +77,7 @@ def test_the_papers_tables_stand_beside_ours_where_it_is_the_papers_data():
     run.prepared = {"dataset": "games", "interactions": 27_024, "split": "random"}
     args = SimpleNamespace(field_dim=8, layers=3, hidden=[16], dropout=0.2, id_dropout=0.0, batch_size=512,
                            epochs=1, patience=1, tune=False)
-    columns = dict.fromkeys(["lr", "weight_decay", "start", *(f"auc_{name}" for name in GROUPS)], 0.5)
+    columns = dict.fromkeys(["lr", "weight_decay", "start"], 0.5)
     text, _ = ctr_report.summarize(args, results.assign(**columns), [run], {"none": "ids only"})
     assert "19,927 interactions; here are 27,024" in text and lines[2] in text
     assert ctr_report.paper_name({"dataset": "nete", "interactions": 441_783}) == "movies"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -38,6 +39,11 @@ def test_options_become_a_command_line_again():
 
 def test_further_splits_are_made_by_the_stages_with_the_same_options(small_run, tmp_path, monkeypatch):
     """Another split has rows and codes of its own; it is made once, and again when the options differ."""
+    def in_this_process(command):
+        run_stage(Path(command[1]).name, *command[2:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(further_runs.subprocess, "run", in_this_process)
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     argv = ("04_train_ctr.py", "--run-dir", run, "--models", "dcn", "--seeds", 2, "--epochs", 1,

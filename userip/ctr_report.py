@@ -69,14 +69,6 @@ def paired_interval(differences, overlap=0.0):
     return mean, float(stats.t.ppf(0.975, num - 1) * error), float(p)
 
 
-def calibration_error(labels, probabilities, num_bins=10):
-    """Expected calibration error: mean of |mean probability - share of clicks| over bins of equal size."""
-    order = np.argsort(probabilities, kind="stable")
-    bins = [part for part in np.array_split(order, num_bins) if len(part)]
-    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in bins]
-    return float(sum(gaps) / len(labels))
-
-
 def group_results(results):
     """results -> {(model, features): frame}, rows in the order of split and seed"""
     ordered = results.sort_values(["split_seed", "seed"], kind="stable")
@@ -151,28 +143,6 @@ def paper_name(prepared):
     return next((name for name, count in PAPER_DATA.items() if count == prepared["interactions"]), None)
 
 
-def history_groups(run):
-    """Test rows by how many train rows the user has: none, or a third each: dict of bool [n]"""
-    history = run.history[run.split["test"]["user"]]
-    warm = history[history > 0]
-    low, high = np.quantile(warm, [1 / 3, 2 / 3]) if len(warm) else (0, 0)
-    return {"cold": history == 0, "short": (history > 0) & (history <= low),
-            "middle": (history > low) & (history <= high), "long": history > high}
-
-
-def table_of_history(groups, run):
-    """AUC by how much history the user has; cold users apart"""
-    history = run.history[run.split["test"]["user"]]
-    titles = {}
-    for name, mask in history_groups(run).items():
-        if mask.any():
-            span = f", {history[mask].min()} to {history[mask].max()}" if name != "cold" else ""
-            titles[f"auc_{name}"] = f"{name} ({mask.sum():,} rows{span})"
-    lines = [[model, features, *(spread(frame[column]) for column in titles)]
-             for (model, features), frame in groups.items() if model != "base rate"]
-    return markdown(["model", "features", *titles.values()], lines)
-
-
 def table_of_choices(args, results):
     """Learning rate, penalty and start of each model; with --tune of each feature set and split"""
     keys = ["model", "features", "split_seed"] if args.tune else ["model"]
@@ -194,9 +164,8 @@ def summarize(args, results, runs, meaning):
     num_test, num_train = len(first.labels["test"]), len(first.labels["train"])
     num_cold = int((first.history[first.split["test"]["user"]] == 0).sum())
     differences, gains = table_of_differences(groups, num_test / num_train if num_splits > 1 else 0.0)
-    interval = ("t test over splits and seeds, its variance corrected for the splits' overlap (Nadeau and "
-                "Bengio, 2003)" if num_splits > 1 else
-                "t test over the seeds of one split, so that it says nothing of other splits (--splits)")
+    interval = ("over splits and seeds, corrected for the splits' overlap (Nadeau and Bengio, 2003)"
+                if num_splits > 1 else "over the seeds of one split, which says nothing of other splits")
     features = "; ".join(f"`{name}`: {text}" for name, text in meaning.items()
                          if name in set(results["features"]))
     data = paper_name(first.prepared)
@@ -219,13 +188,10 @@ def summarize(args, results, runs, meaning):
             *table_of_means(groups, data), ""]
     if num_lines := len(differences) - 2:
         text += ["## Paired differences", "",
-                 f"Here ± is half of the 95% interval: {interval}. AUC: more is better, logloss: less. p: "
-                 f"that the difference is 0, not corrected for {2 * num_lines} looks. Share of the "
+                 f"Here ± is half of the 95% interval of a t test {interval}. AUC: more is better, logloss: "
+                 f"less. p: that the difference is 0, not corrected for {2 * num_lines} looks. Share of the "
                  "truth's gain: (codes - random) / (truth - random).", "", *differences, ""]
-    text += ["## AUC by history", "",
-             "Test rows by the number of the user's train rows (first split).", "",
-             *table_of_history(groups, first)]
-    return "\n".join(text) + "\n", gains
+    return "\n".join(text), gains
 
 
 def draw_figure(args, name, title, rows):
