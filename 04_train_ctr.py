@@ -47,7 +47,7 @@ from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
 from userip.features import cf_codes, dense_fields, leniency_codes, profile_vectors, random_codes
-from userip.finished import FinishedRows
+from userip.finished import FinishedRows, code_digests
 from userip.further_runs import check_further_runs, further_run
 from userip.options import at_least, option_name, options_text, parse_with_presets, stage_parser, start_stage
 from userip.serving import serving_figures, serving_table
@@ -289,13 +289,6 @@ def row_key(args, run, model, feature, seed):
     text = json.dumps([options, candidates(args, model), inputs, model, feature, seed, code_digests()],
                       sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def code_digests():
-    """What of the program decides a row's figures: this stage and the rooms it trains with; torch, device"""
-    rooms = [f"userip/{room}.py" for room in ("ctr_models", "ctr_training", "features")]
-    digests = [sha256_of(Path(__file__).parent / file) for file in (Path(__file__).name, "common.py", *rooms)]
-    return [*digests, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu"]
 
 
 def train_run(args, run, models, features, seeds):

@@ -1,8 +1,20 @@
 """finished.jsonl: rows that were trained before, each under a digest of all that decides it."""
 
 import json
+from pathlib import Path
 
-from userip.artifacts import fail
+import torch
+
+from userip.artifacts import fail, sha256_of
+
+_CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
+         "userip/features.py")
+
+
+def code_digests():
+    """What of the program decides a row's figures: the files that train it; torch's version, the device"""
+    digests = [sha256_of(Path(__file__).resolve().parent.parent / file) for file in _CODE]
+    return [*digests, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu"]
 
 
 class FinishedRows(dict):
