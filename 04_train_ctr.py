@@ -53,17 +53,17 @@ from userip.options import at_least, option_name, options_text, parse_with_prese
 from userip.serving import serving_figures, serving_table
 
 PAPER = {"lr": 0.001}  # the paper gives neither batch size nor penalty
-# penalty of the embeddings: in shallow models no network can scale them up again
+# penalty of the embeddings: smaller where no network can scale embeddings or first-order weights up again
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
 # the decay as a multiple of the model's own
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}
 FEATURES = {
-    "none": "user id and item id only", "codes": "and the codes of the feature bank (UserIP)",
-    "random": "and the same codes dealt to users at random: more parameters, no information",
-    "truth": "and the planted truth: the upper bound",
-    "cf": "and k-means codes of the users' SVD factors, without a LLM",
-    "leniency": "and the quartile of how generously the user rates, without a LLM",
-    "dense": "and the profiles themselves, not quantized (UserIP w.o. VQ)"}
+    "none": "user id and item id only", "codes": "ids and the codes of the feature bank (UserIP)",
+    "random": "ids and the same codes dealt to users at random: more parameters, no information",
+    "truth": "ids and the planted truth: the upper bound",
+    "cf": "ids and k-means codes of the users' SVD factors, without a LLM",
+    "leniency": "ids and the quartile of how generously the user rates, without a LLM",
+    "dense": "ids and the profiles themselves, not quantized (UserIP w.o. VQ)"}
 DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
@@ -71,11 +71,13 @@ MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's av
 
 def parse_args(argv=None):
     parser, add = stage_parser(__doc__)
-    add.data("--splits", type=at_least(1), default=1, help="splits of the data: stages 1 to 3 for each")
-    add.data("--features", nargs="+", choices=FEATURES,
-             help="read beside the ids (default: none codes random and, on planted data, truth)")
+    add.data("--splits", type=at_least(1), default=1, help="number of splits; stages 1 to 3 run for each")
+    add.data("--codebook-sizes", action="store_true", help="figures 5 and 6: the first model with many K")
+    add.data("--features", nargs="+", choices=FEATURES, metavar="SET",
+             help=f"of {' '.join(FEATURES)} (default: none codes random and, on planted data, truth)")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
-    add.method("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], help="to train")
+    add.method("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], metavar="MODEL",
+               help=f"of {' '.join(MODELS)} (default: dcn pnn onn dcnv2)")
     add.method("--field-dim", type=at_least(1), default=8, help="width of a field's embedding, E")
     add.method("--layers", type=at_least(1), default=3,
                help="cross layers (DCN, DCNv2), attention layers (AutoInt)")
@@ -98,7 +100,6 @@ def parse_args(argv=None):
                  help=f"choose on valid, for each model and feature set: {grid} (decay: of the model's own)")
     add.machine("--compile", action="store_true",
                 help="compile each model's step (10 s and a C++ compiler each; pays on larger data)")
-    add.data("--codebook-sizes", action="store_true", help="figures 5 and 6: the first model with many K")
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
     for name in ("dropout", "id_dropout"):
