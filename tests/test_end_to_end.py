@@ -176,12 +176,12 @@ def test_every_command_in_the_readme_parses():
 
 
 def test_the_tree_holds_what_the_readme_says_and_nothing_else():
-    allowed = {*STAGES, "common.py", "ctr_models.py", "tests", "requirements.txt", "README.md", "LICENSE",
+    allowed = {*STAGES, "common.py", "userip", "tests", "requirements.txt", "README.md", "LICENSE",
                "assets", "runs", "__pycache__"}
     found = {path.name for path in Path(ROOT).iterdir() if not path.name.startswith(".")}
     assert found - allowed <= {"v", "venv"}
     readme = (Path(ROOT) / "README.md").read_text()
-    for name in (*STAGES, "common.py", "ctr_models.py", "requirements.txt"):
+    for name in (*STAGES, "common.py", "requirements.txt"):
         assert name in readme
 
 
