@@ -340,7 +340,7 @@ def take_texts(chunks, rows):
 
 
 def row_groups(table, reviews, size=1 << 16):
-    """The interactions as the artifact holds them: yields arrow tables; texts are never copied all at once."""
+    """The interactions as the artifact holds them: yields arrow tables; texts are not copied all at once"""
     for start in range(0, len(table), size):
         part = table.iloc[start:start + size]
         columns = {name: pa.array(part[name].to_numpy())

@@ -4,11 +4,12 @@ For each code a card lists the categories, brands, words and prices that its use
 others (log-odds with a Dirichlet prior; Monroe et al., 2008), how they rate, and what is known of them. A few
 users are shown with the items they had, their codes, the words of their profiles (table 5 of the paper)
 beside those of a control, another user drawn at random, and what a click-through model recommends without
-and with the codes. Two methods give words: the vocabulary's nearest to θ_u - θ̄, and a lens: the words that the LLM
-expects more after "This user's hobby is" θ_u than after θ̄. Over many users: do a user's words occur in the
-user's held-out items more often than the control's? And where does the LLM look (figure 7 of the paper): the
-attention from the words of "The user likes …" to the soft token, before and after tuning, and the share of it
-on content words, with an interval. Items shown are of train rows, held-out rows are valid ones, never test.
+and with the codes. Two methods give words: the vocabulary's nearest to θ_u - θ̄, and a lens: the words that
+the LLM expects more after "This user's hobby is" θ_u than after θ̄. Over many users: do a user's words occur
+in the user's held-out items more often than the control's? And where does the LLM look (figure 7 of the
+paper): the attention from the words of "The user likes …" to the soft token, before and after tuning, and the
+share of it on content words, with an interval. Items shown are of train rows, held-out rows are valid ones,
+never test.
 
 Reads   all artifacts of the run, and the LLM
 Writes  report.html: one file with its pictures inside, opens without a network
@@ -415,3 +416,7 @@ def main(args):
         print(f"{name}: share of attention on content words {parts[0]} before, {parts[1]} after tuning")
     num_pictures = len(maps) + len(curves) + len(attention) + 2
     print(f"wrote {path}: {len(chosen)} users, {sum(run.sizes)} codes, {num_pictures} pictures")
+
+
+if __name__ == "__main__":
+    main(parse_args())

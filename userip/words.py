@@ -24,8 +24,8 @@ def nearest_words(deviation, embeddings, words, num_words):
 def lens_words(model, vocabulary, prefix, soft, shared, num_words, batch_size=256):
     """The words whose log-probability after the name text and θ_u rises most against θ̄: a list per user
 
-    vocabulary: ids and texts [W] of its words; prefix: token ids of "This user's hobby is"; soft [B, S D], shared
-    [S D].
+    vocabulary: ids and texts [W] of its words; prefix: token ids of "This user's hobby is"; soft
+    [B, S D], shared [S D].
     """
     (ids, words), embed = vocabulary, model.get_input_embeddings()
     before = embed(torch.tensor(prefix))[None]  # [1, L, D]
