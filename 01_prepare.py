@@ -155,8 +155,9 @@ def load(args):
 
 def keep_latest(interactions):
     """Of rows with the same user and item the latest, of equal times the last; rows stay in order."""
-    by_time = interactions[["user_id", "item_id", "timestamp"]].sort_values("timestamp", kind="stable")
-    return interactions[~by_time.duplicated(["user_id", "item_id"], keep="last").sort_index()]
+    pair = ["user_id", "item_id"]
+    repeated = interactions[interactions.duplicated(pair, keep=False)].sort_values("timestamp", kind="stable")
+    return interactions.drop(index=repeated.index[repeated.duplicated(pair, keep="last")])
 
 
 def keep_core(interactions, min_interactions):
@@ -340,7 +341,7 @@ def take_texts(chunks, rows):
 
 
 def row_groups(table, reviews, size=1 << 16):
-    """The interactions as the artifact holds them: yields arrow tables; texts are not copied all at once"""
+    """The rows of interactions.parquet as arrow tables of `size` rows: texts are never copied all at once."""
     for start in range(0, len(table), size):
         part = table.iloc[start:start + size]
         columns = {name: pa.array(part[name].to_numpy())
