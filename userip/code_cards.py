@@ -1,24 +1,46 @@
-"""Code cards: what the users of a code have more often than all others, how they rate, who they are."""
+"""What the users of a code have in common: items, ratings, and what is known of the users, as a card per code."""
+
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import sparse, stats
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.metrics import adjusted_mutual_info_score
 
+from userip.page import mean_with_interval
+
+WORD = r"[^\W\d_]{3,}"  # at least three letters
+
+
+class Observations(NamedTuple):
+    """What is compared between codes, of train rows only, and computed once for all profiles"""
+
+    had: sparse.csr_matrix  # [N, M], 1 where the user had the item
+    item_features: list  # see item_features
+    habits: pd.DataFrame  # how users rate: a row per user with train rows, a column per habit
+    user_facts: dict  # see user_facts
+
+
+def observe(items, users, train):
+    pairs = train[["user", "item"]].drop_duplicates()
+    had = sparse.csr_matrix((np.ones(len(pairs)), (pairs["user"], pairs["item"])), (len(users), len(items)))
+    departure = train["rating"] - train.groupby("item")["rating"].transform("mean")
+    habits = pd.DataFrame({"share rated positive": train["label"], "rating less the item's mean": departure})
+    return Observations(had, item_features(items), habits.groupby(train["user"]).mean(), user_facts(users))
+
 
 def overrepresented(counts, names, num_words):
-    """counts [K, W]: what each code's users have -> per code the names whose share is surely above elsewhere:
-    (name, odds ratio to all other codes, its 95% interval's ends), the surest first.
+    """counts [K, W] of what each code's users have -> per code the names whose share is surely higher than
+    in the other codes: (name, odds ratio, ends of its 95% interval), the surest first.
 
-    Log-odds with the whole corpus as Dirichlet prior, of a tenth of its weight. Sure: one-sided at 2.5% for
-    all W names together (Bonferroni), or of a thousand words of titles some would always stand out.
+    Log-odds with a Dirichlet prior, a tenth of all counts (Monroe et al., 2008). Sure: one-sided at 2.5% for
+    all W names together (Bonferroni); of a thousand words some would always stand out by chance.
     """
     prior, threshold = 0.1 * counts.sum(0) + 0.01, stats.norm.isf(0.025 / max(1, len(names)))
     result = []
     for own in counts:
-        rest = counts.sum(0) - own
-        first, second = own + prior, rest + prior
+        first, second = own + prior, counts.sum(0) - own + prior
         odds = np.log(first / (first.sum() - first)) - np.log(second / (second.sum() - second))
         error = np.sqrt(1 / first + 1 / second)
         best = np.argsort(-odds / error, kind="stable")[:num_words]
@@ -28,31 +50,29 @@ def overrepresented(counts, names, num_words):
 
 
 def item_features(items):
-    """What items are, as counts: list of (title, counts [M, W], names [W]), without what the data lack."""
-    features = []
+    """Categories, brands, price levels, title words: list of (title, counts [M, W], names [W])"""
     price = items["price"].astype(float)
     low, high = price.quantile([1 / 3, 2 / 3]) if price.notna().any() else (0, 0)
-    level = pd.Series(np.where(price.isna(), None, np.select(
-        [price <= low, price <= high], [f"up to ${low:.2f}", f"${low:.2f} to ${high:.2f}"],
-        f"above ${high:.2f}")))
-    for title, column in (("categories", items["category"]), ("brands", items["brand"]),
-                          ("price levels", level)):
-        one_hot = pd.get_dummies(column)
-        features.append((title, one_hot.to_numpy(float), list(one_hot.columns)))
-    vectorizer = CountVectorizer(token_pattern=r"[^\W\d_]{3,}", min_df=2, stop_words="english")
+    level = np.select([price <= low, price <= high], [f"up to ${low:.2f}", f"${low:.2f} to ${high:.2f}"],
+                      f"above ${high:.2f}")
+    columns = {"categories": items["category"], "brands": items["brand"],
+               "price levels": pd.Series(np.where(price.isna(), None, level))}
+    one_hot = {title: pd.get_dummies(column) for title, column in columns.items()}
+    features = [(title, table.to_numpy(float), list(table)) for title, table in one_hot.items()
+                if len(table.columns)]
+    vectorizer = CountVectorizer(token_pattern=WORD, min_df=2, stop_words="english")
     try:
         counts = vectorizer.fit_transform(items["title"])
         features.append(("title words", counts, list(vectorizer.get_feature_names_out())))
-    except ValueError:  # no title word stands in two titles
+    except ValueError:  # no word is in two titles
         pass
-    return [feature for feature in features if len(feature[2])]
+    return features
 
 
-def known_facts(users):
+def user_facts(users):
     """What is known of users, as groups: {fact: texts [N], None where unknown}
 
-    Numbers of many values fall into quarters; what has a value of its own for every few users (zip codes)
-    makes no groups.
+    Numbers of many values fall into quarters; facts with too many groups (zip codes) are left out.
     """
     facts = {}
     for column in users.columns.drop(["user", "user_id"]):
@@ -66,69 +86,42 @@ def known_facts(users):
     return facts
 
 
-def agreement(run):
-    """Of each profile's codes with each fact: rows of (profile, fact, adjusted mutual information, p)"""
+def agreement(name, codes, num_codes, facts):
+    """Of codes [N] with each fact of user_facts: rows of (name, fact, adjusted mutual information, p)"""
     rows = []
-    for k, name in enumerate(run.names):
-        for fact, values in known_facts(run.users).items():
-            mask = (run.codes[:, k] < run.sizes[k]) & values.notna().to_numpy()
-            table = pd.crosstab(run.codes[mask, k], values[mask].to_numpy())
-            if min(table.shape) > 1:
-                agreed = adjusted_mutual_info_score(run.codes[mask, k], values[mask].astype(str))
-                p = stats.chi2_contingency(table).pvalue
-                rows.append((name, fact, f"{agreed:.3f}", f"{p:.2g}" if p > 1e-16 else "below 1e-16"))
+    for fact, values in facts.items():
+        is_known = (codes < num_codes) & values.notna().to_numpy()
+        table = pd.crosstab(codes[is_known], values[is_known].to_numpy())
+        if min(table.shape) > 1:
+            information = adjusted_mutual_info_score(codes[is_known], values[is_known].astype(str))
+            p = stats.chi2_contingency(table).pvalue
+            rows.append((name, fact, f"{information:.3f}", f"{p:.2g}" if p > 1e-16 else "below 1e-16"))
     return rows
 
 
-def mean_with_interval(values):
-    """Mean ± half of its 95% interval, as text; of fewer than two values there is none"""
-    if len(values) < 2:
-        return "–"
-    return f"{np.mean(values):.2f} ± {1.96 * np.std(values, ddof=1) / len(values) ** 0.5:.2f}"
-
-
-def habits_of(run):
-    """How users rate, by user: share of positive labels, rating less the item's mean (train rows)"""
-    train = run.split["train"]
-    departure = train["rating"] - train.groupby("item")["rating"].transform("mean")
-    table = pd.DataFrame({"user": train["user"], "positive": train["label"], "departure": departure})
-    return table.groupby("user").mean()
-
-
-def code_cards(args, run, typical):
-    """For each code a card: its facts as (term, text); names found, and found with codes dealt at random
-
-    -> {profile: cards by code}, {profile: a code's meaning in a few words}, (found, found at random)
+def code_cards(codes, num_codes, observations, num_words, seed):
+    """codes [N] -> a card per code, a list of (term, text); per code what it means, in a few words; how many
+    names are overrepresented: of items [with these codes, with the codes shuffled among users]
     """
-    features, habits, facts = item_features(run.items), habits_of(run), known_facts(run.users)
-    listed = lambda found: ", ".join(f"{name} ×{odds:.1f} ({low:.1f}–{high:.1f})"
-                                   for name, odds, low, high in found) or "none above chance"
-    cards, meaning, num_found = {}, {}, np.zeros(2, dtype=int)
-    for k, (name, num_codes) in enumerate(zip(run.names, run.sizes)):
-        dealt = np.random.default_rng([args.seed, k]).permutation(run.codes[:, k])
-        is_member, at_random = (np.stack([codes == code for code in range(num_codes)]).astype(float)
-                                for codes in (run.codes[:, k], dealt))  # [K, N]
-        cards[name] = [[("users", f"{int(size):,}")] for size in is_member.sum(1)]
-        meaning[name] = [[] for _ in range(num_codes)]
-        for title, item_counts, texts in features:
-            found, by_chance = (overrepresented(np.asarray((run.had.T @ member.T).T @ item_counts), texts,
-                                                args.num_words) for member in (is_member, at_random))
-            num_found += [sum(map(len, found)), sum(map(len, by_chance))]
-            for code, code_names in enumerate(found):
-                cards[name][code].append((title, listed(code_names)))
-                meaning[name][code] += [text for text, *_ in code_names[:2]]
-        for title, column in (("share rated positive", "positive"),
-                              ("rating less the item's mean", "departure")):
-            for code in range(num_codes):
-                is_user = habits.index.isin(np.flatnonzero(is_member[code]))
-                cards[name][code].append((title, mean_with_interval(habits.loc[is_user, column])))
-        for fact, values in facts.items():
-            one_hot = pd.get_dummies(values)
-            found = overrepresented(is_member @ one_hot.to_numpy(float), list(one_hot.columns),
-                                    args.num_words)
-            for code in range(num_codes):
-                cards[name][code].append((fact, listed(found[code])))
-        for code in range(num_codes):
-            cards[name][code].append(("typical users", ", ".join(map(str, typical[name][code]))))
-            meaning[name][code] = ", ".join(map(str, meaning[name][code])) or "nothing above chance"
-    return cards, meaning, num_found
+    shuffled = np.random.default_rng(seed).permutation(codes)
+    is_member, is_shuffled = (np.stack([column == code for code in range(num_codes)]).astype(float)
+                              for column in (codes, shuffled))  # [K, N]
+    odds_text = lambda names: ", ".join(f"{name} ×{odds:.1f} ({low:.1f}–{high:.1f})"
+                                        for name, odds, low, high in names) or "none above chance"
+    lines = [("users", [f"{int(size):,}" for size in is_member.sum(1)])]  # (term, text of each code)
+    meanings, num_names = [[] for _ in range(num_codes)], np.zeros(2, dtype=int)
+    for title, item_counts, names in observations.item_features:
+        own, control = (overrepresented(np.asarray((observations.had.T @ member.T).T @ item_counts), names,
+                                        num_words) for member in (is_member, is_shuffled))
+        num_names += [sum(map(len, own)), sum(map(len, control))]
+        lines.append((title, list(map(odds_text, own))))
+        for meaning, names_of_code in zip(meanings, own):
+            meaning += [str(name) for name, *_ in names_of_code[:2]]
+    for title, habit in observations.habits.items():
+        lines.append((title, [mean_with_interval(habit[member[habit.index] > 0]) for member in is_member]))
+    for fact, values in observations.user_facts.items():
+        one_hot = pd.get_dummies(values)
+        names = overrepresented(is_member @ one_hot.to_numpy(float), list(one_hot.columns), num_words)
+        lines.append((fact, list(map(odds_text, names))))
+    cards = [[(term, texts[code]) for term, texts in lines] for code in range(num_codes)]
+    return cards, [", ".join(meaning) or "nothing above chance" for meaning in meanings], num_names
