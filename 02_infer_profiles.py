@@ -383,7 +383,7 @@ def choose_steps(run, shared, pull):
 
 
 def infer_by_gradient(run, shared, pull):
-    """AdamW for all users, a block at a time, fold by fold -> Profiles, number of steps; blocks are on disk"""
+    """AdamW for all users, a block at a time, fold by fold -> Profiles, number of steps; blocks on disk"""
     args, progress = run.args, run.progress
     num_users, size, num_steps = len(run.observed.is_warm), args.batch_size, args.steps
     if args.stop == "heldout":

@@ -11,7 +11,6 @@ seconds_per_10000 (medians, batch 10,000).
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import shutil
@@ -25,8 +24,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-ctr = importlib.import_module("04_train_ctr")
-from ctr_models import Member, Rows, Stack, train_epoch  # noqa: E402
+from userip.ctr_training import Member, Rows, Stack, train_epoch  # noqa: E402
+from userip.serving import serving_figures, serving_table  # noqa: E402
 
 USERS, ITEMS, ROWS = 7_000, 7_000, 45_000
 SETTINGS = dict(field_dim=8, layers=3, hidden=[16, 16], dropout=0.2, id_dropout=0.0)
@@ -45,19 +44,19 @@ def our_epoch(rows, num_fields, num_models, batch_size, is_compiled):
     """A function that trains one epoch of so many DCNs, three of each start, warmed up."""
     args = SimpleNamespace(batch_size=batch_size, **SETTINGS)
     seeds = list(range(-(-num_models // 3))) if num_models > 1 else [0]
-    members = [Member(0, seeds[k % len(seeds)], 0.01, 1e-4, 0.0) for k in range(num_models)]
+    members = [Member(0, seeds[k % len(seeds)], 0.01, 1e-4) for k in range(num_models)]
     stack = Stack(("dcn", num_fields, 8, 3, (16, 16), ()), members, rows, batch_size, 0.2, is_compiled)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    seed_of = torch.tensor([member.seed for member in members])
+    seed_index = torch.tensor([member.seed for member in members])
 
     def epoch():
         with torch.no_grad():
-            train_epoch(args, stack, rows, generators, seed_of)
+            train_epoch(args, stack, rows, generators, seed_index)
 
     short = rows._replace(ids={"train": rows.ids["train"][:, :2 * batch_size]},
                           labels={"train": rows.labels["train"][:2 * batch_size]})
     with torch.no_grad():
-        train_epoch(args, stack, short, generators, seed_of)
+        train_epoch(args, stack, short, generators, seed_index)
     return epoch
 
 
@@ -111,12 +110,12 @@ def main():
         seconds = seconds_of([*ours, *([library] if library else [])])
         speed = [number * ROWS / took for number, took in zip((1, 9, 18, 1), seconds)]
         alone[size] = speed[0]
-        told = ["–"] * 3
+        compared = ["–"] * 3
         if library:
             speedups.append(speed[0] / speed[3])
-            told = [f"{speed[3]:,.0f}", f"{speedups[-1]:.1f}", f"{speed[2] / speed[3]:.1f}"]
-        told = [*(f"{value:,.0f}" for value in speed[:3]), *told]
-        print(f"| {size} | {' | '.join(told)} |", flush=True)
+            compared = [f"{speed[3]:,.0f}", f"{speedups[-1]:.1f}", f"{speed[2] / speed[3]:.1f}"]
+        cells = [*(f"{rate:,.0f}" for rate in speed[:3]), *compared]
+        print(f"| {size} | {' | '.join(cells)} |", flush=True)
     large, _, _ = drawn(1_000_000, [5_000] * 20)
     (took,) = seconds_of([our_epoch(large, 20, 1, 1024, is_compiled)], rounds=1)
     print(f"1,000,000 rows x 20 fields, one epoch, batch 1,024: {took:.1f} s")
@@ -125,8 +124,8 @@ def main():
     codes = torch.stack([torch.randint(size, (USERS,), generator=generator) for size in (4, 3)], 1)
     vectors = torch.randn(USERS, 2 * 128, generator=generator)
     options = SimpleNamespace(**SETTINGS)
-    serving = ctr.serving_table(options, USERS, ITEMS, codes, [5, 4], vectors)
-    print("\n".join(ctr.print_serving(serving)))
+    serving = serving_figures(options, ITEMS, codes, [5, 4], vectors)
+    print("\n".join(serving_table(serving)))
     medians = {name: row["median_10000"] for name, row in serving.items()}
     print(json.dumps({"dcn_rows_per_second": round(alone[1024]),
                       "speedup_over_library": round(min(speedups), 2) if speedups else None,

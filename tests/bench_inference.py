@@ -23,6 +23,7 @@ users cost is seen; memory in blocks of 1,024 users, titles only.
 import argparse
 import contextlib
 import copy
+import ctypes
 import io
 import json
 import os
@@ -39,15 +40,21 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import NAME_TEXTS, ROOT, TASK_TEXT, bpe_tokenizer, ctr, infer  # noqa: E402
+from conftest import NAME_TEXTS, ROOT, TASK_TEXT, bpe_tokenizer, infer  # noqa: E402
 
-from common import _fuse, write_artifact  # noqa: E402
+from userip.artifacts import write_artifact  # noqa: E402
+from userip.cost import tokens_that_fit  # noqa: E402
+from userip.evidence import Pairs, Route  # noqa: E402
+from userip.llm import fuse  # noqa: E402
+from userip.prompt import Prompt  # noqa: E402
+from userip.score import Shared  # noqa: E402
+from userip.texts import FIELDS, Texts  # noqa: E402
 
 ALL_USERS = 3284  # as many as games has: the dense AdamW moves them all
 
 
 def games_like(num_users, vocabulary, evidence, seed=0):
-    """Users, each with some titles of random tokens: a Stream, Pairs. history: a user's titles as one text"""
+    """Users, each with some titles of random tokens: a Route, Pairs. history: a user's titles as one text"""
     rng = np.random.default_rng(seed)
     counts = rng.geometric(1 / 3.5, num_users) + 2  # mean 5.5, at least 3
     lengths = np.clip(rng.lognormal(2.27, 0.47, counts.sum()).astype(int), 3, 40)  # mean 11, 5 to 21
@@ -58,16 +65,16 @@ def games_like(num_users, vocabulary, evidence, seed=0):
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     length = torch.from_numpy(lengths)
     field = torch.where(torch.arange(ids.shape[1]) < length[:, None], 0, -1)
-    sees = torch.ones(len(NAME_TEXTS), dtype=torch.bool)
-    stream = infer.Stream(("title",), sees, 1, infer.Texts(ids, field, length))
-    return stream, infer.Pairs(torch.from_numpy(user), torch.arange(len(user)))
+    may_read = torch.ones(len(NAME_TEXTS), dtype=torch.bool)
+    route = Route(("title",), may_read, 1, [], Texts(ids, field, length))
+    return route, Pairs(torch.from_numpy(user), torch.arange(len(user)))
 
 
-def typical_users(stream, pairs, count):
+def typical_users(route, pairs, count):
     """`count` users who have, together, as many texts and tokens as users have on average: int64 [count],
     the best of 1,000 draws
     """
-    length = stream.texts.length[pairs.row].double()
+    length = route.texts.length[pairs.text].double()
     had = torch.stack([torch.bincount(pairs.user).double(), torch.bincount(pairs.user, length)], 1)  # [N, 2]
     draw = torch.Generator().manual_seed(0)
     draws = torch.stack([torch.randperm(len(had), generator=draw)[:count] for _ in range(1000)])
@@ -87,7 +94,7 @@ def llm_of_shape(shape, device):
     return model.eval().requires_grad_(False), bpe_tokenizer("gpt2" if shape == "gpt2" else "llama")
 
 
-def naive_loop(prompt, start, stream, pairs, lr, num_steps):
+def naive_loop(prompt, start, route, pairs, lr, num_steps):
     """As one writes it down: all logits, padded batches of 8, dense AdamW over all users -> θ of ours"""
     everyone = torch.zeros(ALL_USERS, *start.shape[1:], device=prompt.device)
     everyone[:len(start)] = start
@@ -97,10 +104,10 @@ def naive_loop(prompt, start, stream, pairs, lr, num_steps):
     for _ in range(num_steps):
         optimizer.zero_grad()
         for rows in torch.arange(len(pairs.user)).split(8):
-            texts = infer.cut(stream.texts, pairs.row[rows])
+            texts = route.texts.select(pairs.text[rows])
             ids, field = texts.ids.to(prompt.device), texts.field.to(prompt.device)
-            sees = stream.sees.to(prompt.device).expand(len(ids), -1)
-            embeddings, mask, position = prompt.inputs(everyone[pairs.user[rows]], ids, sees)
+            may_read = route.may_read.to(prompt.device).expand(len(ids), -1)
+            embeddings, mask, position = prompt.inputs(everyone[pairs.user[rows]], ids, may_read)
             logits = prompt.model(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
                                   use_cache=False).logits  # [8, L + T, V]
             labels = F.pad(torch.where(field < 0, -100, ids), (length, 0), value=-100)
@@ -110,17 +117,18 @@ def naive_loop(prompt, start, stream, pairs, lr, num_steps):
     return everyone.detach()[:len(start)]
 
 
-def ours(args, prompt, start, stream, pairs, lr, num_steps):
+def ours(args, prompt, start, route, pairs, lr, num_steps):
     options = argparse.Namespace(lr=lr, tokens_per_batch=args.tokens_per_batch)
     noise = torch.zeros(start.shape[1], start.shape[2], start.shape[2])
+    shared = Shared(start[0], torch.ones(len(FIELDS)), {}, noise, [])
     torch.use_deterministic_algorithms(True)  # as the stage does
-    found = infer.infer_by_gradient(options, prompt, [(stream, pairs)], torch.ones(len(infer.FIELDS)), start,
-                                    start[0], noise, 0.0, num_steps, torch.arange(len(start)))
+    block = infer.Block(torch.arange(len(start)), [(route, pairs)], start)
+    found = infer.infer_block(argparse.Namespace(args=options, prompt=prompt), shared, block, 0.0, num_steps)
     torch.use_deterministic_algorithms(False)
     return found
 
 
-def peft_loop(prompt, tokenizer, stream, pairs, lr, num_steps):
+def peft_loop(prompt, tokenizer, route, pairs, lr, num_steps):
     """A function that tunes PEFT's prompt of one user after another; None where peft is not installed"""
     try:
         from peft import PromptTuningConfig, TaskType, get_peft_model
@@ -135,8 +143,8 @@ def peft_loop(prompt, tokenizer, stream, pairs, lr, num_steps):
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
             for _ in range(num_steps):
                 optimizer.zero_grad()
-                for row in pairs.row[pairs.user == user]:
-                    ids = torch.cat([names, stream.texts.ids[row, :stream.texts.length[row]]])[None]
+                for row in pairs.text[pairs.user == user]:
+                    ids = torch.cat([names, route.texts.ids[row, :route.texts.length[row]]])[None]
                     ids = ids.to(prompt.device)
                     labels = ids.clone()
                     labels[:, :len(names)] = -100
@@ -147,14 +155,23 @@ def peft_loop(prompt, tokenizer, stream, pairs, lr, num_steps):
 
 
 def peak_of(way, device):
-    """How far a call lifts the memory in use, beside the LLM, in MiB as text"""
+    """How far a call lifts the memory in use, beside the LLM, in MiB as text; "–" where it cannot be told"""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         way()
         return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
-    peak = ctr.peak_megabytes(way)
-    return "–" if peak is None else f"{peak:,.0f}"
+    status = lambda key: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status")
+                              if line.startswith(key))
+    try:  # Linux: the high-water mark can be reset
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed goes back first
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+    except (OSError, AttributeError, StopIteration):
+        way()
+        return "–"
+    way()
+    return f"{max(0.0, status('VmHWM') - before):,.0f}"
 
 
 def matmul_rate(prompt, rounds=8):
@@ -177,11 +194,11 @@ def matmul_rate(prompt, rounds=8):
 def speed(args, shape, device):
     """A table of the ways, for items and for histories: {(evidence, way): figures}"""
     model, tokenizer = llm_of_shape(shape, device)
-    prompt_of = lambda model: infer.Prompt(model, tokenizer, ["hobby", "background"], NAME_TEXTS, TASK_TEXT)
+    prompt_of = lambda model: Prompt((model, tokenizer), dict(zip(("hobby", "background"), NAME_TEXTS)), TASK_TEXT)
     same_weights = {id(value): value for value in model.parameters()}
-    quick = _fuse(copy.deepcopy(model, same_weights))
+    quick = fuse(copy.deepcopy(model, same_weights))
     plain, prompt = prompt_of(model), prompt_of(quick)
-    args.tokens_per_batch = infer.tokens_that_fit(prompt)
+    args.tokens_per_batch = tokens_that_fit(prompt)
 
     def unfrozen(start, *arguments):
         model.requires_grad_(True)
@@ -198,18 +215,18 @@ def speed(args, shape, device):
           "| evidence | way | users per second and step | tokens per second | share of the matrix product | "
           "peak memory (MiB) | NLL after 2 steps | ratio |\n|---|---|---|---|---|---|---|---|")
     for evidence in ("items",) if args.quick else ("items", "history"):
-        stream, pairs = games_like(args.users, model.config.vocab_size, evidence)
-        chosen = typical_users(stream, pairs, args.users_of_others)
+        route, pairs = games_like(args.users, model.config.vocab_size, evidence)
+        chosen = typical_users(route, pairs, args.users_of_others)
         mine = torch.isin(pairs.user, chosen)
-        few = infer.Pairs(torch.searchsorted(chosen, pairs.user[mine]), pairs.row[mine])
+        few = Pairs(torch.searchsorted(chosen, pairs.user[mine]), pairs.text[mine])
         start = prompt.scale * torch.randn(args.users, 2, prompt.embedding.shape[1],
                                            generator=torch.Generator().manual_seed(0))
         of_few = start[chosen].to(device)
-        ways = {"naive": lambda steps=1: unfrozen(of_few, stream, few, lr, steps),
-                "ours": lambda steps=1: ours(args, prompt, start, stream, pairs, lr, steps)}
+        ways = {"naive": lambda steps=1: unfrozen(of_few, route, few, lr, steps),
+                "ours": lambda steps=1: ours(args, prompt, start, route, pairs, lr, steps)}
         if not args.quick:
-            ways["frozen"] = lambda steps=1: naive_loop(plain, of_few, stream, few, lr, steps)
-        peft = None if args.quick or shape != "gpt2" else peft_loop(plain, tokenizer, stream, few, lr, 1)
+            ways["frozen"] = lambda steps=1: naive_loop(plain, of_few, route, few, lr, steps)
+        peft = None if args.quick or shape != "gpt2" else peft_loop(plain, tokenizer, route, few, lr, 1)
         ways |= {"peft": peft} if peft else {}
         taken, rates, nll, peaks, found = {name: [] for name in ways}, [], {}, {}, {}
         for name, way in ways.items():  # a first, slow call of each, of two steps where θ comes back
@@ -218,9 +235,9 @@ def speed(args, shape, device):
         found["ours"] = found["ours"][chosen]
         for name in ("naive", "ours"):
             with torch.no_grad():
-                nll[name] = sum(float(infer.weighted_nll(prompt, found[name], stream, few.row[rows],
-                                                         torch.ones(6), few.user[rows].to(device)))
-                                for rows in torch.arange(len(few.row)).split(64))
+                nll[name] = sum(float(prompt.loss(found[name], route, few.text[rows], torch.ones(len(FIELDS)),
+                                                  few.user[rows].to(device)))
+                                for rows in torch.arange(len(few.text)).split(64))
         for _ in range(args.rounds):
             rates.append(matmul_rate(prompt))
             for name, way in ways.items():
@@ -229,9 +246,9 @@ def speed(args, shape, device):
                 if device == "cuda":
                     torch.cuda.synchronize()
                 taken[name].append(time.perf_counter() - started)
-        rows = {name: (pairs if name == "ours" else few).row for name in ways}
-        tokens = {name: int(stream.texts.length[row].sum()) for name, row in rows.items()}
-        users = {name: len(row) / len(pairs.row) * args.users for name, row in rows.items()}
+        rows = {name: (pairs if name == "ours" else few).text for name in ways}
+        tokens = {name: int(route.texts.length[row].sum()) for name, row in rows.items()}
+        users = {name: len(row) / len(pairs.text) * args.users for name, row in rows.items()}
         per_user = {name: [s / users[name] for s in seconds] for name, seconds in taken.items()}
         flops = 4 * (body + prompt.head.weight.numel())  # a token's: forward, and backward to the θ
         for name, seconds in taken.items():

@@ -99,7 +99,7 @@ def compare_library(args, name, run, seeds):
 
 def compare_ours(args, name, run, seeds):
     """The same of ours, as stage 4 does it with --tune"""
-    rows = list(ctr.train_group(args, name, run, ["none"], seeds).values())
+    rows = list(ctr.train_group(args, name, run, [("none", seed) for seed in seeds]).values())
     return [row["auc"] for row in rows], tuple(rows[0][key] for key in ctr.CHOICES)
 
 
@@ -119,7 +119,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="seeds of start and batches")
     own = parser.parse_args()
     args = ctr.parse_args(["--run-dir", own.run_dir, "--batch-size", "1024", "--patience", "4", "--tune"])
-    run, seeds, told = ctr.read_run(args, args.run_dir, ["none"]), list(range(own.seeds)), {}
+    run, seeds, told = ctr.read_run(args.run_dir, ["none"]), list(range(own.seeds)), {}
     print("| model | ours | rate, penalties | DeepCTR-Torch | rate, penalty | difference | standard error |\n"
           "|---|---|---|---|---|---|---|")
     for name in own.models:

@@ -84,6 +84,24 @@ def dies(capsys, function, *arguments):
     return lines[0]
 
 
+def read_raw(folder, dataset, *options, ok=True):
+    """Run stage 1 on folder/raw; interactions (with user_id, item_id), items by item_id, users, what it printed.
+
+    With ok=False expect exit code 2 and nothing written; the complaint.
+    """
+    run = folder / ("run" if ok else "refused")
+    printed = run_stage("01_prepare.py", "--dataset", dataset, "--raw", folder / "raw", "--run-dir", run,
+                        *options, ok=ok)
+    if not ok:
+        assert not list(run.glob("*")) if run.exists() else True
+        return printed
+    table, items, users = (pd.read_parquet(run / f"{name}.parquet")
+                           for name in ("interactions", "items", "users"))
+    table = table.assign(user_id=users["user_id"].to_numpy()[table["user"]],
+                         item_id=items["item_id"].to_numpy()[table["item"]])
+    return table, items.set_index("item_id"), users.set_index("user_id"), printed
+
+
 def write_table(folder, num_users=60, num_items=40, seed=0, suffix=".csv.gz"):
     """A data set in the table format: two groups of users who each prefer their half of the items."""
     rng = np.random.default_rng(seed)

@@ -1,4 +1,3 @@
-import gzip
 import json
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import dies, prepare, run_stage, write_ml_100k, write_table
+from conftest import prepare, run_stage, write_table
 
 
 def frame_of(pairs):
@@ -56,12 +55,41 @@ def test_the_core_is_a_fixed_point_and_keeps_all_it_can(seed):
     assert set(map(tuple, kept.to_numpy())) == alive
 
 
-def test_the_split_is_8_1_1_disjoint_and_stays_with_its_seed():
-    split = prepare.split_random(1005, seed=3)
-    counts = pd.Series(split).value_counts()
-    assert counts.to_dict() == {"train": 805, "valid": 100, "test": 100}
-    assert (split == prepare.split_random(1005, seed=3)).all()
-    assert (split != prepare.split_random(1005, seed=4)).any()
+@settings(deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 5))))
+def test_of_duplicates_the_latest_stays_and_of_equal_times_the_last(rows):
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"], dtype="int64")
+    naive = {}
+    for place, (user, item, when) in enumerate(rows):
+        if (user, item) not in naive or when >= rows[naive[user, item]][2]:
+            naive[user, item] = place
+    assert prepare.keep_latest(frame).index.tolist() == sorted(naive.values())
+
+
+def test_rows_are_sorted_by_user_and_time_with_ties_as_they_stand():
+    rng = np.random.default_rng(0)
+    interactions = pd.DataFrame({"user_id": rng.choice(["b", "a", "c"], 300), "item_id": "x",
+                                 "rating": 1.0, "timestamp": rng.choice([7, -5, 2**62], 300)})
+    table, _, users, _ = prepare.index_ids(interactions, pd.DataFrame({"item_id": ["x"], "title": ["X"]}),
+                                           pd.DataFrame({"user_id": ["c", "b", "a"]}))
+    assert users["user_id"].tolist() == ["a", "b", "c"]
+    expected = sorted(range(300), key=lambda row: tuple(interactions.loc[row, ["user_id", "timestamp"]]))
+    assert table.index.tolist() == expected
+    assert table["user"].map(users["user_id"]).tolist() == interactions["user_id"][expected].tolist()
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6), data=st.data())
+def test_taken_texts_equal_a_take_from_the_whole(sizes, data):
+    values = [f"text {place}" if place % 4 else None for place in range(sum(sizes))]
+    ends = np.cumsum(sizes)
+    chunks = [pa.array(values[end - size:end], pa.large_string()) for size, end in zip(sizes, ends)]
+    rows = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1) if values else st.just([]))
+    if rows:
+        assert prepare.take_texts(chunks, np.array(rows)).to_pylist() == [values[row] for row in rows]
+
+
+# --- splits ---------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -80,6 +108,14 @@ def with_split(table, name, seed=0):
                       "temporal": lambda: prepare.split_temporal(table),
                       "cold-user": lambda: prepare.split_cold_user(table, seed)}[name]()
     return table
+
+
+def test_the_split_is_8_1_1_disjoint_and_stays_with_its_seed():
+    split = prepare.split_random(1005, seed=3)
+    counts = pd.Series(split).value_counts()
+    assert counts.to_dict() == {"train": 805, "valid": 100, "test": 100}
+    assert (split == prepare.split_random(1005, seed=3)).all()
+    assert (split != prepare.split_random(1005, seed=4)).any()
 
 
 @settings(deadline=None)
@@ -127,7 +163,8 @@ def test_no_cold_user_is_in_train_or_valid(table, seed):
 @given(table=tables(), seed=st.integers(0, 3))
 def test_ensure_train_moves_what_it_must_and_no_more(table, seed):
     before = with_split(table, "random", seed)
-    after = prepare.ensure_train(before.copy())
+    after = before.copy()
+    prepare.ensure_train(after)
     assert not np.any(prepare.untrained(after))
     moved = after[before["split"] != after["split"]]
     assert (moved["split"] == "train").all()
@@ -136,35 +173,6 @@ def test_ensure_train_moves_what_it_must_and_no_more(table, seed):
         assert row.user not in set(had["user"]) or row.item not in set(had["item"])
     assert len(moved) <= (len(set(table["user"]) - set(had["user"]))
                           + len(set(table["item"]) - set(had["item"])))
-
-
-@settings(deadline=None)
-@given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 5))))
-def test_of_duplicates_the_latest_stays_and_of_equal_times_the_last(rows):
-    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"], dtype="int64")
-    naive = {}
-    for place, (user, item, when) in enumerate(rows):
-        if (user, item) not in naive or when >= rows[naive[user, item]][2]:
-            naive[user, item] = place
-    assert prepare.keep_latest(frame).index.tolist() == sorted(naive.values())
-
-
-@pytest.mark.parametrize("first, last", [(0, 3), (-5, 10**9), (-2**62, 2**62)])
-def test_the_order_is_by_user_and_time_with_ties_as_they_stand(first, last):
-    rng = np.random.default_rng(0)
-    user, times = rng.integers(0, 20, 3000), rng.choice(rng.integers(first, last, 5), 3000)
-    assert (prepare.order_of(user, times) == np.lexsort((times, user))).all()
-
-
-@settings(deadline=None)
-@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6), data=st.data())
-def test_gather_equals_a_take_from_the_whole(sizes, data):
-    values = [f"text {place}" if place % 4 else None for place in range(sum(sizes))]
-    ends = np.cumsum(sizes)
-    chunks = [pa.array(values[end - size:end], pa.large_string()) for size, end in zip(sizes, ends)]
-    rows = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1) if values else st.just([]))
-    if rows:
-        assert prepare.gather(chunks, np.array(rows)).to_pylist() == [values[row] for row in rows]
 
 
 @pytest.mark.parametrize("split", ["random", "temporal", "cold-user"])
@@ -196,6 +204,9 @@ def test_a_split_without_rows_is_refused(tmp_path):
     interactions.head(4).assign(rating=[1, 5, 1, 5]).to_csv(tmp_path / "raw/interactions.csv", index=False)
     options = "--dataset", "table", "--raw", tmp_path / "raw", "--min-interactions", 1
     assert "leaves no valid row" in refuse(tmp_path, *options)
+
+
+# --- artifacts ------------------------------------------------------------------------------------------
 
 
 def test_labels_duplicates_and_table_1(tmp_path):
@@ -231,15 +242,6 @@ def test_threshold_and_min_interactions_move_what_they_should(tmp_path):
     assert len(more) == len(table) + 2 == 60 * 14 - 12 and len(everyone) == len(users) + 1
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
-def test_a_table_reads_alike_in_every_format(tmp_path, suffix):
-    write_table(tmp_path / "raw", suffix=suffix)
-    table, items, _ = prepare_table(tmp_path)
-    assert len(table) == 60 * 14 and table["rating"].sum() > 0
-    assert items["brand"].isna().sum() == 13 and items["price"].iloc[1] == pytest.approx(8.1)
-    assert items.columns.tolist() == ["item", "item_id", "title", "category", "brand", "price"]
-
-
 def test_items_without_a_title_keep_their_id(tmp_path):
     _, items = write_table(tmp_path / "raw")
     items.loc[2, "title"] = None
@@ -249,55 +251,7 @@ def test_items_without_a_title_keep_their_id(tmp_path):
     assert json.loads((tmp_path / "run/items.parquet.json").read_text())["untitled_items"] == 2
 
 
-def test_movielens_100k_as_published(tmp_path):
-    write_ml_100k(tmp_path / "raw")
-    run = tmp_path / "run"
-    run_stage("01_prepare.py", "--dataset", "ml-100k", "--raw", tmp_path / "raw", "--run-dir", run)
-    names = ("interactions", "items", "users")
-    table, items, users = (pd.read_parquet(run / f"{name}.parquet") for name in names)
-    assert len(table) == 360 and items["title"].iloc[0].startswith("Café Nº")
-    by_id = items.set_index("item_id")["category"]
-    assert by_id["1"] == "Comedy" and by_id["2"] == "Action"
-    assert {"age", "gender", "occupation"} <= set(users)
-    assert users.set_index("user_id").loc["7", "age"] == 26
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2, 11])
-def test_the_planted_world_keeps_its_limits(seed):
-    args = prepare.parse_args(["--seed", str(seed)])
-    interactions, items, users, world = prepare.read_planted(args)
-    table, items, users, _ = prepare.tabulate(prepare.keep_core(interactions, 4), items, users)
-    table["split"] = prepare.split_random(len(table), seed)
-    for value in prepare.bayes_ari(world, table, items, users).values():
-        assert 0.5 < value < 0.9
-    assert len(items) == 600 and len(users) > 1900 and 0.5 < (table["rating"] > 3).mean() < 0.8
-
-
-def test_bayes_needs_the_right_truth():
-    args = prepare.parse_args([])
-    interactions, items, users, world = prepare.read_planted(args)
-    table, items, users, _ = prepare.tabulate(interactions, items, users)
-    table["split"] = prepare.split_random(len(table), 0)
-    shuffled = users.assign(true_hobby=users["true_hobby"].sample(frac=1, random_state=0).to_numpy())
-    figures = prepare.bayes_ari(world, table, items, shuffled)
-    assert abs(figures["hobby"]) < 0.02 and figures["background"] > 0.5
-
-
-def test_bayes_sees_the_support_rows_of_cold_users_and_knows_how_few_they_are():
-    args = prepare.parse_args([])
-    interactions, items, users, world = prepare.read_planted(args)
-    table, items, users, _ = prepare.tabulate(interactions, items, users)
-    table["split"] = prepare.split_cold_user(table, 0)
-    cold = users["user"].isin(table.loc[table["split"] == "support", "user"])
-    best = prepare.bayes_ari(world, table, items, users)
-    unseen = prepare.bayes_ari(world, table.replace({"split": {"support": "test"}}), items, users)
-    few = prepare.bayes_ari(world, table.replace({"split": {"support": "train"}}), items, users)
-    assert 150 < cold.sum() < 250
-    for name, value in best.items():
-        assert 0.5 < value < 0.9 and value > unseen[name] + 0.05 and value >= few[name]
-
-
-# --- bad input: one line, exit code 2, nothing half-written ---------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------
 
 
 def refuse(tmp_path, *options):
@@ -311,49 +265,21 @@ def test_a_missing_folder(tmp_path):
     assert "--raw" in refuse(tmp_path, "--dataset", "table")
 
 
-def test_a_missing_file_and_an_empty_one(tmp_path):
-    write_table(tmp_path / "raw", suffix=".csv")
-    (tmp_path / "raw/items.csv").unlink()
-    assert "items.csv" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
-    (tmp_path / "raw/items.csv").write_text("")
-    assert "empty" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
-    (tmp_path / "raw/items.csv").write_text("item_id,title\n")
-    assert "no rows" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
-
-
-def test_a_missing_column_is_named_with_those_found(tmp_path):
-    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
-    interactions.rename(columns={"rating": "stars"}).to_csv(tmp_path / "raw/interactions.csv", index=False)
-    line = refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
-    assert "no column rating" in line and "stars" in line
-
-
-def test_a_rating_that_is_not_a_number_is_named_with_its_line(tmp_path, capsys):
-    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
-    interactions["rating"] = interactions["rating"].astype(object)
-    interactions.loc[7, "rating"] = "five"
-    interactions.to_csv(tmp_path / "raw/interactions.csv", index=False)
-    assert (tmp_path / "raw/interactions.csv").read_text().splitlines()[8].split(",")[2] == "five"
-    line = refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
-    assert "line 9" in line and "'five'" in line
-    write_ml_100k(tmp_path / "ml")
-    lines = (tmp_path / "ml/u.data").read_text().splitlines()
-    lines[4] = lines[4].rsplit("\t", 2)[0] + "\tx\t1"
-    (tmp_path / "ml/u.data").write_text("\n".join(lines))
-    args = prepare.parse_args(["--dataset", "ml-100k", "--raw", str(tmp_path / "ml")])
-    assert "u.data, line 5" in dies(capsys, prepare.read_ml_100k, args)
-
-
 def test_no_user_left(tmp_path):
     write_table(tmp_path / "raw")
     options = "--dataset", "table", "--raw", tmp_path / "raw", "--min-interactions", 1000
     assert "--min-interactions" in refuse(tmp_path, *options)
 
 
-def test_a_broken_gzip(tmp_path):
-    write_table(tmp_path / "raw")
-    path = tmp_path / "raw/interactions.csv.gz"
-    path.write_bytes(path.read_bytes()[:400])
-    assert "interactions.csv.gz" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
-    path.write_bytes(gzip.compress(b"\xff\xfe\x00garbage\n\xff"))
-    assert "interactions.csv.gz" in refuse(tmp_path, "--dataset", "table", "--raw", tmp_path / "raw")
+@pytest.mark.parametrize("options", [
+    ["--dataset", "table", "--strict"], ["--dataset", "games", "--category", "Books"],
+    ["--dataset", "nete", "--columns", "a=b"], ["--dataset", "yelp", "--download"],
+    ["--dataset", "amazon", "--download"], ["--dataset", "ml-1m", "--split", "published"],
+    ["--dataset", "nete", "--min-interactions", "5"], ["--dataset", "nete", "--ensure-train"],
+    ["--dataset", "games", "--split", "cold-user", "--ensure-train"], ["--dataset", "games", "--fold", "2"],
+    ["--dataset", "nete", "--split", "random", "--fold", "2"], ["--dataset", "games", "--max-bad", "5"],
+    ["--dataset", "games", "--max-bad", "101%"], ["--dataset", "games", "--max-bad", "nan"]])
+def test_options_that_mean_nothing_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare.parse_args([*options, "--raw", "x"])
+    assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -1,12 +1,80 @@
 import argparse
+import os
 from types import SimpleNamespace
 
+import pandas as pd
 import torch
 
-from userip.artifacts import read_artifacts, write_artifact
+from conftest import dies
+from userip.artifacts import read_artifacts, read_sidecar, sha256_of, write_artifact
 
 
-def test_a_routeed_tensor_is_that_of_torch_save(tmp_path):
+def options_of(run_dir, seed=0):
+    return argparse.Namespace(run_dir=str(run_dir), seed=seed)
+
+
+def write_pair(run_dir, seed=0):
+    frame, profiles = pd.DataFrame({"user": [0, 1], "item": [1, 0]}), {"profiles": torch.eye(2) + seed}
+    args = options_of(run_dir, seed)
+    write_artifact(args, "interactions.parquet", frame.assign(seed=seed), dataset="x")
+    write_artifact(args, "profiles.pt", profiles, inputs=["interactions.parquet"])
+
+
+def test_artifacts_come_back_as_written_and_say_where_they_come_from(tmp_path):
+    write_pair(tmp_path)
+    frame, stored = read_artifacts(options_of(tmp_path), "interactions.parquet", "profiles.pt")
+    assert frame["item"].tolist() == [1, 0] and torch.equal(stored["profiles"], torch.eye(2))
+    sidecar = read_sidecar(options_of(tmp_path), "profiles.pt")
+    assert sidecar["inputs"]["interactions.parquet"] == sha256_of(tmp_path / "interactions.parquet")
+    assert sidecar["stage"] == "02_infer_profiles.py" and sidecar["torch"] == torch.__version__
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_missing_artifact_names_the_command_that_makes_it(tmp_path, capsys):
+    line = dies(capsys, read_artifacts, options_of(tmp_path), "feature_bank.parquet")
+    assert "feature_bank.parquet" in line and f"python 03_quantize.py --run-dir {tmp_path}" in line
+
+
+def test_artifacts_of_two_runs_never_mix(tmp_path, capsys):
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        write_pair(tmp_path / name, seed)
+    for name in ("profiles.pt", "profiles.pt.json"):
+        os.replace(tmp_path / "b" / name, tmp_path / "a" / name)
+    line = dies(capsys, read_artifacts, options_of(tmp_path / "a"), "interactions.parquet", "profiles.pt")
+    assert "profiles.pt" in line and "interactions.parquet" in line
+
+
+def test_a_file_cut_short_is_found_out(tmp_path, capsys):
+    write_pair(tmp_path)
+    path = tmp_path / "profiles.pt"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert "profiles.pt" in dies(capsys, read_artifacts, options_of(tmp_path), "profiles.pt")
+
+
+def test_a_full_disk_leaves_the_old_artifact_whole(tmp_path, capsys, monkeypatch):
+    write_pair(tmp_path)
+    before = (tmp_path / "interactions.parquet").read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = options_of(tmp_path), "interactions.parquet", pd.DataFrame({"user": [9]})
+    assert "No space left" in dies(capsys, write_artifact, *arguments)
+    monkeypatch.undo()
+    assert (tmp_path / "interactions.parquet").read_bytes() == before and not list(tmp_path.glob(".*"))
+    assert len(read_artifacts(options_of(tmp_path), "interactions.parquet")[0]) == 2
+
+
+def test_the_same_value_is_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_pair(tmp_path / name)
+    assert (tmp_path / "a/profiles.pt").read_bytes() == (tmp_path / "b/profiles.pt").read_bytes()
+
+
+def test_a_streamed_tensor_is_that_of_torch_save(tmp_path):
     parts = [torch.randn(3, 2, 5) for _ in range(4)]
     value = {"names": ["a"], "other": torch.arange(7),
              "big": SimpleNamespace(shape=(12, 2, 5), blocks=lambda: parts)}

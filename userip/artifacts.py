@@ -35,12 +35,19 @@ MADE_BY = {
     "figure6.png": "04_train_ctr.py",
     "report.html": "05_case_study.py",
 }
+WARNINGS = []  # what `warn` printed in this process; stage 1 clears it at its start and stores it at its end
 
 
 def fail(message):
     """Say what is wrong, where, and what to do, in one line, with exit code 2 and no traceback."""
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def warn(message):
+    """Print a warning and keep it in WARNINGS."""
+    print(f"warning: {message}")
+    WARNINGS.append(message)
 
 
 def lock(run_dir):

@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+
+from userip.cleaning import clean, deepest_category, to_price
+
+
+@pytest.mark.parametrize("published, price", [
+    ("$12.99", 12.99), (12.99, 12.99), ("12", 12), ("$1,299.00", 1299), ("$5.99 - $12.49", 5.99),
+    ("$.99", 0.99), ("$20–$10", 10), ("from 12.99", 12.99), ("From $3 - $4", 3), (" $7 ", 7), ("", None),
+    (None, None), ("—", None), ("12,99", None), ("-5", None), ("$5 off", None), (float("nan"), None),
+    ("1e400", None), ({"a": 1}, None), (True, None), ("£4", None), ("Too low to display", None)])
+def test_prices_become_numbers_and_junk_is_missing(published, price):
+    number = to_price(published)
+    assert np.isnan(number) if price is None else number == pytest.approx(price)
+
+
+@pytest.mark.parametrize("published, title", [
+    ("Rock &amp; Roll", "Rock & Roll"), ("AT&amp;amp;T", "AT&T"), ("a<br>b", "a b"),
+    ("<b>Bold</b> move", "Bold move"), ("&lt;i&gt;x&lt;/i&gt;", "x"), ("5 < 6 > 4", "5 < 6 > 4"),
+    ("x<y and 3>2", "x<y and 3>2"),
+    (" a\n\t b ", "a b"), ("caf\u00e9\u00a0noir", "café noir"), ("half \ud83d pair", "half pair"),
+    ("<span class=", ""), ("x function(){ y }", ""), (None, ""), (3, "")])
+def test_titles_are_plain_text(published, title):
+    assert clean(published) == title == clean(title)
+
+
+@pytest.mark.parametrize("published, category", [
+    (["Games", "PC", "Strategy"], "Strategy"), ([["A", "B"], ["A", "C", "D"], ["E", "F", "G"]], "D"),
+    ([], ""), (None, ""), ("Books", "Books"), (["Movies & TV", "Studio", "All Titles"], "Studio"),
+    (["All Beauty"], "All Beauty"), (["Gift Cards", "Gift Cards", "No expiration, no fees."], "Gift Cards"),
+    (["Women", "</span></span>"], "Women"), (["Clothing", "Tops", "100% Cotton", "Imported"], "Tops"),
+    (["Travel, City &amp; Regional"], "Travel, City & Regional"), ([None, "x"], ""), ([["A"], "B"], "A")])
+def test_the_deepest_informative_category(published, category):
+    assert deepest_category(published) == category

@@ -1,0 +1,83 @@
+"""Statistics against their textbook forms; tables pair what belongs together and show the paper's figures."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from ctr_data import small_run_of
+from userip import ctr_report
+
+
+def test_the_papers_relative_improvements_come_out():
+    """Eq. 10 and 11 on table 2's printed figures; tolerance: what rounding to four digits can do."""
+    figures = lambda *key: iter(ctr_report.PAPER_FIGURES[key])
+    pairs = lambda *key: dict(zip(ctr_report.PAPER_DATA, zip(*[figures(*key)] * 2)))
+    ours, reference = pairs("dcn", "codes"), pairs("dcn", "none") | {"yelp": pairs("pnn", "none")["yelp"]}
+    printed = {"clothing": (4.5548, 3.8199), "movies": (0.5336, 0.3482),
+               "games": (3.2755, 6.2992), "yelp": (1.1937, 0.2879)}
+    for name, (auc, loss) in printed.items():
+        assert ctr_report.rela_impr_auc(ours[name][0], reference[name][0]) == pytest.approx(auc, abs=0.09)
+        assert ctr_report.rela_impr_logloss(ours[name][1], reference[name][1]) == pytest.approx(loss, abs=0.025)
+
+
+def test_the_paired_interval_is_that_of_a_paired_t_test():
+    first, second = np.random.default_rng(0).normal(size=(2, 6))
+    mean, half, p = ctr_report.paired_interval(first - second)
+    test = stats.ttest_rel(first, second)
+    low, high = test.confidence_interval(0.95)
+    assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
+    assert p == pytest.approx(test.pvalue)
+
+
+def test_auc_counts_ties_as_half():
+    assert roc_auc_score([0, 1, 1], [0.5, 0.5, 0.9]) == pytest.approx(0.75)
+
+
+def frame_of(gain, splits=(0,), seeds=(1, 0), model="dcn"):
+    return pd.DataFrame([{"model": model, "features": name, "split_seed": split, "seed": seed,
+                          "auc": 0.6 + 0.1 * seed + 0.02 * split + value, "logloss": 0.6,
+                          "calibration_error": 0.0} for name, value in gain.items()
+                         for split in splits for seed in seeds])
+
+
+def test_the_differences_pair_by_split_and_seed():
+    results = frame_of({"none": 0.0, "random": 0.01, "codes": 0.03, "truth": 0.05}, splits=(3, 2))
+    lines, gains = ctr_report.table_of_differences(ctr_report.group_results(results.sample(frac=1, random_state=0)), 0.125)
+    assert gains["dcn"]["auc_gain"] == pytest.approx(0.02)
+    assert gains["dcn"]["auc_half_interval"] == pytest.approx(0, abs=1e-9)
+    assert gains["dcn"]["share_of_oracle"] == pytest.approx(0.5) and any("50%" in line for line in lines)
+
+
+def test_the_interval_over_splits_is_wider_by_their_overlap():
+    differences = np.random.default_rng(0).normal(size=9)
+    _, plain, p = ctr_report.paired_interval(differences)
+    _, wide, corrected = ctr_report.paired_interval(differences, overlap=0.125)
+    assert wide / plain == pytest.approx(np.sqrt((1 / 9 + 0.125) / (1 / 9))) and corrected > p
+    assert ctr_report.paired_interval([0.0, 0.0])[2] == 1 and ctr_report.paired_interval([1.0, 1.0])[2] == 0
+
+
+def test_the_papers_tables_stand_beside_ours_where_it_is_the_papers_data():
+    results = pd.concat([frame_of({"none": 0.0, "codes": 0.1, "dense": 0.05}),
+                         frame_of({"none": 0.0, "codes": 0.1}, model="pnn")])
+    groups = ctr_report.group_results(results)
+    lines = ctr_report.table_of_means(groups, "games")
+    for line in ("| dcn | none | 0.6500 ± 0.0707 | 0.6000 ± 0.0000 | 0.0000 ± 0.0000 |  |  | 0.7317 | 0.7744 |",
+                 "| dcn | dense | 0.7000 ± 0.0707 | 0.6000 ± 0.0000 | 0.0000 ± 0.0000 | +33.33 | +0.00 | "
+                 "0.7340 | 0.8429 |",
+                 "| pnn | codes | 0.7500 ± 0.0707 | 0.6000 ± 0.0000 | 0.0000 ± 0.0000 | +66.67 | +0.00 | "
+                 "0.7208 | 0.8076 |"):  # tables 2, 3 and 4
+        assert line in lines
+    without = "\n".join(ctr_report.table_of_means(groups))
+    assert "0.7317" not in without and "| pnn | codes | 0.7500" in without
+    run = small_run_of()
+    run.prepared = {"dataset": "games", "interactions": 27_024, "split": "random"}
+    args = SimpleNamespace(field_dim=8, layers=3, hidden=[16], dropout=0.2, id_dropout=0.0, batch_size=512,
+                           epochs=1, patience=1, tune=False)
+    columns = dict.fromkeys(["lr", "weight_decay", "start"], 0.5)
+    text, _ = ctr_report.summarize(args, results.assign(**columns), [run], {"none": "ids only"})
+    assert "19,927 interactions; here are 27,024" in text and lines[2] in text
+    assert ctr_report.paper_name({"dataset": "nete", "interactions": 441_783}) == "movies"

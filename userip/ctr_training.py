@@ -1,0 +1,299 @@
+"""Training: G click models of one kind side by side as one stack, each as if it were trained alone.
+
+A stack looks up the embedding rows that a batch needs, runs one vectorised step of all its models, and
+updates only those rows. Small models cost mostly overhead, so G of them take little longer than one. A step
+of a member is the step of the model alone to 1e-6. Over some hundred steps such rounding differences grow,
+and another epoch may become the best.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
+
+from common import logloss
+from userip.ctr_models import build
+
+
+class Member(NamedTuple):
+    """One model of a stack: its set of fields (an index into Rows.ids), its seed, its options of training.
+
+    seed: of start, batches and dropout; weight_decay: L2 penalty of the embeddings; start: standard deviation
+    at which embeddings of frequent ids begin (see Stack.start).
+    """
+
+    fields: int
+    seed: int
+    lr: float
+    weight_decay: float
+    start: float = 0.5
+
+
+CHOICES = Member._fields[2:]  # what --tune chooses
+
+
+class Rows(NamedTuple):
+    """What the models read: by split, ids int64 [U, n, F] for U sets of fields, and labels, numpy [n].
+
+    The ids are rows of an embedding table, num_rows[u] of them, which all fields of a set share; row
+    `unknown` is the unknown user's. Where the last fields are vectors: `vectors` [N, ΣC], their widths
+    `dims`, and by split the row of `vectors` that each row reads, `users` [n].
+    """
+
+    ids: dict
+    labels: dict
+    num_rows: list
+    unknown: int = 0
+    vectors: torch.Tensor | None = None
+    dims: tuple = ()
+    users: dict | None = None
+
+    def read_vectors(self, split, rows):
+        """rows of the split [G, B] -> a list of their vectors [G, B, ΣC]; an empty one without vectors"""
+        return [] if self.vectors is None else [self.vectors[self.users[split][rows]]]
+
+
+class Batch(NamedTuple):
+    """ids [G, B, F], keep bool [S, B, num_units] (units that dropout keeps, by seed), seed_index [G] into it,
+    label [G, B], vectors: a list of [G, B, ΣC] or empty
+    """
+
+    ids: torch.Tensor
+    keep: torch.Tensor
+    seed_index: torch.Tensor
+    label: torch.Tensor
+    vectors: list
+
+
+def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
+    """Ids as rows of one table in which each field has rows of its own, user and item before all others.
+
+    split: by name a data frame with columns user and item [n]; fields: by name the further ids int64 [n, P],
+    of `sizes`. Users without a train row (not is_warm [N]) share one id behind the others, the unknown
+    user's; has_unknown adds this id in any case. -> {name: int64 [n, 2 + P]}, rows of the table, the unknown
+    user's.
+    """
+    num_users = len(is_warm) + (has_unknown or not is_warm.all())
+    user_id = np.where(is_warm, np.arange(len(is_warm)), len(is_warm))
+    first = np.cumsum([0, num_users, num_items, *sizes])
+    ids = {name: torch.from_numpy(np.column_stack([user_id[frame["user"]], frame["item"], fields[name]])
+                                  + first[:-1]) for name, frame in split.items()}
+    return ids, int(first[-1]), num_users - 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# one step
+# ----------------------------------------------------------------------------------------------------------
+
+
+def adam_(averages, grad, lr, step, penalty=None):
+    """One step of Adam (Kingma and Ba, 2015) in place: averages = weight, mean, square, of one shape.
+
+    penalty: factor of an L2 penalty, if any; it broadcasts, as lr does.
+    """
+    weight, mean, square = averages
+    grad = grad if penalty is None else grad + penalty * weight
+    mean.lerp_(grad, 0.1)
+    square.lerp_(grad * grad, 0.001)
+    weight.sub_(lr * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8))
+
+
+@functools.lru_cache(maxsize=None)  # a compiled step serves all stacks of its shape
+def _functions(options, dropout, is_compiled):
+    """A model, its logits for G copies, and {is the batch full: (step of the models, Adam's step)}.
+
+    Only the steps of full batches are compiled: a batch cut short has a shape of its own.
+    """
+    model = build(*options)
+    named = dict(model.named_parameters())
+    sizes = [parameter.numel() for parameter in named.values()]
+
+    def logits(flat, rows, buffers, *vectors, keep=None):
+        """flat [D], the parameters one behind the other; rows [B, F, W] -> logits [B]"""
+        parameters = {key: part.view(named[key].shape) for key, part in zip(named, flat.split(sizes))}
+        return functional_call(model, (parameters, buffers), (rows, keep, *vectors))
+
+    def loss(flat, rows, buffers, keep, label, *vectors):
+        keep = keep.to(rows.dtype) / (1 - dropout)
+        logit = logits(flat, rows, buffers, *vectors, keep=keep)
+        return F.binary_cross_entropy_with_logits(logit, label)  # eq. 9
+
+    def step_models_(averages, rows, buffers, batch, lr, step):
+        """One Adam step of the parameters [G, D], in place -> gradient of the rows [G, B, F, W]"""
+        gradient = vmap(torch.func.grad(loss, argnums=(0, 1)))
+        grad, rows_grad = gradient(averages[0], rows, buffers, batch.keep[batch.seed_index], batch.label,
+                                   *batch.vectors)
+        adam_(averages, grad, lr, step)
+        return rows_grad
+
+    steps = {False: (step_models_, adam_), True: (step_models_, adam_)}
+    if is_compiled:
+        torch._dynamo.config.recompile_limit = 10_000  # one per model and shape is expected
+        steps[True] = torch.compile(step_models_, dynamic=False), torch.compile(adam_, dynamic=True)
+    return model, vmap(logits), steps
+
+
+class Stack:
+    """G models of one kind side by side, and their embedding tables; `options` as for `build`.
+
+    Its state is a dict of tensors [G, …]: `flat` [G, D], the parameters one behind the other, and Adam's
+    averages of them; `table` [G, num_rows, 3 W], the embeddings and Adam's averages; batch norm's statistics;
+    what `start` says of each member.
+    """
+
+    def __init__(self, options, members, rows, batch_size, dropout=0.0, is_compiled=False):
+        self.model, self.logits, self.steps = _functions(options, dropout, is_compiled)
+        self.device, self.width = rows.ids["train"].device, self.model.width
+        self.batch_size, self.num_steps = batch_size, 0
+        starts = [self.start(options, member, rows) for member in members]
+        self.state = {key: torch.stack([start[key] for start in starts]).to(self.device) for key in starts[0]}
+        self.total = torch.zeros_like(self.tables()[:, :self.width])
+
+    def start(self, options, member, rows):
+        """One member's state before the first step; it does not depend on the other members.
+
+        An id of n train rows starts with standard deviation start · n / (n + 100). Products of small
+        embeddings start on a saddle, and codes, which thousands of rows share, must leave it; but the start
+        of a rare id is noise that its few rows never wash out (0.08 of AUC on sparse data).
+
+        interval: how many steps pass, on average, from one batch that has the id to the next. The L2 penalty
+        is due in every step, but only rows of the batch move: there it is as many times as large. Otherwise
+        rare ids, which are the least certain, would be the least penalised.
+        """
+        ids, num_rows = rows.ids["train"][member.fields], rows.num_rows[member.fields]
+        count = ids.flatten().bincount(minlength=max(rows.num_rows)).cpu()  # train rows of each id
+        torch.manual_seed(member.seed)
+        model = build(*options)
+        table = torch.zeros(len(count), 3 * self.width)
+        deviation = member.start * count / (count + 100)
+        table[:num_rows, :self.width] = deviation[:num_rows, None] * torch.randn(num_rows, self.width)
+        if model.first_order:
+            table[:, self.width - 1] = 0.0
+        interval = (len(ids) / (count.clamp(min=1) * self.batch_size)).clamp(min=1)
+        interval[count == 0] = 1
+        flat = parameters_to_vector(model.parameters()).detach()
+        numbers = {key: torch.tensor([getattr(member, key)]) for key in ("fields", "lr", "weight_decay")}
+        return {"flat": flat, "mean": torch.zeros_like(flat), "square": torch.zeros_like(flat),
+                "table": table, "interval": interval, **numbers, **dict(model.named_buffers())}
+
+    def keep(self, members):
+        """Drop all but these members [bool G]."""
+        self.state = {key: part[members] for key, part in self.state.items()}
+        self.total = torch.zeros_like(self.tables()[:, :self.width])
+
+    def buffers(self):
+        """Batch norm's running statistics, where a model has any: dict of tensors [G, …]"""
+        return {key: self.state[key] for key, _ in self.model.named_buffers()}
+
+    def tables(self):
+        """The members' tables one behind the other [G num_rows, 3 W]"""
+        return self.state["table"].view(-1, 3 * self.width)
+
+    def index(self, ids):
+        """ids [G, B, F] of the members' own tables -> rows of `tables` [G B F]"""
+        first = torch.arange(len(ids), device=self.device) * self.state["table"].shape[1]
+        return (ids + first[:, None, None]).flatten()
+
+    def train_step(self, batch):
+        """Adam on the parameters, and on the embedding rows of the batch; all other rows stay as they are."""
+        step_models_, adam_ = self.steps[batch.label.shape[1] == self.batch_size]
+        state, index, num_models = self.state, self.index(batch.ids), len(batch.ids)
+        self.num_steps += 1
+        lr, step = state["lr"], torch.tensor(float(self.num_steps), device=self.device)
+        read = self.tables().index_select(0, index).view(num_models, -1, 3 * self.width)  # [G, B F, 3 W]
+        rows = read[..., :self.width].unflatten(1, batch.ids.shape[1:])  # [G, B, F, W]
+        grad = step_models_((state["flat"], state["mean"], state["square"]), rows, self.buffers(), batch, lr,
+                            step)
+        self.total.index_put_((index,), grad.flatten(0, 2), accumulate=True)
+        # an id that the batch has twice moves once, by the sum
+        grad = self.total.index_select(0, index).view(num_models, -1, self.width)
+        self.total.index_fill_(0, index, 0.0)
+        interval = state["interval"].flatten().index_select(0, index).view(num_models, -1, 1)  # [G, B F, 1]
+        adam_(read.chunk(3, 2), grad, lr[..., None], step, state["weight_decay"][..., None] * interval)
+        self.tables().index_copy_(0, index, read.flatten(0, 1))
+
+    @torch.no_grad()
+    def predict(self, rows, split, max_numbers=2**21):
+        """Click probabilities of a split's rows: float64 numpy [G, n]; max_numbers: looked up at once"""
+        self.model.eval()
+        ids, state, parts = rows.ids[split], self.state, []
+        size = max(1, max_numbers // (len(state["flat"]) * ids.shape[2] * self.width))
+        for part in torch.arange(ids.shape[1], device=self.device).split(size):
+            part_ids = ids[state["fields"], part]  # [G, b, F]
+            read = self.tables()[self.index(part_ids), :self.width].unflatten(0, part_ids.shape)
+            vectors = rows.read_vectors(split, part.expand(len(read), -1))
+            parts.append(self.logits(state["flat"], read, self.buffers(), *vectors).sigmoid())
+        return torch.cat(parts, 1).double().cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# many steps
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def train_stack(args, name, members, rows, is_compiled=False):
+    """Train the members side by side: their figures on valid at the best epoch, and a stack of these weights.
+
+    args: stage 4's options. Every member sees the train rows in the order of its seed, with the dropout of
+    its seed, whatever it reads and whatever is trained beside it. A member without progress for `--patience`
+    epochs is done, even where its compiled companions keep it in the stack.
+    """
+    options = (name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
+               tuple(args.hidden), rows.dims)
+    stack = Stack(options, members, rows, args.batch_size, args.dropout, is_compiled)
+    best = [{"valid_logloss": float("inf"), "best_epoch": 0} for _ in members]
+    saved = {key: part.clone() for key, part in stack.state.items()}
+    running, is_done = np.arange(len(members)), np.zeros(len(members), dtype=bool)
+    seeds = sorted({member.seed for member in members})
+    seed_index = torch.tensor([seeds.index(member.seed) for member in members])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for epoch in range(1, args.epochs + 1):
+        train_epoch(args, stack, rows, generators, seed_index[running])
+        for index, (member, probabilities) in enumerate(zip(running, stack.predict(rows, "valid"))):
+            valid = logloss(rows.labels["valid"], probabilities)
+            # nan, from a rate too high, is no progress
+            if not is_done[member] and valid < best[member]["valid_logloss"]:
+                auc = roc_auc_score(rows.labels["valid"], probabilities)
+                best[member] = {"valid_logloss": valid, "valid_auc": auc, "best_epoch": epoch}
+                for key, part in stack.state.items():
+                    saved[key][member] = part[index]
+        is_done |= np.array([epoch - one["best_epoch"] >= args.patience for one in best])
+        if is_done.all():
+            break
+        if is_done[running].any() and not is_compiled:  # a compiled step holds for one G
+            stack.keep(torch.from_numpy(~is_done[running]))
+            running = running[~is_done[running]]
+    stack.state = saved
+    return best, stack
+
+
+def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
+    """One pass over the train rows; the rows of num_steps batches are gathered at once, then sliced.
+
+    generators: one per seed, S of them; seed_index [G]: each member's.
+    """
+    labels = torch.from_numpy(rows.labels["train"]).to(stack.state["flat"])
+    fields, device = stack.state["fields"], stack.device
+    stack.model.train()
+    order = torch.stack([torch.randperm(len(labels), generator=generator) for generator in generators])
+    for part in order.split(args.batch_size * num_steps, 1):  # [S, n]
+        keep = torch.empty(*part.shape, stack.model.num_units, dtype=torch.bool)
+        is_dropped = torch.empty(part.shape, dtype=torch.bool)
+        for k, generator in enumerate(generators):
+            keep[k].bernoulli_(1 - args.dropout, generator=generator)
+            is_dropped[k].bernoulli_(args.id_dropout, generator=generator)
+        chosen = part[seed_index].to(device)  # [G, n]
+        ids = rows.ids["train"][fields, chosen]  # [G, n, F]
+        if args.id_dropout:
+            ids[..., 0].masked_fill_(is_dropped[seed_index].to(device), rows.unknown)
+        label, vectors, keep = labels[chosen], rows.read_vectors("train", chosen), keep.to(device)
+        for first in range(0, part.shape[1], args.batch_size):
+            batch = slice(first, first + args.batch_size)
+            stack.train_step(Batch(ids[:, batch], keep[:, batch], seed_index, label[:, batch],
+                                   [vector[:, batch] for vector in vectors]))

@@ -1,0 +1,75 @@
+"""Further runs: stages 1 to 3 once more, as processes, for another split or other codebook sizes.
+
+They lie in RUN_DIR/split-1, RUN_DIR/codes-16-3, …: no profile may have read the rows that it is judged by.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from userip.artifacts import fail, read_sidecar
+from userip.options import option_name
+
+_ROOT = Path(__file__).resolve().parent.parent
+_STAGES = {"01_prepare.py": ("interactions.parquet", "items.parquet", "users.parquet", "prepare.json"),
+           "02_infer_profiles.py": ("profiles.pt", "scores.pt"),
+           "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
+_SWITCHES = ("whiten", "revive")  # on unless switched off by --no-…
+
+
+def further_run(args, name, first_stage, changes):
+    """RUN_DIR/name: a run with this one's options, but for `changes` in first_stage. Returns its folder.
+
+    Artifacts of earlier stages are linked. A stage runs only if its artifact is missing, or was made with
+    other options or from other inputs; so a killed run continues.
+    """
+    folder = Path(args.run_dir) / name
+    folder.mkdir(exist_ok=True)
+    for stage, artifacts in _STAGES.items():
+        if stage < first_stage:
+            for file in (f"{artifact}{ending}" for artifact in artifacts for ending in ("", ".json")):
+                (folder / file).unlink(missing_ok=True)
+                if (Path(args.run_dir) / file).exists():  # some methods make no scores.pt
+                    (folder / file).symlink_to(Path("..") / file)
+            continue
+        options = read_sidecar(args, artifacts[0])["options"] | {"run_dir": str(folder)}
+        options |= changes if stage == first_stage else {}
+        sidecar = _sidecar(folder, artifacts[0])
+        if sidecar.get("options") == options and all(_sidecar(folder, input_name).get("sha256") == digest
+                                                     for input_name, digest in sidecar["inputs"].items()):
+            continue
+        command = [sys.executable, str(_ROOT / stage), *command_line(options)]
+        print(f"{folder}: {stage}", flush=True)
+        if subprocess.run(command).returncode:
+            fail(f"{stage} failed for {folder}: {shlex.join(command)}")
+    return folder
+
+
+def _sidecar(folder, name):
+    """An artifact's sidecar as a dict; an empty one where there is none"""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def command_line(options):
+    """The options of a sidecar as a command line: {"paper": True, "codes": [4, 3]} -> --paper --codes 4 3"""
+    words = []
+    for key, option in options.items():
+        if key in _SWITCHES and option is False:
+            words.append(f"--no-{key}")
+        elif key != "download" and option is not None and option is not False and option != []:  # 0 is kept
+            values = [] if option is True else option if isinstance(option, list) else [option]
+            words += [option_name(key), *map(str, values)]
+    return words
+
+
+def check_further_runs(args, split):
+    """Refuse --splits and --codebook-sizes where stages 1 to 3 cannot be repeated."""
+    if args.splits > 1 and split not in ("random", "cold-user"):
+        fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
+    if (args.splits > 1 or args.codebook_sizes) and read_sidecar(args, "profiles.pt")["options"].get("prior"):
+        option = "--splits" if args.splits > 1 else "--codebook-sizes"
+        fail(f"{option}: the profiles of {args.run_dir} come from a round of EM, which further runs do not "
+             f"repeat: run stages 2 and 3 without --prior, or leave {option} out")

@@ -1,0 +1,130 @@
+"""Files of JSON lines, plain or gzip, read as a stream: memory holds a few blocks; damage is counted."""
+
+import ast
+import contextlib
+import json
+import re
+import zlib
+
+import msgspec
+from tqdm import tqdm
+
+from userip.artifacts import fail, warn
+
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a surrogate pair: no character
+BAD_LINE = (msgspec.MsgspecError, ValueError, SyntaxError, RecursionError, MemoryError)
+DAMAGE = (EOFError, zlib.error)  # of a gzip file
+
+
+def read_lines(path, args, decode, decode_block=None):
+    """Records of a file of lines: yields a list per block. Bad lines are left out and counted by kind.
+
+    decode(line) gives a record, or None for one that is not needed; decode_block(lines), which is faster,
+    gives all records of a block. Exit code 2 when more than args.max_bad of the lines are bad, and with
+    args.strict when a gzip file is damaged.
+    """
+    bad, num_lines = {}, 0  # kind -> line numbers
+    for first, block in _blocks(path, args):
+        records = None
+        if decode_block:
+            with contextlib.suppress(*BAD_LINE):
+                records = decode_block(block)
+        if records is None:  # one by one, to find the bad lines
+            records = []
+            for number, line in enumerate(block.split(b"\n"), first):
+                try:
+                    if line.strip():
+                        records.append(decode(_without_half_pairs(line)))
+                except BAD_LINE as error:
+                    kind = re.sub(r" \(byte \d+\)", "", str(error))
+                    kind = "not UTF-8" if isinstance(error, UnicodeError) else kind
+                    bad.setdefault(kind, []).append(number)
+        num_lines += len(records)
+        yield [record for record in records if record is not None]
+    if bad:
+        num_bad = sum(map(len, bad.values()))
+        num_lines += num_bad
+        kinds = "; ".join(f"{len(numbers):,} × {kind} (first: line {numbers[0]:,})"
+                          for kind, numbers in bad.items())
+        message = f"{path}: {num_bad:,} of {num_lines:,} lines are bad: {kinds}"
+        if num_bad > args.max_bad * num_lines:
+            fail(f"{message}; that is more than --max-bad {args.max_bad:.3%}: download the file again or "
+                 f"allow more")
+        warn(f"{message}; they are left out")
+
+
+def first_lines(path):
+    """The first 100 lines of a file, as far as they lie in its first MiB: list of bytes."""
+    with open(path, "rb") as file:
+        return next(unzip(file, 1 << 20), b"").splitlines()[:100]
+
+
+def parse_line(line):
+    """A line as a dict: JSON or, as in Amazon's metadata of 2014, a Python literal. Raises a BAD_LINE."""
+    try:
+        record = msgspec.json.decode(line)
+    except msgspec.MsgspecError:
+        text = line.decode().strip()
+        try:
+            record = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            raise ValueError("neither JSON nor a Python literal") from None
+    if not isinstance(record, dict):
+        raise ValueError("not a record of named fields")
+    return record
+
+
+def unzip(file, size=1 << 19):
+    """The content of an open binary file, gzip (also of several members) or not: yields up to `size` bytes.
+
+    Raises EOFError where a gzip file was cut off and zlib.error where it is damaged, after all that is whole.
+    """
+    is_gzip = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    if not is_gzip:
+        yield from iter(lambda: file.read(size), b"")
+        return
+    decompressor = zlib.decompressobj(31)
+    while data := decompressor.unconsumed_tail or decompressor.unused_data or file.read(1 << 17):
+        if decompressor.eof:  # another member, or zeros that fill a block of a tape
+            data, decompressor = data.lstrip(b"\0"), zlib.decompressobj(31)
+            if not data and not (data := file.read(1 << 17).lstrip(b"\0")):
+                return
+        if piece := decompressor.decompress(data, size):
+            yield piece
+    if not decompressor.eof:
+        raise EOFError("cut off")
+
+
+def _blocks(path, args):
+    """Whole lines of a file, in blocks: yields (number of the first line, bytes)."""
+    number, rest = 1, b""
+    with open(path, "rb") as file, tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True,
+                                        mininterval=1) as bar:
+        try:
+            for piece in unzip(file):
+                bar.update(file.tell() - bar.n)
+                if number == 1 and not rest:
+                    piece = piece.removeprefix(b"\xef\xbb\xbf")
+                lines, newline, tail = piece.rpartition(b"\n")
+                if newline:
+                    yield number, rest + lines
+                    number, rest = number + lines.count(b"\n") + 1, b""
+                rest += tail
+        except DAMAGE as error:
+            damage = "is truncated" if isinstance(error, EOFError) else f"is damaged ({error})"
+            if args.strict:
+                fail(f"{path} {damage} after {number - 1:,} whole lines: download it again, or leave out "
+                     f"--strict")
+            warn(f"{path} {damage}: the {number - 1:,} whole lines before are used")
+            rest = b""
+    if rest:
+        yield number, rest
+
+
+def _without_half_pairs(line):
+    """A line of JSON without half surrogate pairs, which some exports hold: no reason to lose a review."""
+    if HALF_PAIR.search(line):
+        with contextlib.suppress(ValueError):
+            return json.dumps(json.loads(line), ensure_ascii=False).encode(errors="replace")
+    return line

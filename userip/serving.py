@@ -1,0 +1,120 @@
+"""Table 6: seconds per 10,000 rows of a DCN that serves without codes, with the bank, and with vectors.
+
+The codes are a function of the user, and a DCN reads its input by a few linear maps. So what a user's codes
+add to these maps can be added once, when the bank is loaded (FoldedDCN); per request the codes then cost
+nothing.
+"""
+
+import itertools
+import time
+
+import numpy as np
+import torch
+
+from userip.ctr_models import build
+from userip.ctr_report import markdown
+
+ROUNDS = {1: 1000, 10_000: 60}  # batch size: how many batches are timed
+
+
+class FoldedDCN:
+    """A DCN ready to serve: users and items keep the few numbers that it reads of them, the bank folded in.
+
+    By induction x_l = α_l x_0 + β_l with β_l = b_0 + … + b_{l-1}, α_{l+1} = α_l (1 + w_lᵀ x_0) + w_lᵀ β_l. So
+    of x_0 the model reads only w_lᵀ x_0 [L], the head's part [1] and the MLP's first layer [H]. These are
+    sums over the fields; the parts of a user and of the user's codes are added in advance.
+    """
+
+    def __init__(self, net, tables, codes):
+        """net: common.DCN; tables: embeddings [n_f, E] of user, item, code, …; codes int64 [N, P]"""
+        first, *self.layers = net.mlp.layers
+        input_dim = net.weights.shape[1]
+        maps = torch.cat([net.weights, net.head.weight[:, :input_dim], first.weight])  # [L + 1 + H, X]
+        users, self.items, *code_parts = (table @ part.T for table, part in zip(tables, maps.split(
+            [table.shape[1] for table in tables], 1)))
+        self.users = users + sum(part[codes[:, k]] for k, part in enumerate(code_parts))  # [N, L + 1 + H]
+        self.items[:, -len(first.bias):] += first.bias
+        biases = torch.cat([torch.zeros(1, input_dim), net.biases.cumsum(0)])  # β_0 … β_L
+        self.steps = (net.weights * biases[:-1]).sum(1).tolist()  # w_lᵀ β_l
+        self.head = net.head.weight[0, input_dim:]
+        self.constant = net.head.bias + biases[-1] @ net.head.weight[0, :input_dim]
+
+    def __call__(self, user, item):
+        """user and item int64 [B] -> logits [B]"""
+        read = self.users.index_select(0, user) + self.items.index_select(0, item)
+        num_layers, scale = len(self.steps), 1.0
+        for k, step in enumerate(self.steps):
+            scale = scale * (1 + read[:, k]) + step
+        hidden = read[:, num_layers + 1:].relu()
+        for layer in self.layers:
+            hidden = layer(hidden).relu()
+        return torch.addmv(self.constant + scale * read[:, num_layers], hidden, self.head)
+
+
+def _modes(args, num_items, codes, code_sizes, vectors):
+    """Modes of serving by name: a function of user and item [B] -> logits [B], and the tensors that it holds.
+
+    Weights are random: a DCN's time does not depend on them.
+    """
+    torch.manual_seed(0)
+    sizes = [len(codes), num_items, *code_sizes]
+    tables = [torch.randn(size, args.field_dim) for size in sizes]
+    plain, with_bank, with_vectors = (
+        build("dcn", num_fields, args.field_dim, args.layers, args.hidden, dims).eval()
+        for num_fields, dims in ((2, ()), (len(sizes), ()), (3, [vectors.shape[1]])))
+    bank = codes.to(torch.uint8 if max(code_sizes) < 256 else torch.int32)
+    first, table = torch.tensor([0, *itertools.accumulate(sizes)][:-1]), torch.cat(tables)
+
+    def rows(user, item, *more):
+        """user, item [B], more ids [B, P] -> rows of the table [B, F, E]"""
+        ids = torch.cat([torch.stack([user, item], 1), *more], 1)
+        return table.index_select(0, (ids + first[:ids.shape[1]]).flatten()).view(*ids.shape, -1)
+
+    folded, folded_bank = FoldedDCN(plain.net, tables[:2], codes), FoldedDCN(with_bank.net, tables, codes)
+    return {
+        "DCN": (lambda user, item: plain(rows(user, item)), [*tables[:2], *plain.parameters()]),
+        "DCN + bank": (lambda user, item: with_bank(rows(user, item, bank[user])),
+                       [*tables, *with_bank.parameters(), bank]),
+        "DCN + vectors": (lambda user, item: with_vectors(rows(user, item), None, vectors[user]),
+                          [*tables[:2], *with_vectors.parameters(), vectors]),
+        "DCN, folded": (folded, [folded.users, folded.items]),
+        "DCN + bank, folded": (folded_bank, [folded_bank.users, folded_bank.items])}
+
+
+@torch.no_grad()
+def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
+    """Table 6: {mode of serving: megabytes held, and median and p99 seconds per 10,000 rows by batch size}.
+
+    codes int64 [N, P]; vectors [N, C], the profiles themselves. All modes answer the same requests in turn.
+    """
+    modes = _modes(args, num_items, codes, code_sizes, vectors)
+    figures = {name: {"megabytes": sum(part.numel() * part.element_size() for part in held) / 2**20}
+               for name, (_, held) in modes.items()}
+    generator = torch.Generator().manual_seed(0)
+    for size, num_rounds in rounds.items():
+        taken = {name: [] for name in modes}
+        for _ in range(num_rounds):
+            user, item = (torch.randint(limit, (size,), generator=generator)
+                          for limit in (len(codes), num_items))
+            for name, (serve, _) in modes.items():
+                started = time.perf_counter()
+                serve(user, item).sigmoid()
+                taken[name].append((time.perf_counter() - started) * 10_000 / size)
+        for name, seconds in taken.items():
+            seconds = seconds[num_rounds // 10:]  # the first ones warm the caches
+            figures[name] |= {f"median_{size}": float(np.median(seconds)),
+                              f"p99_{size}": float(np.quantile(seconds, 0.99))}
+    return figures
+
+
+def serving_table(figures):
+    """Table 6 as text: list of lines"""
+    columns = ("median_1", "p99_1", "median_10000", "p99_10000")
+    lines = [[name, *(f"{row[column]:.4f}" for column in columns),
+              f"{row['median_10000'] / figures['DCN']['median_10000']:.2f}", f"{row['megabytes']:.2f}"]
+             for name, row in figures.items()]
+    header = ["mode of serving", "batch 1: median", "p99", "batch 10,000: median", "p99", "ratio to DCN",
+              "held (MB)"]
+    return ["Table 6: seconds per 10,000 rows, random weights, "
+            f"{torch.get_num_threads()} threads; the paper: DCN 0.93, UserIP + DCN 1.21, KAR + DCN 4.78.", "",
+            *markdown(header, lines)]
