@@ -158,9 +158,9 @@ def test_help_tells_stage_inputs_outputs_and_an_example(script, capsys):
     assert not re.search(r"\n  --[a-z-]+( [A-Z.\[\] ]+)?\n  --", told), "an option without help"
 
 
-def commands_of_readme():
-    readme = (Path(ROOT) / "README.md").read_text()
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", readme, re.S):
+def commands_of(text):
+    """Stages and their options in the bash blocks of a text, in order"""
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|;|\|\||\bdo\b", line.split(" #")[0]):
                 if (match := re.match(r"\s*python (0\d_\w+\.py)(.*)", part)):
@@ -168,11 +168,30 @@ def commands_of_readme():
 
 
 def test_every_command_in_the_readme_parses():
-    commands = list(commands_of_readme())
+    commands = list(commands_of((Path(ROOT) / "README.md").read_text()))
     assert len(commands) >= 8
     for script, options in commands:
         if "$" not in options:
             STAGES[script].parse_args(shlex.split(options))
+
+
+@pytest.mark.parametrize("title", ["Quick start", "Your own data"])
+def test_the_commands_of_the_readme_run(tmp_path, title):
+    """In order, as they stand, but on a small table and with small numbers behind them"""
+    section = (Path(ROOT) / "README.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    if title == "Quick start":
+        assert 'for stage in 0*.py; do python "$stage" || break; done' in section
+        commands = [(script, []) for script in STAGES]
+    else:
+        write_table(tmp_path / "raw", suffix=".csv")
+        commands = [(script, shlex.split(options)) for script, options in commands_of(section)]
+    assert [script for script, _ in commands] == list(STAGES)
+    for script, options in commands:
+        options = [str(tmp_path / "raw") if word == "data/mine" else word for word in options]
+        if "--run-dir" in options:  # options given twice: the last one counts
+            assert options[options.index("--run-dir") + 1] == "runs/mine"
+        run_stage(script, *options, *SMALL.get(script, []), "--run-dir", tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_the_tree_holds_what_the_readme_says_and_nothing_else():
