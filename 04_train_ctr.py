@@ -138,6 +138,8 @@ def read_run(run_dir, features):
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
+    defaults = {"split_seed": prepared["seed"], "split": "random", "dataset": "table", "interactions": 0}
+    prepared = defaults | prepared  # an interactions.parquet of another tool says less
     inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
     inputs += ["profiles.pt", "codebook.pt"] if "dense" in features else []
     inputs += ["train_codes.parquet"] if bank.get("has_folds") else []

@@ -194,7 +194,8 @@ def matmul_rate(prompt, rounds=8):
 def speed(args, shape, device):
     """A table of the ways, for items and for histories: {(evidence, way): figures}"""
     model, tokenizer = llm_of_shape(shape, device)
-    prompt_of = lambda model: Prompt((model, tokenizer), dict(zip(("hobby", "background"), NAME_TEXTS)), TASK_TEXT)
+    profiles = dict(zip(("hobby", "background"), NAME_TEXTS))
+    prompt_of = lambda model: Prompt((model, tokenizer), profiles, TASK_TEXT)
     same_weights = {id(value): value for value in model.parameters()}
     quick = fuse(copy.deepcopy(model, same_weights))
     plain, prompt = prompt_of(model), prompt_of(quick)

@@ -85,7 +85,7 @@ def dies(capsys, function, *arguments):
 
 
 def read_raw(folder, dataset, *options, ok=True):
-    """Run stage 1 on folder/raw; interactions (with user_id, item_id), items by item_id, users, what it printed.
+    """Run stage 1 on folder/raw: interactions (with user_id, item_id), items by item_id, users, its prints.
 
     With ok=False expect exit code 2 and nothing written; the complaint.
     """

@@ -251,7 +251,8 @@ def test_figures_5_and_6_show_what_stage_3_makes_of_other_sizes(small_run, tmp_p
 
 def test_each_model_has_a_penalty_of_its_own_unless_one_is_asked_for():
     args = ctr.parse_args([])
-    assert [ctr.candidates(args, name)[0][1] for name in ("ffm", "afm", "fibinet", "dcn")] == [1e-4, 1e-4, 1e-4, 3e-3]
+    decays = [ctr.candidates(args, name)[0][1] for name in ("ffm", "afm", "fibinet", "dcn")]
+    assert decays == [1e-4, 1e-4, 1e-4, 3e-3]
     asked = ctr.parse_args(["--weight-decay", "0.003"])
     assert {ctr.candidates(asked, name)[0][1] for name in ctr.MODELS} == {3e-3}
     run = SimpleNamespace(digests={})

@@ -46,7 +46,8 @@ def frame_of(gain, splits=(0,), seeds=(1, 0), model="dcn"):
 
 def test_the_differences_pair_by_split_and_seed():
     results = frame_of({"none": 0.0, "random": 0.01, "codes": 0.03, "truth": 0.05}, splits=(3, 2))
-    lines, gains = ctr_report.table_of_differences(ctr_report.group_results(results.sample(frac=1, random_state=0)), 0.125)
+    groups = ctr_report.group_results(results.sample(frac=1, random_state=0))
+    lines, gains = ctr_report.table_of_differences(groups, 0.125)
     assert gains["dcn"]["auc_gain"] == pytest.approx(0.02)
     assert gains["dcn"]["auc_half_interval"] == pytest.approx(0, abs=1e-9)
     assert gains["dcn"]["share_of_oracle"] == pytest.approx(0.5) and any("50%" in line for line in lines)
