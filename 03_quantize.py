@@ -24,7 +24,6 @@ Example: python 03_quantize.py        (30 seconds)
 import argparse
 import math
 import time
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,10 +33,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import DCN, VectorQuantizer, usage_of
-from userip.artifacts import fail, read_artifacts, read_sidecar, write_artifact
+from userip.artifacts import read_artifacts, read_sidecar, write_artifact
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             stage_parser, start_stage)
-from userip.probes import compare_with_truth, probe_demographics, seed_agreement
+from userip.probes import compare_with_truth, describe_codes, probe_demographics
+from userip.profiles import read_profiles, read_rows
 
 PAPER = {"whiten": False, "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
 RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight": 0.0, "beta": 0.0, "lr": 0.01,
@@ -75,77 +75,6 @@ def parse_args(argv=None):
     if args.dims and not args.whiten:
         parser.error("--dims counts directions of whitened profiles: leave it out, or whiten")
     return args
-
-
-# ----------------------------------------------------------------------------------------------------------
-# data: interactions, and what stage 2 inferred
-# ----------------------------------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """Interactions: user, item, fold int64 [R], label float32 [R]"""
-
-    user: torch.Tensor
-    item: torch.Tensor
-    label: torch.Tensor
-    fold: torch.Tensor  # index of the profiles that were inferred without this row
-    num_items: int  # in the catalogue
-
-
-def read_rows(interactions, split, fold=None):
-    frame = interactions[interactions["split"] == split]
-    user, item, label = (torch.tensor(frame[name].to_numpy()) for name in ("user", "item", "label"))
-    fold = torch.zeros_like(user) if fold is None else fold
-    return Rows(user, item, label.float(), fold, int(interactions["item"].max()) + 1)
-
-
-class Profile:
-    """Profile name k of profiles.pt: θ of all users without each of the F folds and, last, with all evidence
-
-    options: those of stage 2. is_warm [N]: has train rows. Only warm users with evidence move a codeword.
-    """
-
-    def __init__(self, stored, k, options, is_warm):
-        self.name = stored["names"][k]
-        self.theta = stored["profiles"][:, :, k]  # [F + 1, N, D]
-        self.num_evidence = stored["num_evidence"][:, :, k]  # [F + 1, N]
-        self.gain, self.noise = stored["gain"][:, k], stored["noise"][k]  # [N], [D, D], see `whiten`
-        self.is_fitted = is_warm & (self.num_evidence[-1] > 0)  # [N]
-        self.mean = self.theta[-1, self.is_fitted].mean(0)  # [D]
-        self.deviation = self.theta - self.mean  # [F + 1, N, D]
-        self.has_noise_level = options.get("method", "score") == "score"
-        route = "rating" if options.get("route", ["none"]) == ["none"] else options["route"][k]
-        self.reads_ratings = options.get("ratings", "none") != "none" and "rating" in route.split("+")
-        self.num_codes = 8 if self.reads_ratings else 3 if k == 1 else 4  # K, unless --codes says otherwise
-
-
-def read_profiles(args, stored, rows):
-    """profiles.pt -> a Profile per name; sets --codes; exit code 2 when the options do not fit"""
-    if "fold" not in stored:
-        stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
-    is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
-    is_warm[rows.user] = True
-    options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
-    profiles = [Profile(stored, k, options, is_warm) for k in range(len(names))]
-    sizes = args.codes or [profile.num_codes for profile in profiles]
-    if "prior" in stored:
-        sizes = [len(part["codebook"]) for part in stored["prior"].values()]
-        allowed = vars(parse_args([])) | {"run_dir": args.run_dir, "seed": args.seed}
-        for name, value in vars(args).items():
-            if value != allowed[name] and (name, value) != ("codes", sizes):
-                fail(f"{option_name(name)}: the profiles have a codebook of {sizes} codes as prior, which "
-                     f"only moves to its users' means now; leave it out, or run stage 2 without --prior")
-    if len(sizes) != len(names):
-        fail(f"--codes gives {len(sizes)} size(s) ({' '.join(map(str, sizes))}), but profiles.pt holds "
-             f"{len(names)} profiles ({', '.join(names)}): give one size for each")
-    num_fitted = int((stored["has_evidence"] & is_warm).sum())
-    if num_fitted < max(sizes):
-        fail(f"only {num_fitted} users have evidence and train rows, fewer than the {max(sizes)} codes asked "
-             f"for: lower --codes")
-    args.codes = sizes
-    for profile, num_codes in zip(profiles, sizes):
-        profile.num_codes = num_codes
-    return profiles
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -414,19 +343,6 @@ def move_codewords(profile, prior, max_rounds=100):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def describe_codes(profile, codes):
-    """Print usage and stability of a profile's codes, a list of int [N] by seed -> sidecar facts"""
-    name, num_codes = profile.name, profile.num_codes
-    usage, perplexity = usage_of(codes[0], num_codes)
-    share, stability = usage.min() / max(usage.sum(), 1), seed_agreement(codes, num_codes)
-    between = "" if stability is None else f" | ARI between seeds {stability:.3f}"
-    warning = f"  <- below K/2 = {num_codes / 2:g}: the codebook is collapsing"
-    print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} "
-          f"| smallest share {share:.3f}{between}{warning if perplexity < num_codes / 2 else ''}")
-    return {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share,
-            f"{name}_stability": stability}
-
-
 def probe_profiles(args, profiles, users):
     """MovieLens: do the 32 leading directions of the profiles predict gender and age? -> sidecar facts"""
     if not {"gender", "age"} <= set(users):
@@ -460,7 +376,7 @@ def main(args):
     stored, interactions, users = read_artifacts(args, "profiles.pt", "interactions.parquet", "users.parquet")
     train_rows = read_rows(interactions, "train", stored.get("fold"))
     valid_rows = read_rows(interactions, "valid")
-    profiles = read_profiles(args, stored, train_rows)
+    profiles = read_profiles(args, stored, train_rows, vars(parse_args([])))
     if "prior" in stored:  # a round of EM
         fits = [[move_codewords(*pair) for pair in zip(profiles, stored["prior"].values())]]
     else:
@@ -478,7 +394,7 @@ def main(args):
         codes = [nearest_codes(parts[k], profile.theta, profile.num_evidence).numpy() for parts in fits]
         bank[profile.name] = codes[0][-1]
         train_codes[profile.name] = codes[0][train_rows.fold, train_rows.user]
-        facts |= describe_codes(profile, [of_seed[-1] for of_seed in codes])
+        facts |= describe_codes(profile.name, [of_seed[-1] for of_seed in codes], profile.num_codes)
         usage, _ = usage_of(codes[0][-1, train_rows.user.unique()], profile.num_codes)  # not of cold users
         codebook[profile.name] = fits[0][k] | {"usage": torch.tensor(usage)}
     bayes_ari = read_sidecar(args, "users.parquet").get("bayes_ari", {})

@@ -19,7 +19,6 @@ Example: python 05_case_study.py        (15 seconds)
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +34,8 @@ from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
 from userip.page import Section, mean_with_interval, page, sections_as_html, sections_as_text
-from userip.pictures import draw_attention, draw_curves, draw_map, draw_mask, draw_usage
-from userip.report import report_page
+from userip.pictures import draw_attention, draw_curves, draw_maps, draw_mask, draw_usage
+from userip.report import read_curves, report_page
 
 
 def parse_args(argv=None):
@@ -58,7 +57,7 @@ def parse_args(argv=None):
 
 
 def read_run(args):
-    """The artifacts of the run, checked: data frames, sidecars, profiles [N, P, D], codes [N, P]"""
+    """The artifacts of the run, checked: data frames, sidecars, profiles [N, P, D] and z, codes [N, P]"""
     inputs = ["interactions.parquet", "items.parquet", "users.parquet", "profiles.pt", "codebook.pt",
               "feature_bank.parquet", "results.parquet", "results.md"]
     interactions, items, users, stored, codebook, bank, results, text = read_artifacts(args, *inputs)
@@ -70,12 +69,14 @@ def read_run(args):
         stored |= {key: stored[key][-1] for key in ("profiles", "num_evidence")}
         inputs.append("train_codes.parquet")
         train_codes = read_artifacts(args, "train_codes.parquet")[0][names].to_numpy(dtype=np.int64)
+    z = [(stored["profiles"][:, k] - codebook[name]["mean"]) @ codebook[name]["transform"]  # [N, C]
+         for k, name in enumerate(names)]
     return SimpleNamespace(
         inputs=inputs, sidecars=sidecars, items=items, users=users, split=split, stored=stored, names=names,
         profiles=stored["profiles"], has_evidence=stored["num_evidence"] > 0, codebook=codebook, codes=codes,
         train_codes=train_codes, sizes=sidecars["feature_bank.parquet"]["codes"], results=results,
-        results_text=text, user_ids=bank["user_id"].astype(str), observations=observe(items, users,
-                                                                                      split["train"]))
+        results_text=text, user_ids=bank["user_id"].astype(str), run_dir=Path(args.run_dir), z=z,
+        observations=observe(items, users, split["train"]))
 
 
 def choose_users(args, run):
@@ -303,38 +304,6 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# codes
-# ----------------------------------------------------------------------------------------------------------
-
-
-def draw_profiles(args, folder, run, chosen):
-    """Profiles after the transform [N, C], drawn in two dimensions by code and by truth -> pictures, and per
-    profile and code the ids of the three users nearest to the codeword
-    """
-    pictures, typical, rng = [], [], np.random.default_rng(args.seed)
-    for k, name in enumerate(run.names):
-        part, mask = run.codebook[name], run.has_evidence[:, k]
-        z = (run.profiles[:, k] - part["mean"]) @ part["transform"]  # [N, C]
-        members = [np.flatnonzero(run.codes[:, k] == code) for code in range(run.sizes[k])]
-        nearest = [users[(z[users] - codeword).norm(dim=1).argsort(stable=True)[:3]]
-                   for users, codeword in zip(members, part["codebook"])]
-        typical.append([run.user_ids.iloc[users].tolist() for users in nearest])
-
-        centred = z[mask] - z[mask].mean(0)
-        plane = (centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T).numpy()  # [N', 2]
-        if plane.shape[1] == 1:  # C = 1: a random height, so that users do not hide each other
-            plane = np.column_stack([plane, rng.random(len(plane))])
-        row = np.cumsum(mask.numpy()) - 1  # of each user in the plane
-        marked = {run.user_ids[user]: row[user] for user in chosen if mask[user]}
-        pictures.append(draw_map(folder, f"{name} by code", plane, run.codes[mask.numpy(), k],
-                                 range(run.sizes[k]), marked))
-        if f"true_{name}" in run.users:
-            truth, labels = pd.factorize(run.users[f"true_{name}"][mask.numpy()], sort=True)
-            pictures.append(draw_map(folder, f"{name} by truth", plane, truth, labels, marked))
-    return pictures, typical
-
-
-# ----------------------------------------------------------------------------------------------------------
 # one user
 # ----------------------------------------------------------------------------------------------------------
 
@@ -409,18 +378,6 @@ def user_sections(args, run, user, cards, words, clicks):
     return sections
 
 
-def read_curves(args, run):
-    """Losses by step: the tiny LLM and the shared start of stage 2, eq. 5 of stage 3. {title: list}"""
-    curves, path = {}, Path(args.run_dir) / "tiny_llm" / "curve.json"
-    if run.stored["llm"] == "tiny" and path.exists():
-        curves["tiny LLM: nats per token, by step"] = json.loads(path.read_text())
-    if curve := run.sidecars["profiles.pt"].get("curve"):
-        curves["shared θ: nats per row, by step"] = curve
-    for key, values in pd.DataFrame(run.sidecars["codebook.pt"].get("curve") or []).items():
-        curves[f"stage 3: {key.replace('_', ' ')}, by epoch"] = list(values)
-    return curves
-
-
 def main(args):
     start_stage(args)
     started = time.time()
@@ -430,9 +387,8 @@ def main(args):
     if args.user is not None:
         folder = folder / f"user-{chosen[0]}"
     model, tokenizer = load_eager_llm(args, run)
-    maps, typical = draw_profiles(args, folder, run, chosen)
-    cards = [code_cards(run.codes[:, k], typical[k], run.observations, args.num_words, [args.seed, k])
-             for k in range(len(run.names))]
+    maps = draw_maps(folder, run, chosen, np.random.default_rng(args.seed))
+    cards = [code_cards(run, k, args.num_words, [args.seed, k]) for k in range(len(run.names))]
     words = words_of_profiles(args, run, model, tokenizer, scored)
     attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
     clicks, pages = click_scores(run, chosen), []
@@ -448,7 +404,7 @@ def main(args):
               f"{len(maps) + len(attention)} pictures")
         return
 
-    scores, curves = score_words(run, words, scored), read_curves(args, run)
+    scores, curves = score_words(run, words, scored), read_curves(run)
     pictures = {"codes": [draw_usage(folder, run.names, run.codes, run.sizes), *maps],
                 "attention": attention, "mask": [draw_mask(folder, run.names)]}
     if curves:

@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from common import usage_of
 from conftest import quantize, run_stage
 from userip.artifacts import read_artifacts, write_artifact
+from userip.profiles import Rows
 
 
 def clusters(num_users=1200, dim=24, num_codes=4, spread=3.0, seed=0):
@@ -39,7 +40,7 @@ def profile_of(deviation, num_codes=4, noise=None, **changes):
 
 def rows_of(user, item, label, fold=None, num_items=None):
     fold = torch.zeros_like(user) if fold is None else fold
-    return quantize.Rows(user, item, label.float(), fold, num_items or int(item.max()) + 1)
+    return Rows(user, item, label.float(), fold, num_items or int(item.max()) + 1)
 
 
 def first_transform(deviation, noise, num_codes=11, options=(), **changes):
@@ -232,197 +233,8 @@ def test_ratings_are_quantized_along_the_labels_direction_by_default_into_eight_
     assert codebook["judgement"]["transform"].shape[1] == 1
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"ratings": "liked", "route": ["title", "brand+rating"]}, [False, True]),
-    ({"ratings": "stars", "route": ["none"]}, [True, True]),
-    ({"ratings": "none", "route": ["title", "brand"]}, [False, False]), ({}, [False, False])], ids=str)
-def test_the_options_of_stage_2_say_which_profiles_read_ratings(options, expected):
-    stored = {"names": ["a", "b"], "profiles": torch.zeros(1, 3, 2, 4), "num_evidence": torch.ones(1, 3, 2),
-              "gain": torch.ones(3, 2), "noise": torch.zeros(2, 4, 4)}
-    profiles = [quantize.Profile(stored, k, options, torch.ones(3).bool()) for k in range(2)]
-    assert [profile.reads_ratings for profile in profiles] == expected
-    assert [profile.num_codes for profile in profiles] == [8 if reads else size
-                                                           for reads, size in zip(expected, (4, 3))]
-
-
 def test_codes_of_train_rows_are_those_without_their_own_fold(rated_run):
     run = rated_run
-    printed = run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 2, "--epochs", 1)
-    assert ("(noise 1, its edge" in printed) == is_known
-
-
-def test_dims_and_the_number_of_codes_bind_the_number_of_directions():
-    deviation, noise, _ = clusters()
-    assert first_transform(deviation, noise, 4, ["--dims", "7"])[0].shape[1] == 7
-    assert first_transform(deviation, noise, num_codes=3)[0].shape[1] == 2
-    nothing = torch.randn(len(deviation), 24) @ torch.linalg.cholesky(noise).T
-    assert first_transform(nothing, noise, num_codes=4)[0].shape[1] == 1  # never fewer than one
-
-
-def losses_with(**changes):
-    """Train two small profiles for an epoch and return the weights that moved."""
-    torch.manual_seed(0)
-    defaults = {"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0, "revive": False}
-    options = argparse.Namespace(**defaults | changes)
-    deviation = torch.randn(40, 5)
-    codebook = torch.randn(3, 2) + torch.tensor([[0.0], [0.0], [99.0]]) * (options.revive is not False)
-    quantizer = quantize.Quantizer(torch.eye(5)[:, :2], codebook, changes.get("beta", 0.25))
-    surrogate = quantize.Surrogate([2], 10)
-    rows = rows_of(torch.randint(40, (100,)), torch.randint(10, (100,)), torch.randint(2, (100,)))
-    torch.manual_seed(1)
-    quantize.train(options, torch.nn.ModuleList([quantizer]), surrogate, [deviation[None]], rows)
-    return {"transform": quantizer.transform.detach(), "codebook": quantizer.vq.codebook.detach(),
-            "item": surrogate.item.weight.detach()}
-
-
-@pytest.mark.parametrize("change, moves", [
-    ({"vq_weight": 0.1}, "codebook"), ({"rec_weight": 0.1}, "transform"),
-    ({"beta": 2.0}, "transform"), ({"rec_weight": 0.0}, "item")])
-def test_every_weight_reaches_the_loss(change, moves):
-    assert not torch.equal(losses_with()[moves], losses_with(**change)[moves])
-
-
-def test_without_rec_weight_the_surrogate_stands_still():
-    torch.manual_seed(0)
-    torch.randn(40, 5), torch.randn(3, 2)
-    untouched = quantize.Surrogate([2], 10).item.weight.detach()
-    assert torch.equal(losses_with(rec_weight=0.0)["item"], untouched)
-
-
-def test_a_dead_codeword_is_revived_at_a_user_and_only_if_so_wished():
-    far = lambda revive: float(losses_with(revive=revive)["codebook"][2].abs().max())
-    assert far(None) > 50 > 10 > far(True)
-
-
-def test_a_train_row_is_read_with_the_profile_that_has_not_seen_it():
-    """Deviations of the row's own fold reach the losses; those of the other folds do not."""
-    def loss_of(poisoned):
-        torch.manual_seed(0)
-        deviation = torch.randn(3, 40, 5)
-        user, fold = torch.arange(40), torch.arange(40) % 2
-        if poisoned == "own":
-            deviation[0, 4] += 5.0
-        else:
-            deviation[1, 4] += 5.0  # user 4's row is in fold 0
-            deviation[2, 4] += 5.0
-        options = argparse.Namespace(epochs=1, batch_size=8, lr=0.01, vq_weight=1.0, rec_weight=1.0,
-                                     revive=False)
-        quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.zeros(2, 2), 0.25)
-        rows = rows_of(user, torch.arange(40) % 10, torch.arange(40) % 3 > 0, fold)
-        quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10), [deviation],
-                       rows)
-        return quantizer.vq.codebook.detach()
-
-    torch.manual_seed(0)
-    clean = loss_of("other")
-    assert torch.equal(clean, loss_of("other")) and not torch.equal(clean, loss_of("own"))
-
-
-def test_the_released_start_collapses_where_kmeans_finds_all_kinds():
-    """Runs of the released start end with one code, where k-means++ on the same vectors finds the
-    clusters: in many dimensions all users are alike, seen from codewords far outside.
-    """
-    rng = np.random.default_rng(0)
-    kind = rng.integers(4, size=200)
-    deviation = torch.tensor(3 * np.eye(64)[kind] + rng.standard_normal((200, 64)), dtype=torch.float32)
-    rows = rows_of(torch.arange(200), torch.zeros(200, dtype=torch.long), torch.zeros(200))
-    start, profile = torch.eye(64) / deviation.std(), profile_of(deviation - deviation.mean(0))
-    for options in (["--released"], ["--rec-weight", "0", "--no-revive"]):
-        args = quantize.parse_args([*options, "--codes", "4", "--epochs", "25", "--batch-size", "16"])
-        for seed in range(3):
-            (part,), _ = quantize.fit(args, [profile], [start], rows, seed)
-            codes = quantize.nearest_codes(part, profile.theta[0], profile.num_evidence[0]).numpy()
-            perplexity = usage_of(codes, 4)[1]
-            assert (perplexity < 1.2) if args.released else (perplexity > 3), (seed, perplexity)
-            assert args.released or adjusted_rand_score(kind, codes) > 0.4
-
-
-def test_the_directions_that_matter_to_what_users_like_are_kept():
-    """Users differ most in a direction that says nothing of their likes; the second decides them."""
-    generator = torch.Generator().manual_seed(0)
-    kind = torch.randint(2, (2, 600), generator=generator) * 2.0 - 1
-    deviation = torch.stack([3 * kind[0], 2 * kind[1]], 1) + 0.2 * torch.randn(600, 2, generator=generator)
-    user, item = torch.arange(600).repeat(10), torch.randint(6, (6000,), generator=generator)
-    args, profile = argparse.Namespace(seed=0), profile_of(deviation, 2)
-    split = lambda label: (rows_of(*(column[:5000] for column in (user, item, label))),
-                           rows_of(*(column[5000:] for column in (user, item, label))))
-
-    def is_kept(label):
-        first, second = torch.eye(2)[:, :1], torch.eye(2)[:, 1:]
-        chosen = quantize.choose_directions(args, profile, first, second, *split(label))
-        return "first" if torch.equal(chosen, first) else "second"
-
-    assert is_kept(kind[0][user] * (item % 2 * 2 - 1) > 0) == "first"
-    assert is_kept(kind[1][user] * (item % 2 * 2 - 1) > 0) == "second"
-    label = kind[0][user] * (item % 2 * 2 - 1) > 0
-    losses = [quantize.recommendation_losses((values > 0).long()[None], 2, *split(label), 0).mean()
-              for values in kind]
-    assert losses[0] < 0.2 and losses[1] > 0.6
-
-
-@pytest.mark.parametrize("better, kept", [(0.0007, "leading 2"), (0.02, "leading 1")])
-def test_a_direction_is_given_up_for_no_tie(monkeypatch, better, kept):
-    """Less loss on valid rows without it, by less and by more than the standard error, .1 / √1000."""
-    noise = 0.1 * np.random.default_rng(0).standard_normal(1000)
-    losses = iter([0.6 + noise - noise.mean() - better] * 2 + [np.full(1000, 0.6)] * 2 + [np.ones(1000)] * 2)
-    monkeypatch.setattr(quantize, "recommendation_losses", lambda *_: next(losses))
-    profile = profile_of(torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), 2)
-    chosen = quantize.choose_directions(argparse.Namespace(seed=0), profile, torch.eye(2), torch.eye(2)[:, 1:],
-                                        (), ())
-    assert torch.equal(chosen, torch.eye(2)[:, :int(kept[-1])])
-
-
-def test_the_direction_of_the_label_is_found_whatever_its_variance():
-    """Who rates generously differs along a direction of little variance, out of fold."""
-    generator = torch.Generator().manual_seed(0)
-    deviation = torch.randn(2, 500, 4, generator=generator) * torch.tensor([5.0, 3.0, 1.0, 0.5])
-    deviation[1] = 99.0  # the fold that has seen the rows is not looked at
-    user, item = torch.arange(500).repeat(8), torch.randint(20, (4000,), generator=generator)
-    generous = deviation[0, :, 2] + deviation[0, :, 3]
-    quality = torch.randn(20, generator=generator)
-    label = (generous[user] + quality[item] + torch.randn(4000, generator=generator) > 0).float()
-    found = quantize.label_direction(torch.eye(4), deviation, rows_of(user, item, label))[:, 0]
-    assert found.shape == (4,) and float(found @ torch.tensor([0, 0, 1.0, 1.0])) / 2**0.5 > 0.97
-
-
-@pytest.fixture(scope="module")
-def rated_run(small_run, tmp_path_factory):
-    """The small run up to stage 2, inferred with ratings and three folds. Its codes may be overwritten."""
-    run = tmp_path_factory.mktemp("rated") / "run"
-    shutil.copytree(small_run[1], run)
-    run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4,
-              "--shared-steps", 3, "--map-steps", 3, "--heldout", 60, "--ratings", "--folds", 3)
-    return run
-
-
-@pytest.mark.parametrize("options, sizes", [((), [4, 3, 8]), (("--codes", 2, 2, 3), [2, 2, 3])], ids=str)
-def test_ratings_are_quantized_along_the_labels_direction_by_default_into_eight_codes(rated_run, options,
-                                                                                      sizes):
-    """Other profiles choose their directions."""
-    run_stage("03_quantize.py", "--run-dir", rated_run, "--epochs", 1, "--stability", 0, *options)
-    codebook = torch.load(rated_run / "codebook.pt", weights_only=True)
-    assert [len(part["codebook"]) for part in codebook.values()] == sizes
-    assert codebook["judgement"]["transform"].shape[1] == 1
-
-
-@pytest.mark.parametrize("options, expected", [
-    ({"ratings": "liked", "route": ["title", "brand+rating"]}, [False, True]),
-    ({"ratings": "stars", "route": ["none"]}, [True, True]),
-    ({"ratings": "none", "route": ["title", "brand"]}, [False, False]), ({}, [False, False])], ids=str)
-def test_the_options_of_stage_2_say_which_profiles_read_ratings(options, expected):
-    stored = {"names": ["a", "b"], "profiles": torch.zeros(1, 3, 2, 4), "num_evidence": torch.ones(1, 3, 2),
-              "gain": torch.ones(3, 2), "noise": torch.zeros(2, 4, 4)}
-    profiles = [quantize.Profile(stored, k, options, torch.ones(3).bool()) for k in range(2)]
-    assert [profile.reads_ratings for profile in profiles] == expected
-    assert [profile.num_codes for profile in profiles] == [8 if reads else size
-                                                           for reads, size in zip(expected, (4, 3))]
-
-
-def test_codes_of_train_rows_are_those_without_their_own_fold(small_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(small_run[1], run)
-    run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4,
-              "--shared-steps", 3, "--map-steps", 3, "--heldout", 60, "--ratings", "--folds", 3)
     printed = run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 3, 2, "--epochs", 1, "--stability", 2)
     assert printed.count("ARI between seeds") == 3
     options = argparse.Namespace(run_dir=str(run), seed=0)

@@ -10,69 +10,31 @@ import pandas as pd
 import pytest
 import torch
 
-import common
+from common import logloss
+from conftest import case_study, run_pipeline, run_stage, write_table
+from userip.artifacts import sha256_of
+from userip.llm import load_llm
 
-from conftest import case_study, prepare, run_pipeline, run_stage, write_table
+
+def best(scores, words, number):
+    return [[words[index] for index in row] for row in scores.topk(number, dim=1).indices.tolist()]
 
 
 def test_nearest_words_are_those_of_the_largest_cosine():
     torch.manual_seed(0)
-    embeddings, words = torch.randn(30, 8), [f"w{index}" for index in range(30)]
+    embeddings = torch.randn(30, 8)
     centred = embeddings - embeddings.mean(0)
-    found = case_study.nearest_words(5 * centred[[7, 21]], embeddings, words, 3)
-    assert [row[0] for row in found] == ["w7", "w21"]
-    for row, index in zip(found, (7, 21)):
-        cosine = [float(torch.cosine_similarity(centred[index], other, dim=0)) for other in centred]
-        assert row == [words[place] for place in np.argsort(cosine)[::-1][:3]]
-
-
-def test_overrepresented_finds_what_a_code_has_more_and_nothing_in_equal_codes():
-    names = ["a", "b", "c", "d"]
-    counts = np.array([[50.0, 10, 10, 30], [10, 50, 10, 30], [10, 10, 50, 30]])
-    found = case_study.overrepresented(counts, names, 2)
-    assert [[name for name, *_ in row] for row in found] == [["a"], ["b"], ["c"]]
-    assert case_study.overrepresented(np.full((3, 4), 40.0), names, 2) == [[], [], []]
-    own, other, prior = counts[0], counts[1:].sum(0), 0.1 * counts.sum(0) + 0.01  # the first one by hand
-    first, second = own[0] + prior[0], other[0] + prior[0]
-    odds = np.log(first / ((own + prior).sum() - first)) - np.log(second / ((other + prior).sum() - second))
-    error = np.sqrt(1 / first + 1 / second)
-    assert np.allclose(found[0][0][1:], np.exp([odds, odds - 1.96 * error, odds + 1.96 * error]))
-
-
-def test_of_a_thousand_names_by_chance_hardly_any_is_told():
-    """A test of each name at 2.5% would tell of 25 in every code."""
-    rng = np.random.default_rng(0)
-    found = case_study.overrepresented(rng.poisson(20, (4, 1000)).astype(float), list(range(1000)), 1000)
-    assert sum(map(len, found)) <= 2
-
-
-def test_facts_are_groups_and_agree_with_codes_that_follow_them():
-    users = pd.DataFrame({"user": range(80), "user_id": "u", "age": [20 + k // 2 for k in range(80)],
-                          "gender": ["F", None, "M", "M"] * 20, "zip_code": [str(k) for k in range(80)]})
-    facts = case_study.facts_of(users)
-    assert list(facts) == ["age", "gender"]
-    assert facts["age"].iloc[[0, 79]].tolist() == ["20 to 29", "50 to 59"] and facts["age"].nunique() == 4
-    codes = np.stack([np.arange(80) // 20, np.random.default_rng(0).integers(4, size=80)], 1)
-    run = argparse.Namespace(users=users, codes=codes, names=["told", "untold"], sizes=[4, 4])
-    agreed = {row[:2]: row[2:] for row in case_study.agreement(run)}
-    assert float(agreed["told", "age"][0]) > 0.99 and agreed["told", "age"][1] == "below 1e-16"
-    assert abs(float(agreed["untold", "age"][0])) < 0.1 and float(agreed["untold", "age"][1]) > 0.01
-    codes[:, 1] = 4  # unknown
-    assert all(row[0] == "told" for row in case_study.agreement(run))
-
-
-def test_items_fall_into_thirds_by_price():
-    items = pd.DataFrame({"title": "a", "category": "b", "brand": None,
-                          "price": [1.0, 2, 3, 4, 5, 6, np.nan]})
-    (_, counts, names), = [part for part in case_study.item_features(items) if part[0] == "price levels"]
-    assert sorted(names) == ["$2.67 to $4.33", "above $4.33", "up to $2.67"]
-    assert counts.sum(0).tolist() == [2, 2, 2] and counts[6].sum() == 0
+    scores = case_study.nearest_scores(5 * centred[[7, 21]], embeddings)
+    assert scores.argmax(1).tolist() == [7, 21]
+    for row, index in zip(scores, (7, 21)):
+        cosine = [torch.cosine_similarity(centred[index], word, dim=0) for word in centred]
+        assert torch.allclose(row, torch.stack(cosine), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def llm(llm_folder):
-    """With the attention implementation that tells its weights"""
-    return common.load_llm(argparse.Namespace(run_dir="unused"), str(llm_folder), attn_implementation="eager")
+    """With the attention implementation that returns its weights"""
+    return load_llm(argparse.Namespace(run_dir="unused"), str(llm_folder), attn_implementation="eager")
 
 
 @pytest.mark.parametrize("num_soft", [1, 2])
@@ -119,26 +81,23 @@ def test_a_words_attention_is_the_mean_of_its_tokens_whatever_the_others_sentenc
 
 def test_lens_words_are_those_whose_log_probability_rises_most(llm):
     model, _ = llm
-    ids, words = torch.arange(20, 60), [f"w{index}" for index in range(40)]
+    ids = torch.arange(20, 60)
     generator = torch.Generator().manual_seed(0)
     soft, shared = torch.randn(3, 32, generator=generator), torch.randn(32, generator=generator)
-    found = case_study.lens_words(model, ids, [5, 6, 7], soft, shared, words, 4, batch_size=2)
+    scores = case_study.lens_scores(model, ids, [5, 6, 7], soft, shared, batch_size=2)
     before = model.get_input_embeddings()(torch.tensor([5, 6, 7]))
     expects = lambda theta: model(inputs_embeds=torch.cat([before, theta[None]])[None]).logits[0, -1]
     for user in range(3):
         with torch.no_grad():
             rise = (expects(soft[user]).log_softmax(0) - expects(shared).log_softmax(0))[20:60]
-        assert found[user] == [words[place] for place in rise.argsort(descending=True)[:4]]
+        assert torch.allclose(scores[user], rise, atol=1e-4)
 
 
 def test_words_are_scored_by_how_often_they_occur_in_held_out_items():
     own = [["Boots", "trail"], ["pan"], ["harp"], ["kite"], ["unread"]]
-    other = [["pan"], ["boots"], ["harp"], ["flute"], ["unread"]]
+    control = [["pan"], ["boots"], ["harp"], ["flute"], ["unread"]]
     texts = [{"boots", "trail"}, {"pan"}, {"harp"}, {"flute"}, set()]
-    auc, half, num = case_study.held_out_score(own, other, texts)
-    assert num == 4 and auc == (1 + 1 + 0.5 + 0) / 4
-    assert np.isclose(half, 1.96 * np.std([1, 1, 0.5, 0], ddof=1) / 2)
-    assert np.isnan(case_study.held_out_score(own[:1], other[:1], texts[:1])[0])
+    assert case_study.held_out_wins(own, control, texts).tolist() == [1, 1, 0.5, 0]
 
 
 def test_the_words_of_a_planted_profile_are_its_categorys_far_above_the_control():
@@ -147,17 +106,16 @@ def test_the_words_of_a_planted_profile_are_its_categorys_far_above_the_control(
     embeddings, kind = torch.randn(8, 16, generator=generator), np.arange(200) % 4
     deviation = torch.stack([embeddings[2 * k] + embeddings[2 * k + 1] for k in kind])
     deviation = deviation + 0.5 * torch.randn(200, 16, generator=generator)
-    found = case_study.nearest_words(deviation, embeddings, words, 2)
+    own = best(case_study.nearest_scores(deviation, embeddings), words, 2)
     texts = [{words[2 * k], words[2 * k + 1]} for k in kind]
-    other = [found[place - 1] for place in range(200)]
-    auc, half, _ = case_study.held_out_score(found, other, texts)
-    assert auc - half > 0.9
-    shuffled = [found[place] for place in np.random.default_rng(0).permutation(200)]
-    auc, half, _ = case_study.held_out_score(shuffled, other, texts)
-    assert abs(auc - 0.5) < 0.15
+    wins = case_study.held_out_wins(own, [own[index - 1] for index in range(200)], texts)
+    assert wins.mean() - 1.96 * wins.std(ddof=1) / 200**0.5 > 0.9
+    shuffled = [own[index] for index in np.random.default_rng(0).permutation(200)]
+    control = [shuffled[index - 1] for index in range(200)]
+    assert abs(case_study.held_out_wins(shuffled, control, texts).mean() - 0.5) < 0.15
 
 
-def test_sentences_tell_train_words_and_the_level_of_prices():
+def test_sentences_hold_train_words_and_the_level_of_prices():
     items = pd.DataFrame({"title": ["red racer", "iron skillet", "blue racer"], "brand": None,
                           "category": ["Games", "Kitchen", "Games"], "price": [1.0, 50.0, 9.0]})
     rows = pd.DataFrame({"user": [0, 0, 1, 2], "item": [0, 2, 1, 2]})
@@ -183,14 +141,25 @@ def test_vocabulary_words_begin_a_word_and_hold_letters_only():
     assert words == ["games", "guitar"] and ids.tolist() == [0, 3]
 
 
-def test_titles_are_escaped_and_the_report_needs_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "clean", lambda text: text)  # somebody else's items may hold tags
-    _, items = write_table(tmp_path / "raw")
-    items["title"] = [f"<script>alert({index})</script> & racer" for index in range(len(items))]
-    items.to_csv(tmp_path / "raw/items.csv.gz", index=False)
-    run_pipeline(tmp_path / "run", tmp_path / "raw")
-    page = (tmp_path / "run/report.html").read_text()
-    assert "<script" not in page and html.escape("<script>alert(") in page
+@pytest.fixture(scope="module")
+def tagged_report(small_run, tmp_path_factory):
+    """The report of the small run, as if its items were named by somebody who wants to run a script."""
+    run = tmp_path_factory.mktemp("tagged") / "run"
+    shutil.copytree(small_run[1], run)
+    path = run / "items.parquet"
+    items, digest = pd.read_parquet(path), sha256_of(path)
+    items["title"] = [f"<script>document.title='taken'</script><img src=x onerror=alert(1)> & racer {index}"
+                      for index in range(len(items))]
+    items.to_parquet(path, index=False)
+    for sidecar in run.glob("*.json"):  # nothing else was made from the new titles
+        sidecar.write_text(sidecar.read_text().replace(digest, sha256_of(path)))
+    run_stage("05_case_study.py", "--run-dir", run, "--num-users", 2)
+    return run / "report.html"
+
+
+def test_titles_are_escaped_and_the_report_needs_no_network(tagged_report):
+    page = tagged_report.read_text()
+    assert "<script" not in page and html.escape("<script>document.title") in page
     assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,|#part)', page)
 
 
@@ -204,7 +173,7 @@ def test_the_report_has_its_pictures_tables_and_figures(small_run):
     for path in folder.glob("*.csv"):
         assert len(pd.read_csv(path)) > 0
     parts = re.findall(r'href="#(part\d+)"', page)
-    assert len(parts) == len(set(parts)) == page.count("<h2 id=") == len(case_study.HEADINGS)
+    assert len(parts) == len(set(parts)) == page.count("<h2 id=") == 8
     assert all(f'<h2 id="{part}">' in page for part in parts)
     assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
     for part in ("held-out NLL", "Do they help dcn?", "codes - random", "control: those of user"):
@@ -219,7 +188,7 @@ def tables_of(page, user_id):
             for title, rows in re.findall(r"<h4>(.*?)</h4><table>(.*?)</table>", part)}
 
 
-def test_a_users_page_tells_train_rows_as_evidence_valid_ones_as_held_out_and_never_a_test_row(small_run):
+def test_a_users_page_shows_train_rows_as_evidence_valid_ones_as_held_out_and_never_a_test_row(small_run):
     names = ("interactions", "items", "feature_bank")
     interactions, items, bank = (pd.read_parquet(small_run[1] / f"{name}.parquet") for name in names)
     page, titles, num_held_out = (small_run[1] / "report.html").read_text(), items["title"].to_numpy(), 0
@@ -248,10 +217,10 @@ def test_what_is_recommended_comes_from_the_model_that_stage_4_scored(small_run)
     args = case_study.parse_args(["--run-dir", str(small_run[1])])
     run = case_study.read_run(args)
     valid = run.split["valid"]
-    scores = case_study.click_scores(run, np.arange(len(run.bank)))
+    scores = case_study.click_scores(run, np.arange(len(run.users)))
     for feature, of_users in scores.items():
         row = run.results[(run.results["model"] == "dcn") & (run.results["features"] == feature)].iloc[0]
-        found = common.logloss(valid["label"], of_users[valid["user"], valid["item"]])
+        found = logloss(valid["label"], of_users[valid["user"], valid["item"]])
         assert np.isclose(found, row["valid_logloss"], atol=1e-5)
     assert list(scores) == ["none", "codes"] and not np.allclose(scores["none"], scores["codes"])
 
@@ -276,7 +245,7 @@ def test_one_users_page_is_printed_and_drawn(small_run, tmp_path):
     assert "--user nobody: there is no such user; for example u" in line
 
 
-def test_pages_of_cold_users_tell_their_support_rows(tmp_path):
+def test_pages_of_cold_users_show_their_support_rows(tmp_path):
     """With ratings and folds, too: the profile read is the one with all evidence."""
     write_table(tmp_path / "raw")
     run_pipeline(tmp_path / "run", tmp_path / "raw", split=("cold-user",), ratings=True, stages=4)
@@ -293,15 +262,9 @@ def test_pages_of_cold_users_tell_their_support_rows(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
-def test_a_browser_shows_titles_as_text_fetches_nothing_and_draws_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "clean", lambda text: text)
-    _, items = write_table(tmp_path / "raw")
-    items["title"] = [f"<script>document.title='taken'</script><img src=x onerror=alert(1)> {index}"
-                      for index in range(len(items))]
-    items.to_csv(tmp_path / "raw/items.csv.gz", index=False)
-    run_pipeline(tmp_path / "run", tmp_path / "raw")
+def test_a_browser_shows_titles_as_text_fetches_nothing_and_draws_the_page(tagged_report, tmp_path):
     chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/own"]
-    address = (tmp_path / "run/report.html").as_uri()
+    address = tagged_report.as_uri()
     page = subprocess.run([*chromium, "--dump-dom", address], capture_output=True, text=True,
                           timeout=120).stdout
     assert "<title>User inherent profiles</title>" in page and "<script" not in page

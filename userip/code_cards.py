@@ -106,9 +106,19 @@ def agreement(run):
     return rows
 
 
-def code_cards(codes, typical, observations, num_words, seed):
-    """codes [N] of one profile -> CodeCards; typical: by code the ids of typical users; see observe"""
-    num_codes = len(typical)
+def typical_users(run, k):
+    """By code of profile k, the ids of the three users nearest to the codeword"""
+    result = []
+    for code, codeword in enumerate(run.codebook[run.names[k]]["codebook"]):
+        users = np.flatnonzero(run.codes[:, k] == code)
+        nearest = (run.z[k][users] - codeword).norm(dim=1).argsort(stable=True)[:3]
+        result.append(", ".join(run.user_ids.iloc[users[nearest]]))
+    return result
+
+
+def code_cards(run, k, num_words, seed):
+    """CodeCards of profile k; run: what stage 5 read, see its read_run"""
+    codes, num_codes, observations = run.codes[:, k], run.sizes[k], run.observations
     shuffled = np.random.default_rng(seed).permutation(codes)
     is_member, is_shuffled = (np.stack([column == code for code in range(num_codes)]).astype(float)
                               for column in (codes, shuffled))  # [K, N]
@@ -129,6 +139,6 @@ def code_cards(codes, typical, observations, num_words, seed):
         one_hot = pd.get_dummies(values)
         names = overrepresented(is_member @ one_hot.to_numpy(float), list(one_hot.columns), num_words)
         lines.append((fact, list(map(odds_text, names))))
-    lines.append(("typical users", list(map(", ".join, typical))))
+    lines.append(("typical users", typical_users(run, k)))
     cards = [[(term, texts[code]) for term, texts in lines] for code in range(num_codes)]
     return CodeCards(cards, [", ".join(meaning) or "nothing above chance" for meaning in meanings], num_names)

@@ -59,6 +59,24 @@ def draw_map(folder, title, plane, group, labels, marked):
                 f"Scatter plot of users' profiles in two dimensions: {title}; the users shown are ringed")
 
 
+def draw_maps(folder, run, chosen, rng):
+    """Profiles in two dimensions, by code and by truth; the users in `chosen` are ringed -> list of <img>"""
+    pictures = []
+    for k, name in enumerate(run.names):
+        mask, codes = run.has_evidence[:, k], run.codes[run.has_evidence[:, k].numpy(), k]
+        z = run.z[k][mask] - run.z[k][mask].mean(0)  # [N', C]
+        plane = (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).numpy()  # [N', 2]
+        if plane.shape[1] == 1:  # C = 1: a random height, so that users do not hide each other
+            plane = np.column_stack([plane, rng.random(len(plane))])
+        row = np.cumsum(mask.numpy()) - 1  # of each user in the plane
+        marked = {run.user_ids[user]: row[user] for user in chosen if mask[user]}
+        pictures.append(draw_map(folder, f"{name} by code", plane, codes, range(run.sizes[k]), marked))
+        if f"true_{name}" in run.users:
+            truth, labels = pd.factorize(run.users[f"true_{name}"][mask.numpy()], sort=True)
+            pictures.append(draw_map(folder, f"{name} by truth", plane, truth, labels, marked))
+    return pictures
+
+
 def draw_attention(folder, name, before, after):
     """Figure 7: a row per user, a column per word of the sentence, colours from a user's least to most
     attention. before, after: by user (words, is_content, weights)

@@ -10,6 +10,20 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from common import usage_of
+
+
+def describe_codes(name, codes, num_codes):
+    """Print usage and stability of a profile's codes, a list of int [N] by seed -> sidecar facts"""
+    usage, perplexity = usage_of(codes[0], num_codes)
+    share, stability = usage.min() / max(usage.sum(), 1), seed_agreement(codes, num_codes)
+    between = "" if stability is None else f" | ARI between seeds {stability:.3f}"
+    warning = f"  <- below K/2 = {num_codes / 2:g}: the codebook is collapsing"
+    print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} "
+          f"| smallest share {share:.3f}{between}{warning if perplexity < num_codes / 2 else ''}")
+    return {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share,
+            f"{name}_stability": stability}
+
 
 def compare_with_truth(bank, names, users, bayes_ari):
     """Planted data: adjusted Rand index (ARI) of each profile's codes with the true groups -> sidecar facts

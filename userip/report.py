@@ -1,7 +1,23 @@
 """The text of report.html: what each chapter says and shows."""
 
+import json
+
+import pandas as pd
+
 from common import with_interval
 from userip.page import code_cards_as_html, markdown_tables, page, paragraph, table
+
+
+def read_curves(run):
+    """Losses by step: the tiny LLM and the shared start of stage 2, eq. 5 of stage 3. {title: list}"""
+    curves, path = {}, run.run_dir / "tiny_llm" / "curve.json"
+    if run.stored["llm"] == "tiny" and path.exists():
+        curves["tiny LLM: nats per token, by step"] = json.loads(path.read_text())
+    if curve := run.sidecars["profiles.pt"].get("curve"):
+        curves["shared θ: nats per row, by step"] = curve
+    for key, values in pd.DataFrame(run.sidecars["codebook.pt"].get("curve") or []).items():
+        curves[f"stage 3: {key.replace('_', ' ')}, by epoch"] = list(values)
+    return curves
 
 
 def headline(sidecars):

@@ -1,0 +1,63 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from userip.code_cards import agreement, item_features, observe, overrepresented, typical_users, user_facts
+
+
+def test_overrepresented_finds_what_a_code_has_more_and_nothing_in_equal_codes():
+    names = ["a", "b", "c", "d"]
+    counts = np.array([[50.0, 10, 10, 30], [10, 50, 10, 30], [10, 10, 50, 30]])
+    found = overrepresented(counts, names, 2)
+    assert [[name for name, *_ in row] for row in found] == [["a"], ["b"], ["c"]]
+    assert overrepresented(np.full((3, 4), 40.0), names, 2) == [[], [], []]
+    own, other, prior = counts[0], counts[1:].sum(0), 0.1 * counts.sum(0) + 0.01  # the first one by hand
+    first, second = own[0] + prior[0], other[0] + prior[0]
+    odds = np.log(first / ((own + prior).sum() - first)) - np.log(second / ((other + prior).sum() - second))
+    error = np.sqrt(1 / first + 1 / second)
+    assert np.allclose(found[0][0][1:], np.exp([odds, odds - 1.96 * error, odds + 1.96 * error]))
+
+
+def test_of_a_thousand_names_by_chance_hardly_any_is_listed():
+    """A test of each name at 2.5% would list 25 in every code."""
+    rng = np.random.default_rng(0)
+    found = overrepresented(rng.poisson(20, (4, 1000)).astype(float), list(range(1000)), 1000)
+    assert sum(map(len, found)) <= 2
+
+
+def test_facts_are_groups_and_agree_with_codes_that_follow_them():
+    users = pd.DataFrame({"user": range(80), "user_id": "u", "age": [20 + k // 2 for k in range(80)],
+                          "gender": ["F", None, "M", "M"] * 20, "zip_code": [str(k) for k in range(80)]})
+    facts = user_facts(users)
+    assert list(facts) == ["age", "gender"]
+    assert facts["age"].iloc[[0, 79]].tolist() == ["20 to 29", "50 to 59"] and facts["age"].nunique() == 4
+    codes = np.stack([np.arange(80) // 20, np.random.default_rng(0).integers(4, size=80)], 1)
+    run = SimpleNamespace(observations=SimpleNamespace(user_facts=facts), codes=codes, names=["follows", "random"], sizes=[4, 4])
+    agreed = {row[:2]: row[2:] for row in agreement(run)}
+    assert float(agreed["follows", "age"][0]) > 0.99 and agreed["follows", "age"][1] == "below 1e-16"
+    assert abs(float(agreed["random", "age"][0])) < 0.1 and float(agreed["random", "age"][1]) > 0.01
+    codes[:, 1] = 4  # unknown
+    assert all(row[0] == "follows" for row in agreement(run))
+
+
+def test_items_fall_into_thirds_by_price():
+    items = pd.DataFrame({"title": "a", "category": "b", "brand": None,
+                          "price": [1.0, 2, 3, 4, 5, 6, np.nan]})
+    (_, counts, names), = [part for part in item_features(items) if part[0] == "price levels"]
+    assert sorted(names) == ["$2.67 to $4.33", "above $4.33", "up to $2.67"]
+    assert counts.sum(0).tolist() == [2, 2, 2] and counts[6].sum() == 0
+
+
+def test_habits_are_means_over_a_users_train_rows_and_typical_users_the_nearest_to_a_codeword():
+    items = pd.DataFrame({"title": ["red racer", "red pan"], "category": "b", "brand": None, "price": np.nan})
+    train = pd.DataFrame({"user": [0, 0, 2], "item": [0, 1, 1], "rating": [5.0, 2, 4], "label": [1, 0, 1]})
+    observations = observe(items, pd.DataFrame({"user": range(3), "user_id": "u"}), train)
+    assert observations.had.toarray().tolist() == [[1, 1], [0, 0], [0, 1]]
+    assert observations.habits.index.tolist() == [0, 2]
+    assert observations.habits.to_numpy().tolist() == [[0.5, -0.5], [1.0, 1.0]]
+    z = torch.tensor([[0.1], [9.0], [0.0], [-0.2], [8.0], [0.3], [5.0]])
+    run = SimpleNamespace(names=["hobby"], codebook={"hobby": {"codebook": torch.tensor([[0.0], [8.5]])}}, z=[z],
+                          codes=np.array([[0], [1], [0], [0], [1], [0], [2]]), user_ids=pd.Series(list("abcdefg")))
+    assert typical_users(run, 0) == ["c, a, d", "b, e"]
