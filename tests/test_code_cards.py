@@ -58,6 +58,6 @@ def test_habits_are_means_over_a_users_train_rows_and_typical_users_the_nearest_
     assert observations.habits.index.tolist() == [0, 2]
     assert observations.habits.to_numpy().tolist() == [[0.5, -0.5], [1.0, 1.0]]
     z = torch.tensor([[0.1], [9.0], [0.0], [-0.2], [8.0], [0.3], [5.0]])
-    run = SimpleNamespace(names=["hobby"], codebook={"hobby": {"codebook": torch.tensor([[0.0], [8.5]])}}, z=[z],
+    run = SimpleNamespace(names=["hobby"], codebook={"hobby": {"codebook": torch.tensor([[0.0], [8.5]])}}, z=[z], sizes=[2],
                           codes=np.array([[0], [1], [0], [0], [1], [0], [2]]), user_ids=pd.Series(list("abcdefg")))
     assert typical_users(run, 0) == ["c, a, d", "b, e"]

@@ -9,6 +9,7 @@ from scipy import sparse, stats
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.metrics import adjusted_mutual_info_score
 
+from common import VectorQuantizer
 from userip.page import mean_with_interval
 
 WORD = r"[^\W\d_]{3,}"  # at least three letters
@@ -108,10 +109,11 @@ def agreement(run):
 
 def typical_users(run, k):
     """By code of profile k, the ids of the three users nearest to the codeword"""
-    result = []
-    for code, codeword in enumerate(run.codebook[run.names[k]]["codebook"]):
+    codewords, _, _ = VectorQuantizer(run.codebook[run.names[k]]["codebook"])(run.z[k])  # [N, C]
+    distance, result = (run.z[k] - codewords.detach()).norm(dim=1), []
+    for code in range(run.sizes[k]):
         users = np.flatnonzero(run.codes[:, k] == code)
-        nearest = (run.z[k][users] - codeword).norm(dim=1).argsort(stable=True)[:3]
+        nearest = distance[users].argsort(stable=True)[:3]
         result.append(", ".join(run.user_ids.iloc[users[nearest]]))
     return result
 
