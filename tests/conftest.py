@@ -12,10 +12,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread waits more than it works
+
+import numpy as np  # noqa: E402  (torch reads the number of threads when it is imported)
+import pandas as pd  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
