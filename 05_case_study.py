@@ -187,8 +187,8 @@ def words_in_items(items, rows):
 
 def score_words(run, words, scored):
     """held_out_wins of each profile and method: rows of (profile, method, AUC with interval, users)"""
-    of_user = words_in_items(run.items, run.split["valid"])
-    texts = [of_user.get(user, set()) for user in scored]
+    held_out = words_in_items(run.items, run.split["valid"])
+    texts = [held_out.get(user, set()) for user in scored]
     rows = []
     for k, name in enumerate(run.names):
         for method, by_profile in words.items():
