@@ -12,16 +12,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread waits more than it works
+# both are read at the imports below; with small tensors a second thread waits more than it works
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
-import numpy as np  # noqa: E402  (torch reads the number of threads when it is imported)
+import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 NAMES = {"prepare": "01_prepare", "infer": "02_infer_profiles", "quantize": "03_quantize",
          "ctr": "04_train_ctr", "case_study": "05_case_study"}
