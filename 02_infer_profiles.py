@@ -154,6 +154,8 @@ def check_profiles(parser, args):
         parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _")
     if {"user", "user_id"} & set(names):
         parser.error("--profiles: user and user_id are columns of the feature bank; take another name")
+    if any("{" in text for text in args.profiles):
+        parser.error("--profiles: texts are taken as they are; placeholders such as {brand} are not filled in")
     if args.route is None:
         is_default = len(names) == len(DEFAULT_ROUTE) and args.evidence != "review"
         args.route = DEFAULT_ROUTE if is_default else ["none"]

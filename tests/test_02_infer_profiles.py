@@ -268,7 +268,7 @@ def test_the_score_method_finds_a_planted_hobby(tmp_path):
     (["--route", "colour", "price"], "--route"), (["--route", "title"], "--route"),
     (["--task-text", " "], "--task-text"), (["--method", "magic"], "--method"),
     (["--meth", "score"], "--meth"), (["--evidence", "history"], "--method gradient"),
-    (["--pull", "0"], "--pull"), (["--method", "gradient", "--lr", "0"], "--lr"),
+    (["--profiles", "a=likes {brand}"], "not filled in"), (["--pull", "0"], "--pull"), (["--method", "gradient", "--lr", "0"], "--lr"),
     (["--only-users", "x.csv", "--seed", "3"], "--seed"),
     (["--paper", "--released"], "different recipes"), (["--folds", "1"], "--folds"),
     (["--ratings", "--evidence", "review"], "--ratings"),
