@@ -155,7 +155,7 @@ def check_profiles(parser, args):
     if {"user", "user_id"} & set(names):
         parser.error("--profiles: user and user_id are columns of the feature bank; take another name")
     if any("{" in text for text in args.profiles):
-        parser.error("--profiles: texts are taken as they are; placeholders such as {brand} are not filled in")
+        parser.error("--profiles: placeholders such as {brand} are not filled in; give plain texts")
     if args.route is None:
         is_default = len(names) == len(DEFAULT_ROUTE) and args.evidence != "review"
         args.route = DEFAULT_ROUTE if is_default else ["none"]
