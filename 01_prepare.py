@@ -1,9 +1,8 @@
 """Stage 1 of 5: turn raw interactions into one filtered, labelled, split table that all later stages use.
 
 Users and items with fewer than 4 interactions are dropped until none is left (paper, section 3.2). A rating
-above 3 is a positive label. Of several interactions of a user with an item the latest is kept. The split is
-drawn once, here. `planted` needs no data: it draws users with a true hobby and background, items that reflect
-them, and interactions caused by them, so that later stages can report how much of the truth they found.
+above 3 is a positive label. Of several interactions of a user with an item the latest is kept. `planted`
+draws users with a true hobby and background, so that later stages can report how much of it they found.
 
 Reads   --raw DIR, files as published, plain or gzip, recognized by their content:
           clothing, movies, games, amazon   Amazon reviews and metadata of 2014, 2018 or 2023
@@ -52,7 +51,7 @@ BELONGS = {  # option -> the data sets, or the splits, for which it means someth
     "download": [*AMAZON, *ARCHIVES], "fold": ["nete published"], "split_seed": ["random", "cold-user"],
     "min_interactions": ["random", "temporal", "cold-user"]}
 COUNTS = ("duplicates", "not_in_split", "filtered", "untitled_items", "items_not_listed",
-          "items_listed_twice", "users_listed_twice", "junk_prices", "users_not_listed")  # that are printed
+          "items_listed_twice", "junk_prices", "users_listed_twice", "users_not_listed")  # that are printed
 
 
 def parse_args(argv=None):
@@ -148,34 +147,25 @@ def keep_core(interactions, min_interactions):
     return interactions[keep]
 
 
-def rows_by_id(frame, name, ids):
-    """The first row of each id, empty if it has none; how many rows repeat an id; how many ids have none."""
-    first = frame.drop_duplicates(name)
-    rows = first.set_index(name).reindex(pd.Index(ids, name=name)).reset_index()[frame.columns]
-    return rows, len(frame) - len(first), len(set(ids) - set(first[name]))
-
-
-def index_ids(interactions, items, users):
-    """Published ids become user 0..N-1 and item 0..M-1, sorted -> interactions, items, users, counts.
+def index_ids(interactions, *listed):
+    """Published ids become user 0..N-1 and item 0..M-1, sorted. listed: users, items -> interactions, the
+    first row of each user and item (empty if it has none), counts.
 
     Interactions are sorted by user and time, ties in the order of the file; their index keeps the file's row.
     """
-    user_ids, item_ids = (sorted(interactions[name].unique()) for name in ("user_id", "item_id"))
     table = interactions.drop(columns=["user_id", "item_id"])
     table = table.astype({"rating": "float32", "timestamp": "int64"})
-    for name, ids in (("user", user_ids), ("item", item_ids)):
-        published = interactions[f"{name}_id"].astype("category")
-        table[name] = published.cat.set_categories(ids).cat.codes.astype("int64")
-    table = table.iloc[np.lexsort((table["timestamp"], table["user"]))]
-    items, items_repeated, items_missing = rows_by_id(items, "item_id", item_ids)
-    items, num_untitled, num_junk = clean_items(items)
-    items.insert(0, "item", np.arange(len(item_ids)))
-    users, users_repeated, users_missing = rows_by_id(users, "user_id", user_ids)
-    users.insert(0, "user", np.arange(len(user_ids)))
-    counts = {"untitled_items": num_untitled, "items_not_listed": items_missing,
-              "items_listed_twice": items_repeated, "junk_prices": num_junk,
-              "users_listed_twice": users_repeated, "users_not_listed": users_missing}
-    return table, items, users, counts
+    counts, frames = {}, []
+    for kind, frame in zip(("user", "item"), listed):
+        key = f"{kind}_id"
+        ids = pd.Index(sorted(interactions[key].unique()), name=key)
+        table[kind] = interactions[key].astype("category").cat.set_categories(ids).cat.codes.astype("int64")
+        first = frame.drop_duplicates(key).set_index(key)
+        counts[f"{kind}s_listed_twice"] = len(frame) - len(first)
+        counts[f"{kind}s_not_listed"] = len(ids.difference(first.index))
+        frames.append(first.reindex(ids).reset_index())
+        frames[-1].insert(0, kind, np.arange(len(ids)))
+    return table.iloc[np.lexsort((table["timestamp"], table["user"]))], *frames, counts
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -313,24 +303,24 @@ def main(args):
     if interactions.empty:
         fail(f"no user is left of {facts['rows_read']:,} interactions after dropping users and items with "
              f"fewer than {args.min_interactions}: lower --min-interactions")
-    table, items, users, counts = index_ids(interactions, items, users)
+    table, users, items, counts = index_ids(interactions, users, items)
     del interactions  # may be large
+    if counts["items_not_listed"] == len(items):
+        fail(f"not one of the {len(items):,} items is in the items file: do both belong to one data set?")
+    items, counts["untitled_items"], counts["junk_prices"] = clean_items(items)
+    if counts["untitled_items"] > len(items) / 2:
+        warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: a LLM reads their ids")
     table["label"] = (table["rating"] > args.threshold).astype("int8")
     if table["label"].nunique() < 2:
-        low, high = table["rating"].min(), table["rating"].max()
-        fail(f"all ratings ({low:g} to {high:g}) are on one side of --threshold {args.threshold:g}: choose "
-             f"another")
+        fail(f"all ratings ({table['rating'].min():g} to {table['rating'].max():g}) are on one side of "
+             f"--threshold {args.threshold:g}: choose another")
     positive = float(table["label"].mean())
     facts |= {"interactions": len(table), "users": len(users), "items": len(items),
               "sparsity_percent": round(100 * (1 - len(table) / (len(users) * len(items))), 2),
-              "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive), **counts}
+              "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive)}
+    facts |= {name: counts[name] for name in COUNTS if name in counts}
     facts |= {"split": args.split, "split_seed": args.fold if args.split == "published" else args.split_seed}
     facts |= draw_split(args, table)
-    if counts["items_not_listed"] == len(items):
-        fail(f"not one of the {len(items):,} items is in the items file: do both belong to one data set?")
-    if counts["untitled_items"] > len(items) / 2:
-        warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: a LLM reads only their "
-             f"ids")
     if args.dataset == "planted":
         facts["bayes_ari"] = bayes_ari(args.seed, table, items, users)
     report(args, facts)

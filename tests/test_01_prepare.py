@@ -70,8 +70,8 @@ def test_rows_are_sorted_by_user_and_time_with_ties_as_they_stand():
     rng = np.random.default_rng(0)
     interactions = pd.DataFrame({"user_id": rng.choice(["b", "a", "c"], 300), "item_id": "x",
                                  "rating": 1.0, "timestamp": rng.choice([7, -5, 2**62], 300)})
-    table, _, users, _ = prepare.index_ids(interactions, pd.DataFrame({"item_id": ["x"], "title": ["X"]}),
-                                           pd.DataFrame({"user_id": ["c", "b", "a"]}))
+    table, users, *_ = prepare.index_ids(interactions, pd.DataFrame({"user_id": ["c", "b", "a"]}),
+                                         pd.DataFrame({"item_id": ["x"], "title": ["X"]}))
     assert users["user_id"].tolist() == ["a", "b", "c"]
     expected = sorted(range(300), key=lambda row: tuple(interactions.loc[row, ["user_id", "timestamp"]]))
     assert table.index.tolist() == expected

@@ -30,10 +30,10 @@ def test_bad_lines_are_counted_by_kind_with_the_first_line_of_each(tmp_path):
     num_good = damaged(tmp_path, lambda lines: lines[:3] + bad + lines[3:])
     table, _, _, printed = read_raw(tmp_path, "games", "--max-bad", 0.2)
     assert len(table) == num_good
-    assert f"{len(bad) - 1} of {num_good + len(bad) - 1} lines are bad" in printed  # the empty line is none
-    for kind in ("2 × Object missing required field `overall` (first: line 5)",
-                 "field `reviewerID` (first: line 6)", "field `asin` (first: line 7)",
-                 "field `unixReviewTime` (first: line 8)", "1 × not UTF-8 (first: line 9)",
+    assert f"{len(bad) - 1} of {num_good + len(bad)} lines are bad" in printed  # the empty line is not
+    for kind in ("2 × Object missing required field `overall` - at `$` (first: line 5)",
+                 "field `reviewerID` - at `$` (first: line 6)", "field `asin` - at `$` (first: line 7)",
+                 "field `unixReviewTime` - at `$` (first: line 8)", "1 × not UTF-8 (first: line 9)",
                  "got `str` - at `$.overall` (first: line 10)", "JSON is malformed",
                  "length >= 1 - at `$.asin`"):
         assert kind in printed, kind
@@ -108,6 +108,7 @@ def test_blocks_hold_whole_lines_with_their_numbers(tmp_path, monkeypatch, size)
     for ending in (b"", b"\n"):
         (tmp_path / "lines").write_bytes(b"\n".join(lines) + ending)
         found = {}
-        for number, block in json_lines._blocks(tmp_path / "lines"):
-            found |= dict(enumerate(block.split(b"\n"), number))
+        for first, last, block in json_lines._blocks(tmp_path / "lines"):
+            found |= dict(enumerate(block.split(b"\n"), first))
+            assert max(found) == last
         assert found == dict(enumerate(lines, 1))

@@ -169,14 +169,11 @@ def read_artifacts(args, *names):
     digest_of = functools.cache(lambda path: sha256_of(path) if path.exists() else "missing")
     for name in names:
         sidecar = read_sidecar(args, name)
-        advice = f"run `python {MADE_BY[name]} --run-dir {run_dir}` again, with the options in {name}.json"
-        if digest_of(run_dir / name) != sidecar["sha256"]:
-            fail(f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): "
-                 f"{advice}")
-        for input_name, digest in sidecar["inputs"].items():
-            if (found := digest_of(run_dir / input_name)) != digest:
-                fail(f"two runs are mixed: {run_dir / name} was made from another {input_name} (digest "
-                     f"{digest[:8]}), but {run_dir / input_name} is {found[:8]}: {advice}")
+        for file, digest in [(name, sidecar["sha256"]), *sidecar["inputs"].items()]:
+            if (found := digest_of(run_dir / file)) != digest:
+                fail(f"two runs are mixed, or a file is damaged: {name}.json names a {file} with digest "
+                     f"{digest[:8]}, but {run_dir / file} is {found[:8]}: run `python {MADE_BY[name]} "
+                     f"--run-dir {run_dir}` again, with the options in {name}.json")
     readers = {".parquet": _read_frame, ".pt": lambda path: torch.load(path, weights_only=True),
                ".md": Path.read_text}
     values = [readers[Path(name).suffix](run_dir / name) for name in names]

@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 from datetime import date, datetime
+from io import BytesIO
 from itertools import islice
 from typing import Annotated
 
@@ -94,7 +95,7 @@ def _read_reviews(args, path, fields):
                ("review", str | None, None)]
     names = {column: field for (column, *_), field in zip(columns, fields)}
     decoder = msgspec.json.Decoder(msgspec.defstruct("Review", columns, rename=names, gc=False))
-    reviews = read_lines(path, args, decoder.decode, decoder.decode_lines)
+    reviews = read_lines(path, args, decoder.decode_lines)
     tables = []
     for records in iter(lambda: [*islice(reviews, 1 << 13)], []):  # as many as fit the processor's cache
         times = [record.timestamp for record in records]
@@ -134,15 +135,17 @@ def _read_records(args, path, keys, ids):
     ids = set(ids)
     pattern = re.compile(rf"""["'](?:{'|'.join(keys)})["']: ?["']([^"']+)["']""".encode())
 
-    def decode(line):
-        match = pattern.search(line)  # literals are slow to read: most items of the shop have no review here
-        if match and match[1].decode("utf-8", "replace") not in ids:
-            return None
-        record = parse_line(line)
-        record["id"] = next(filter(None, map(record.get, keys)), None)
-        if not isinstance(record["id"], str):
-            raise ValueError(f"no {keys[-1]}")
-        return record
+    def decode(lines):
+        records = []
+        for line in filter(bytes.strip, lines.split(b"\n")):
+            match = pattern.search(line)  # literals are slow to read, and most items of a shop have no review
+            if not match or match[1].decode("utf-8", "replace") in ids:
+                record = parse_line(line)
+                record["id"] = next(filter(None, map(record.get, keys)), None)
+                if not isinstance(record["id"], str):
+                    raise ValueError(f"no {keys[-1]}")
+                records.append(record)
+        return records
 
     return read_lines(path, args, decode)
 
@@ -200,20 +203,16 @@ def read_nete(args):
     reviews.pickle: list of {user, item, rating, template: (feature, adjective, sentence, sentiment)};
     item.json: list (or lines) of {item, title or name, categories, …}; N/train.index, …: row numbers.
     """
-    path = args.raw / "reviews.pickle"
+    dump, text = (args.raw / "reviews.pickle").read_bytes(), (args.raw / "item.json").read_bytes()
     try:
-        with open(path, "rb") as file:
-            reviews = SafeUnpickler(file).load()
         rows = [(str(review["user"]), str(review["item"]), float(review["rating"]),
-                 (review.get("template") or (None,) * 3)[2] or review.get("text")) for review in reviews]
-        path = args.raw / "item.json"
-        text = path.read_bytes()
+                 (review.get("template") or (None,) * 3)[2] or review.get("text"))
+                for review in SafeUnpickler(BytesIO(dump)).load()]
         records = json.loads(text) if text.lstrip().startswith(b"[") else map(parse_line, text.splitlines())
         items = pd.DataFrame(map(_nete_item, records), columns=ITEM_FIELDS)
-    except OSError:
-        raise
     except Exception as error:  # a broken pickle raises nearly anything
-        fail(f"{path} is not what NETE published ({type(error).__name__}: {error}): download it again")
+        fail(f"reviews.pickle or item.json in {args.raw} is not what NETE published ({type(error).__name__}: "
+             f"{error}): download it again")
     interactions = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "review"])
     interactions["timestamp"] = 0  # the dumps have none
     if args.split == "published":
