@@ -50,7 +50,7 @@ BELONGS = {  # option -> the data sets, or the splits, for which it means someth
     "category": AMAZON, "columns": ["table"], "max_bad": [*AMAZON, "yelp"],
     "download": [*AMAZON, *ARCHIVES], "fold": ["nete published"], "split_seed": ["random", "cold-user"],
     "min_interactions": ["random", "temporal", "cold-user"]}
-COUNTS = ("duplicates", "not_in_split", "filtered", "untitled_items", "items_not_listed",
+COUNTS = ("duplicates", "not_in_split", "filtered", "untitled_items", "cut_titles", "items_not_listed",
           "items_listed_twice", "junk_prices", "users_listed_twice", "users_not_listed")  # that are printed
 
 
@@ -67,6 +67,8 @@ def parse_args(argv=None):
              help="first fetch what is not in --raw yet (Amazon 2014, MovieLens); URL: folder of a mirror")
     add.data("--max-bad", type=at_least(0, float), default=0.01,
              help="Amazon, Yelp: share of bad lines above which a file is refused")
+    add.data("--max-line", type=at_least(1), default=16, help="longest line of a text file, in MiB")
+    add.data("--max-ratio", type=at_least(1), default=200, help="how many times its size a gzip file may hold")
     add.method("--min-interactions", type=at_least(1), default=4,
                help="drop users and items with fewer, iterated")
     add.method("--threshold", type=float, default=3, help="a rating above this is a positive label")
@@ -160,7 +162,9 @@ def index_ids(interactions, *listed):
         key = f"{kind}_id"
         ids = pd.Index(sorted(interactions[key].unique()), name=key)
         table[kind] = interactions[key].astype("category").cat.set_categories(ids).cat.codes.astype("int64")
-        first = frame.drop_duplicates(key).set_index(key)
+        if kind in frame:
+            print(f"the column {kind} of {kind}s is left out: {kind} is our own number of each")
+        first = frame.drop(columns=kind, errors="ignore").drop_duplicates(key).set_index(key)
         counts[f"{kind}s_listed_twice"] = len(frame) - len(first)
         counts[f"{kind}s_not_listed"] = len(ids.difference(first.index))
         frames.append(first.reindex(ids).reset_index())
@@ -246,6 +250,9 @@ def report(args, facts):
     """Print what was read and dropped, the row of the paper's table 1, and the split."""
     counts = [f"{facts[name]:,} {name.replace('_', ' ')}" for name in COUNTS if facts[name]]
     print(", ".join([f"read {facts['rows_read']:,} interactions", *counts]))
+    if facts["first_cut_title"]:
+        before, after = facts["first_cut_title"]
+        print(f"titles are cut where they hold HTML or scripts; the first: {before!r} is now {after!r}")
     print("| data | interactions | users | items | sparsity (%) | positive labels | base-rate logloss |")
     print("|---|---|---|---|---|---|---|")
     print(f"| {facts['dataset']} | {facts['interactions']:,} | {facts['users']:,} | {facts['items']:,} | "
@@ -303,11 +310,14 @@ def main(args):
     if interactions.empty:
         fail(f"no user is left of {facts['rows_read']:,} interactions after dropping users and items with "
              f"fewer than {args.min_interactions}: lower --min-interactions")
+    listed = items["item_id"].iloc[0] if len(items) else ""
     table, users, items, counts = index_ids(interactions, users, items)
     del interactions  # may be large
     if counts["items_not_listed"] == len(items):
-        fail(f"not one of the {len(items):,} items is in the items file: do both belong to one data set?")
-    items, counts["untitled_items"], counts["junk_prices"] = clean_items(items)
+        fail(f"not one of the {len(items):,} items is in the items file: interactions have ids such as "
+             f"{items['item_id'].iloc[0]!r}, items such as {listed!r}")
+    items, counts_of_items = clean_items(items)
+    counts |= counts_of_items
     if counts["untitled_items"] > len(items) / 2:
         warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: a LLM reads their ids")
     table["label"] = (table["rating"] > args.threshold).astype("int8")
@@ -318,7 +328,7 @@ def main(args):
     facts |= {"interactions": len(table), "users": len(users), "items": len(items),
               "sparsity_percent": round(100 * (1 - len(table) / (len(users) * len(items))), 2),
               "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive)}
-    facts |= {name: counts[name] for name in COUNTS if name in counts}
+    facts |= counts
     facts |= {"split": args.split, "split_seed": args.fold if args.split == "published" else args.split_seed}
     facts |= draw_split(args, table)
     if args.dataset == "planted":

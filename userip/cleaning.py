@@ -7,10 +7,12 @@ from itertools import takewhile
 import numpy as np
 import pandas as pd
 
-TAG = re.compile(  # also one that was cut short
-    r"<(?:!--|/?(?:a|b|big|br|center|code|div|em|font|h[1-6]|hr|i|img|li|ol|p|pre|script|small|span|strong|"
-    r"style|sub|sup|table|tbody|td|th|tr|u|ul)\b)[^<>]*(?:>|$)", re.I)
-SCRIPT = re.compile(r"getTime\(|function ?\(|[.#][\w-]+ ?\{|\{[^{}]*:[^{}]*\}")  # of the page, not a title
+TAG = re.compile(  # a comment, a tag alone or with attributes, also one that was cut short; no "<a cappella>"
+    r"<(?:!--[^<>]*|/?(?:a|b|big|br|center|code|div|em|font|h[1-6]|hr|i|img|li|ol|p|pre|script|small|span|"
+    r"strong|style|sub|sup|table|tbody|td|th|tr|u|ul)(?:\s[^<>]*=[^<>]*)?\s*/?)(?:>|$)", re.I)
+SCRIPT = re.compile(  # of the page, not a title: no "Form & function (2nd edition)", no "{a: b}"
+    r"\.getTime\(|\bfunction ?\([\w, ]*\) ?\{|[.#][a-z][\w-]* ?\{[a-z-]+:\S", re.I)
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 AMOUNT = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 PRICE = re.compile(rf"\s*(?:from\s+)?{AMOUNT.pattern}\s*(?:[-–—]\s*{AMOUNT.pattern}\s*)?", re.I)
 NO_NAME = re.compile(r"[<{%]|[.!?:;]$|.{51}")  # features and slogans in Amazon 2018's category paths
@@ -19,12 +21,14 @@ NOT_INFORMATIVE = re.compile(r"(all|general|other|more|misc\w*)( \w+)?", re.I)
 
 def clean(text):
     """Published text -> one line without HTML entities, tags, scripts and half surrogate pairs; else ""."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return str(text)  # a title such as 1984
     if not isinstance(text, str):
         return ""
     text, before = text.encode("utf-8", "ignore").decode(), None
     while text != before:  # entities may be escaped twice, tags may hide in entities
         before, text = text, TAG.sub(" ", html.unescape(text))
-    return "" if SCRIPT.search(text) else " ".join(text.split())
+    return "" if SCRIPT.search(text) else " ".join(CONTROL.sub(" ", text).split())
 
 
 def to_price(text):
@@ -34,9 +38,12 @@ def to_price(text):
 
 
 def to_seconds(times):
-    """Times -> int64 seconds; numbers beyond 1e11 (the year 5138) are read as milliseconds."""
+    """Times -> int64 seconds: beyond 1e11 (the year 5138) they are milli-, beyond 1e14 micro-, beyond 1e17
+    nanoseconds.
+    """
     times = np.asarray(times, dtype="float64")
-    return np.where(np.abs(times) > 1e11, times // 1000, times).astype("int64")
+    units = np.array([1, 1e3, 1e6, 1e9])[np.searchsorted([1e11, 1e14, 1e17], np.abs(times))]
+    return (times // units).astype("int64")
 
 
 def deepest_category(paths):
@@ -55,13 +62,19 @@ def deepest_category(paths):
 
 def clean_items(items):
     """Items with item, item_id, title, maybe category, brand, price -> these columns as plain text and
-    dollars; number of items without a title, whose id replaces it; number of prices that are no numbers.
+    dollars; how many titles were missing (the id replaces them), how many were cut, with the first before and
+    after, and how many prices were no numbers: dict.
     """
     items = items.reindex(columns=["item", "item_id", "title", "category", "brand", "price"])
     has_price = items["price"].notna() & (items["price"] != "")
+    plain = [" ".join(html.unescape(html.unescape(text)).split()) if isinstance(text, str) else ""
+             for text in items["title"]]
     for name in ("title", "category", "brand"):
         items[name] = pd.array([clean(text) or None for text in items[name]], dtype="str")
     items["price"] = np.array([to_price(price) for price in items["price"]], dtype="float64")
-    num_untitled, num_junk = items["title"].isna().sum(), (has_price & items["price"].isna()).sum()
+    counts = {"untitled_items": int(items["title"].isna().sum()),
+              "junk_prices": int((has_price & items["price"].isna()).sum())}
+    cut = [(before, after) for before, after in zip(plain, items["title"].fillna("")) if len(after) < len(before)]
+    counts |= {"cut_titles": len(cut), "first_cut_title": cut[0] if cut else None}
     items["title"] = items["title"].fillna(items["item_id"])
-    return items, int(num_untitled), int(num_junk)
+    return items, counts

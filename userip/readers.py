@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from userip.artifacts import fail
 from userip.cleaning import deepest_category, to_seconds
-from userip.json_lines import BAD_LINE, DAMAGE, first_lines, parse_line, read_lines
+from userip.raw_lines import BAD_LINE, DAMAGE, first_lines, parse_line, read_lines
 
 CATEGORIES = {"clothing": "Clothing_Shoes_and_Jewelry", "movies": "Movies_and_TV", "games": "Video_Games"}
 ITEM_FIELDS = ["item_id", "title", "category", "brand", "price"]
@@ -29,6 +29,7 @@ REVIEW_FIELDS = {  # format -> fields that hold user_id, item_id, rating, timest
     "Yelp": ("user_id", "business_id", "stars", "date", "text"),
 }
 Id = Annotated[str, msgspec.Meta(min_length=1)]
+Rating = Annotated[float, msgspec.Meta(ge=-3e38, le=3e38)]  # float32
 Time = Annotated[float, msgspec.Meta(ge=-1e10, le=1e14)]  # seconds or milliseconds: see `to_seconds`
 PUBLISHED_NAME = re.compile(r"(?:reviews_|meta_)?([A-Z]\w*?)(?:_5)?\.jsonl?(?:\.gz)?")  # [1]: category
 YELP_TOP_LEVEL = set("""Active Life|Arts & Entertainment|Automotive|Beauty & Spas|Bicycles|Education|
@@ -91,7 +92,7 @@ def _read_reviews(args, path, fields):
     if "date" in fields:  # Yelp's are "2018-07-07 22:09:11", in older editions "2018-07-07"
         has_hours = re.search(rb'"date": ?"[\d-]+[ T]', b"\n".join(first_lines(path)))
         time_type = datetime if has_hours else date
-    columns = [("user_id", Id), ("item_id", Id), ("rating", float), ("timestamp", time_type),
+    columns = [("user_id", Id), ("item_id", Id), ("rating", Rating), ("timestamp", time_type),
                ("review", str | None, None)]
     names = {column: field for (column, *_), field in zip(columns, fields)}
     decoder = msgspec.json.Decoder(msgspec.defstruct("Review", columns, rename=names, gc=False))
@@ -185,8 +186,10 @@ def _yelp_item(record):
     names = record.get("categories") or []
     names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     category = next((name for name in names if name not in YELP_TOP_LEVEL), names[0] if names else "")
-    attributes = record.get("attributes")
-    price = attributes.get("RestaurantsPriceRange2") if isinstance(attributes, dict) else None
+    attributes = record.get("attributes") or {}
+    if isinstance(attributes, list):  # of 2017: ["RestaurantsPriceRange2: 2", …]
+        attributes = dict(part.split(": ", 1) for part in attributes if ": " in part)
+    price = attributes.get("RestaurantsPriceRange2") or attributes.get("Price Range")  # until 2016
     return record["id"], record.get("name"), category, None, price
 
 

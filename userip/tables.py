@@ -1,32 +1,58 @@
 """Readers of MovieLens and of tables as csv, tsv or parquet: options of stage 1 -> three frames.
 
-They are as in `userip.readers`, but of the columns only those that are REQUIRED must be there.
+They are as in `userip.readers`, but of the columns only those that are REQUIRED must be there. The index of a
+frame numbers the lines of its file (parquet: the rows), for messages.
 """
 
-import zlib
+import contextlib
+import csv
+import itertools
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from userip.artifacts import fail
-from userip.cleaning import to_seconds
+from userip.cleaning import deepest_category, to_seconds
+from userip.raw_lines import text_lines
 
 REQUIRED = {"interactions": ["user_id", "item_id", "rating", "timestamp"], "items": ["item_id", "title"],
             "users": ["user_id"]}
-ALLOWED = {"review", "split", "category", "brand", "price"}.union(*REQUIRED.values())
+TEXTS = {"user_id", "item_id", "title", "category", "brand", "review", "split"}
+ALLOWED = {*TEXTS, "rating", "timestamp", "price"}
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+LARGEST = {"rating": 3e38, "timestamp": 1e20}  # of float32; nanoseconds in the year 5138
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # a terminal would obey them
 
 
-def _to_numbers(frame, columns, path, first_line):
-    """Make columns numbers, in place; exit code 2 with the line of the first that is none."""
-    for column in columns:
-        numbers = pd.to_numeric(frame[column], errors="coerce")
-        is_bad = ~np.isfinite(numbers.to_numpy(dtype="float64", na_value=np.nan))
+def _fail_at(frame, path, row, problem):
+    fail(f"{path}, {frame.index.name} {frame.index[row]}: {problem}; mend or drop the {frame.index.name}")
+
+
+def check_columns(frame, path):
+    """Make numbers of ratings and times (s), in place; exit code 2 with the first line that has none, or an id
+    that is missing or not printable.
+    """
+    for column in frame.columns.intersection(["user_id", "item_id"]):
+        is_bad = frame[column].isna() | frame[column].str.contains(CONTROL)
         if is_bad.any():
-            row = int(is_bad.argmax())
-            fail(f"{path}, line {row + first_line}: {column} {frame[column].iloc[row]!r} is not a number; "
-                 f"mend or drop the line")
+            _fail_at(frame, path, row := int(is_bad.argmax()), f"{column} is {str(frame[column].iloc[row])!r}")
+    for column in frame.columns.intersection(LARGEST):
+        numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
+        is_good = np.abs(numbers) <= LARGEST[column]  # false for nan, too
+        if not is_good.all():
+            row = int(is_good.argmin())
+            problem = "is not a number" if np.isnan(numbers[row]) else f"is beyond {LARGEST[column]:g}"
+            _fail_at(frame, path, row, f"{column} {str(frame[column].iloc[row])!r} {problem}")
         frame[column] = numbers
+    if "timestamp" in frame:
+        frame["timestamp"] = to_seconds(frame["timestamp"])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# MovieLens
+# ----------------------------------------------------------------------------------------------------------
 
 
 def movielens_file(args, name):
@@ -36,14 +62,28 @@ def movielens_file(args, name):
 
 
 def _read_movielens(args, name, columns, separator):
-    """A file of MovieLens: Latin-1, no header -> a frame; numbers where they are computed with."""
+    """A file of MovieLens without header -> a frame. It is Latin-1 as published, UTF-8 if saved again."""
     path = movielens_file(args, name)
-    rows = [[field or None for field in line.split(separator)]
-            for line in path.read_text("latin-1").split("\n") if line.strip()]
-    if not rows or any(len(row) != len(columns) for row in rows):
-        fail(f"{path} is empty or has a line without {len(columns)} columns: is it MovieLens's?")
-    frame = pd.DataFrame(rows, columns=columns)
-    _to_numbers(frame, frame.columns.intersection(["rating", "timestamp", "age"]), path, first_line=1)
+    if not path.is_file():
+        fail(f"{path} is missing")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    lines = {number: line.rstrip("\r").split(separator) for number, line in enumerate(text.split("\n"), 1)
+             if line.strip()}
+    for number, fields in lines.items():
+        if len(fields) != len(columns):
+            fail(f"{path}, line {number} has {len(fields)} columns, not {len(columns)}, between "
+                 f"{separator!r}: is it a file of {args.dataset}?")
+    if not lines:
+        fail(f"{path} is empty: download it again")
+    frame = pd.DataFrame(list(lines.values()), columns=columns, index=pd.Index(lines, name="line"), dtype=str)
+    frame = frame.replace("", None)
+    check_columns(frame, path)
+    if "age" in frame:
+        frame["age"] = pd.to_numeric(frame["age"], errors="coerce")
     return frame
 
 
@@ -67,6 +107,11 @@ def read_ml_1m(args):
     return interactions, items, _read_movielens(args, "users.dat", columns, "::")
 
 
+# ----------------------------------------------------------------------------------------------------------
+# csv, tsv, parquet
+# ----------------------------------------------------------------------------------------------------------
+
+
 def read_table(args):
     """A folder with interactions.*, items.* (and users.*, if any) as csv, tsv (both also .gz) or parquet."""
     required = REQUIRED | {"interactions": REQUIRED["interactions"] + ["split"] * (args.split == "published")}
@@ -83,20 +128,20 @@ def read_table(args):
             continue
         if not paths:
             fail(f"{args.raw} holds no {' or '.join(kind + ending for ending in ENDINGS)}")
-        print(f"reading {paths[0]}")
-        frame = _read_frame(paths[0])
-        unused -= set(frame)
-        frames[kind] = frame = frame.rename(columns=names)
-        if frame.columns.has_duplicates:
-            fail(f"--columns: {paths[0]} then has two columns {frame.columns[frame.columns.duplicated()][0]}")
+        path = paths[0]
+        print(f"reading {path}")
+        table, numbers = _read_parquet(path) if path.suffix == ".parquet" else _read_text(path, args)
+        unused -= set(table.column_names)
+        table = table.rename_columns([names.get(name, name) for name in table.column_names])
+        frame = frames[kind] = _to_frame(table, numbers, path)
         if missing := [column for column in columns if column not in frame]:
-            fail(f"{paths[0]} has no column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
-        if kind == "interactions":
-            _to_numbers(frame, ["rating", "timestamp"], paths[0], first_line=2)
+            fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
+        check_columns(frame, path)
+        if path.suffix != ".parquet":
+            _check_line_breaks(frame, path, frames["interactions"])
     if unused:
         fail(f"--columns: no file has a column {', '.join(unused)}")
     interactions = frames["interactions"]
-    interactions["timestamp"] = to_seconds(interactions["timestamp"])
     if args.split == "published":
         interactions["split"] = interactions["split"].replace("validation", "valid")
         if unknown := set(interactions["split"].dropna()) - {"train", "valid", "test", "support"}:
@@ -106,17 +151,106 @@ def read_table(args):
     return interactions, frames["items"], frames.get("users")
 
 
-def _read_frame(path):
-    """A csv, tsv (also .gz) or parquet file as a frame of at least one row; all columns of a csv as text."""
+def _read_text(path, args):
+    """A csv or tsv file (also .gz) -> an arrow table of texts, and the line on which each record begins.
+
+    Each record must have the fields of the header. Tab-separated files are not quoted. In csv files a quote
+    opens or closes a field and is doubled within it: an unclosed one would swallow lines.
+    """
+    name, delimiter, quoting = ("tabs", "\t", csv.QUOTE_NONE) if ".tsv" in path.suffixes else \
+        ("commas", ",", csv.QUOTE_MINIMAL)
+    lines = text_lines(path, args)
+    num_blank, first = next(((count, line) for count, line in enumerate(lines) if line.strip()), (0, ""))
+    csv.field_size_limit(args.max_line << 20)
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, quoting=quoting, strict=True,
+                        skipinitialspace=f"{delimiter} " in first)
+    tables, records, numbers, end = [], [], [], 0  # end: line on which the last record ended
     try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",", dtype=str,
-                                keep_default_na=False, na_values=[""])
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        # broken gzip, not parquet, not the encoding, not csv, empty
-        fail(f"{path} cannot be read ({error}): download or export it again")
-    if frame.empty:
+        header, end = [field.strip() for field in next(reader)], reader.line_num
+        for record in reader:
+            number, end = num_blank + end + 1, reader.line_num
+            if len(record) == len(header) + 1 and not record[-1]:  # a delimiter at the end of the line
+                record.pop()
+            if len(record) == len(header):
+                records.append(record)
+                numbers.append(number)
+            elif record:
+                fail(f"{path}, line {number} has {len(record)} fields between {name}, but the header has "
+                     f"{len(header)}: mend the line; a field that holds a comma must be in quotes (csv only)")
+            if len(records) == 1 << 16:
+                tables.append(_texts(header, records))
+                records = []
+    except csv.Error as error:
+        fail(f"{path}, lines {num_blank + end + 1} to {num_blank + reader.line_num}: {error}; a quote within a "
+             f"field must be doubled, and the field be in quotes: export the file again")
+    table = pa.concat_tables([*tables, _texts(header, records)])
+    if header[-1] == "" and table.columns[-1].null_count == len(table):  # a delimiter behind the header, too
+        table = table.remove_column(len(header) - 1)
+    return table, pd.Index(numbers, name="line")
+
+
+def _texts(header, records):
+    """Records as an arrow table; None for what is empty or, as databases write it, \\N"""
+    columns = zip(*records) if records else [()] * len(header)
+    return pa.Table.from_arrays([pa.array([field if field not in ("", "\\N") else None for field in column],
+                                          pa.string()) for column in columns], names=header)
+
+
+def _read_parquet(path):
+    """A parquet file -> an arrow table of what it holds, and the number of each row"""
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        fail(f"{path} cannot be read ({str(error).splitlines()[0]}): export it again")
+    return table, pd.RangeIndex(1, len(table) + 1, name="row")
+
+
+def _to_frame(table, numbers, path):
+    """An arrow table -> a frame: TEXTS as texts, times in seconds, of a list of categories the deepest
+
+    Exit code 2 for a column of another type than it should have.
+    """
+    if not len(table):
         fail(f"{path} has no rows: download or export it again")
-    return frame
+    if len(set(table.column_names)) < len(table.column_names):
+        fail(f"{path} has two columns of one name among {', '.join(table.column_names)}")
+    columns = {}
+    for name, column in zip(table.column_names, table.columns):
+        try:
+            columns[name] = _plain(name, column).to_pandas()
+        except (pa.ArrowException, TypeError):
+            kind = "text" if name in TEXTS else "number"
+            fail(f"{path}, column {name}: {column.type} is no {kind}, in row 1 and all others")
+    return pd.DataFrame(columns).set_index(numbers)
+
+
+def _plain(name, column):
+    """A column of a table as text or as numbers: raises an ArrowException or TypeError where it is neither"""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_list(column.type) and name == "category":
+        return pa.array([deepest_category(path) or None for path in column.to_pylist()], "string")
+    if pa.types.is_nested(column.type) and name in ALLOWED:
+        raise TypeError
+    if pa.types.is_nested(column.type):  # what is known of users, for checking only
+        return pa.array([value if value is None else str(value) for value in column.to_pylist()])
+    if pa.types.is_temporal(column.type):
+        return column.cast(pa.timestamp("s"), safe=False).cast("int64")
+    if name not in TEXTS:
+        return column.cast("float64") if pa.types.is_decimal(column.type) else column
+    if pa.types.is_floating(column.type):  # 7.0 is the id 7, in a column with gaps
+        with contextlib.suppress(pa.ArrowInvalid):
+            column = column.cast("int64")
+    return column.cast("string")
+
+
+def _check_line_breaks(frame, path, interactions):
+    """Exit code 2 where a field of a csv file holds a line with ids as in a record: a quote swallowed it."""
+    names = frame.columns.intersection(["user_id", "item_id"])
+    for column in frame.columns[frame.dtypes == "str"]:
+        for number, text in frame.loc[frame[column].str.contains("\n", na=False), column].items():
+            for line in text.split("\n")[1:]:
+                fields = dict(zip(frame.columns, line.split(",")))
+                if all((interactions[name] == fields.get(name)).any() for name in names):
+                    fail(f"{path}, line {number}: {column} goes on with {line[:60]!r}, which looks like a "
+                         f"record: close the quote before it")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from conftest import read_raw, write_amazon
-from userip import json_lines
+from userip import raw_lines
 
 
 def damaged(folder, change):
@@ -97,18 +97,18 @@ def test_pieces_join_to_the_whole_however_they_are_cut(tmp_path, size):
     for name, stored in files.items():
         (tmp_path / name).write_bytes(stored)
         with open(tmp_path / name, "rb") as file:
-            assert b"".join(json_lines.unzip(file, size)) == (content if stored else b""), name
+            assert b"".join(raw_lines.unzip(file, size)) == (content if stored else b""), name
 
 
 @pytest.mark.parametrize("size", [1, 10, 64, 10_000])
 def test_blocks_hold_whole_lines_with_their_numbers(tmp_path, monkeypatch, size):
     lines = [b"line %d" % number * (number % 5) for number in range(1, 60)]
-    unzip = json_lines.unzip
-    monkeypatch.setattr(json_lines, "unzip", lambda file: unzip(file, size))
+    unzip = raw_lines.unzip
+    monkeypatch.setattr(raw_lines, "unzip", lambda file: unzip(file, size))
     for ending in (b"", b"\n"):
         (tmp_path / "lines").write_bytes(b"\n".join(lines) + ending)
         found = {}
-        for first, last, block in json_lines._blocks(tmp_path / "lines"):
+        for first, last, block in raw_lines._blocks(tmp_path / "lines"):
             found |= dict(enumerate(block.split(b"\n"), first))
             assert max(found) == last
         assert found == dict(enumerate(lines, 1))

@@ -1,4 +1,4 @@
-"""Files of JSON lines, plain or gzip, read as a stream: memory holds a few blocks; damage is counted."""
+"""Lines of raw files, plain or gzip, read as a stream: memory holds a few blocks; damage is counted or refused."""
 
 import ast
 import zlib
@@ -41,6 +41,21 @@ def read_lines(path, args, decode):
             fail(f"{message}; that is more than --max-bad {args.max_bad:g}: download the file again or "
                  f"allow more")
         warn(f"{message}; they are left out")
+
+
+def text_lines(path, args):
+    """Yields the lines of a text file in UTF-8, with their ends. Damage and other encodings: exit code 2."""
+    try:
+        for first, _, block in _blocks(path, args):
+            try:
+                lines = block.decode().split("\n")
+            except UnicodeDecodeError as error:
+                number = first + block.count(b"\n", 0, error.start)
+                fail(f"{path}, line {number}: {block[error.start:error.end]!r} is not UTF-8: save the file as "
+                     f"UTF-8")
+            yield from (line + "\n" for line in lines)
+    except DAMAGE as error:
+        fail(f"{path} is no whole gzip file ({error}): download or export it again")
 
 
 def first_lines(path):
@@ -86,25 +101,33 @@ def unzip(file, size=1 << 19):
         raise EOFError("cut off")
 
 
-def _blocks(path):
-    """Whole lines of a file, in blocks: yields (number of the first line, of the last line, bytes)."""
-    last, rest = 0, b""
-    with open(path, "rb") as file, tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True,
-                                        mininterval=1) as bar:
-        try:
-            for piece in unzip(file):
-                bar.update(file.tell() - bar.n)
-                if not last and not rest:
-                    piece = piece.removeprefix(b"\xef\xbb\xbf")
-                lines, newline, tail = piece.rpartition(b"\n")
-                if newline:
-                    first, last = last + 1, last + 1 + lines.count(b"\n")
-                    yield first, last, rest + lines
-                    rest = b""
-                rest += tail
-        except DAMAGE as error:
-            damage = "is truncated" if isinstance(error, EOFError) else f"is damaged ({error})"
-            warn(f"{path} {damage}: the {last:,} whole lines before are used")
-            return
+def _blocks(path, args):
+    """Whole lines of a file, in blocks: yields (number of the first line, of the last line, bytes).
+
+    Raises DAMAGE behind the whole lines of a broken gzip file. Exit code 2 for what is no regular file, a
+    line beyond --max-line MiB, and a gzip file that holds more than --max-ratio times its size.
+    """
+    if not path.is_file():
+        fail(f"{path} is {'no regular file' if path.exists() else 'missing'}")
+    last, rest, num_bytes, size = 0, b"", 0, path.stat().st_size
+    with open(path, "rb") as file, tqdm(total=size, desc=path.name, unit="B", unit_scale=True,
+                                        mininterval=1, disable=True if size < 1 << 24 else None) as bar:
+        for piece in unzip(file):
+            bar.update(file.tell() - bar.n)
+            num_bytes += len(piece)
+            if num_bytes > args.max_ratio * max(size, 1 << 20):
+                fail(f"{path} expands to more than {args.max_ratio:g} times its size: raise --max-ratio if "
+                     f"that is right")
+            if not last and not rest:
+                piece = piece.removeprefix(b"\xef\xbb\xbf")
+            lines, newline, tail = piece.rpartition(b"\n")
+            if newline:
+                first, last = last + 1, last + 1 + lines.count(b"\n")
+                yield first, last, rest + lines
+                rest = b""
+            rest += tail
+            if len(rest) > args.max_line << 20:
+                fail(f"{path}, line {last + 1} is longer than {args.max_line} MiB: raise --max-line if that "
+                     f"is right")
     if rest:
         yield last + 1, last + 1, rest
