@@ -1,20 +1,18 @@
 """Stage 5 of 5: report in one page what was inferred, how far it can be trusted, and whether it helped.
 
-Code cards: what the users of a code have more often than all others, how they rate, and what is known of
-them. For a few users: their items, codes, the words of their profiles (table 5 of the paper) beside those of
-another user as a control, and what a click model recommends without and with codes. There are two methods for
-words: the vocabulary's nearest to θ_u - θ̄, and a lens, the words that the LLM expects more after "This user's
-hobby is" θ_u than after θ̄. Over many users: do the own words occur in held-out items more often than the
-control's? Attention (figure 7 of the paper): how much the words of "The user likes …" attend to the soft
-token, before and after tuning. Held-out rows are valid ones, never test.
+Code cards: what the users of a code have more often than all others. For a few users: their items, codes, the
+words of their profiles (table 5 of the paper) beside those of another user as a control, and what a click
+model recommends without and with codes. Words are the vocabulary's nearest to θ_u - θ̄, and by a lens those
+that the LLM expects more after "This user's hobby is" θ_u than after θ̄; are the own words found in held-out
+items more often than the control's? Attention (figure 7): how much the words of "The user likes …" attend to
+the soft token, before and after tuning. Held-out rows are valid ones, never test.
 
 Reads   all artifacts of the run, and the LLM
-Writes  report.html: one file with its pictures inside, opens without a network
-        report/: each picture as PNG, its data as csv
+Writes  report.html, one file with its pictures inside; report/: each picture as PNG, its data as csv
         with --user ID: report/user-N.html and report/user-N/ instead, and the page as text on the screen
 
 Example: python 05_case_study.py        (15 seconds)
-  wrote runs/demo/report.html: 4 users, 7 codes, 8 pictures
+  wrote runs/demo/report.html: 4 users, 7 codes, 7 pictures
 """
 
 import argparse
@@ -33,8 +31,8 @@ from userip.code_cards import WORD, agreement, code_cards, user_facts
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
-from userip.pictures import draw_attention, draw_curves, draw_maps, draw_usage
-from userip.report import mean_with_interval, page, report_page, tables_as_html
+from userip.report import (draw_attention, draw_maps, draw_usage, mean_with_interval, page, report_page,
+                           tables_as_html)
 
 
 def parse_args(argv=None):
@@ -77,27 +75,16 @@ def read_run(args):
 
 def choose_users(args, run):
     """Users shown, and users measured: these and more. The control of each is the one before (cyclic)"""
-    candidates = np.flatnonzero(run.stored["has_evidence"])
-    rng, num_scored = np.random.default_rng(args.seed), args.num_scored
+    candidates, rng = np.flatnonzero(run.stored["has_evidence"]), np.random.default_rng(args.seed)
     if args.user is None:
         chosen = np.sort(rng.choice(candidates, min(args.num_users, len(candidates)), replace=False))
+        num_more = max(0, args.num_scored - len(chosen))
     else:
-        chosen = np.flatnonzero(run.user_ids == args.user)
+        chosen, num_more = np.flatnonzero(run.user_ids == args.user), 1
         if not len(chosen):
             fail(f"--user {args.user}: there is no such user; for example {run.user_ids[0]}")
-        num_scored = 2  # the user and a control
     rest = np.setdiff1d(candidates, chosen)
-    num_more = min(len(rest), max(0, num_scored - len(chosen)))
-    return chosen, np.concatenate([chosen, rng.choice(rest, num_more, replace=False)])
-
-
-def load_eager_llm(args, run):
-    """The LLM of the profiles, with the eager implementation, the only one that returns attention weights"""
-    llm = run.stored["llm"]
-    if llm == "tiny" and tiny_stamp(args.run_dir) != run.stored["tiny_llm"]:
-        fail(f"{args.run_dir}/tiny_llm is not the LLM that profiles.pt was inferred with: run `python "
-             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
-    return load_llm(args, llm, attn_implementation="eager")
+    return chosen, np.concatenate([chosen, rng.choice(rest, min(len(rest), num_more), replace=False)])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -118,18 +105,21 @@ def nearest_scores(deviation, embeddings):
     return F.normalize(deviation, dim=1) @ F.normalize(embeddings - embeddings.mean(0), dim=1).T
 
 
+def name_and_soft(model, prefix, soft):
+    """Embeddings of a name text, token ids `prefix` [L], and θ behind it: soft [B, S D] -> [B, L + S, D]"""
+    name = model.get_input_embeddings()(torch.tensor(prefix)).expand(len(soft), -1, -1)  # [B, L, D]
+    return torch.cat([name, soft.unflatten(1, (-1, name.shape[2])).to(name.dtype)], 1)
+
+
 @torch.no_grad()
 def lens_scores(model, ids, prefix, soft, shared, batch_size=256):
     """How much the log-probability of each word is higher after θ_u than after the mean θ: [B, W]
 
     ids [W]: the words; prefix: token ids of "This user's hobby is"; soft [B, S D], shared [S D].
     """
-    embed = model.get_input_embeddings()
-    before = embed(torch.tensor(prefix))[None]  # [1, L, D]
 
     def log_probability(theta):
-        theta = theta.unflatten(1, (-1, before.shape[2])).to(before.dtype)  # [b, S, D]
-        inputs = torch.cat([before.expand(len(theta), -1, -1), theta], 1)
+        inputs = name_and_soft(model, prefix, theta)
         logits = model(inputs_embeds=inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
         return logits.float().log_softmax(1)[:, ids]
 
@@ -153,32 +143,25 @@ def words_of_profiles(args, run, model, tokenizer, users):
     return result
 
 
-def held_out_wins(own, texts):
-    """Do a user's own words occur in their held-out items more often than the control's words do?
+def held_out_wins(words, texts):
+    """Do a user's words occur in their held-out items more often than those of the control, the user before?
 
-    own: a list of words per user, whose control is the user before; texts: the words of their held-out items,
-    a set per user. -> for each user with held-out items 1 (own), 0 (control) or 0.5 (a tie). The mean is an
-    AUC: 0.5 is chance.
+    words: a list per user; texts: the words of their held-out items, a set per user. -> for each user with
+    held-out items 1 (more often), 0 or 0.5 (a tie). The mean is an AUC: 0.5 is chance.
     """
-    wins = []
-    for own_words, control_words, text in zip(own, [own[-1], *own], texts):
-        if text:
-            hits = [sum(word.lower() in text for word in words) for words in (own_words, control_words)]
-            wins.append(0.5 + 0.5 * np.sign(hits[0] - hits[1]))
-    return np.array(wins)
+    hits = lambda index, text: sum(word.lower() in text for word in words[index])
+    return np.array([0.5 + 0.5 * np.sign(hits(index, text) - hits(index - 1, text))
+                     for index, text in enumerate(texts) if text])
 
 
 def score_words(run, words, scored):
     """held_out_wins of each profile and method: rows of (profile, method, AUC with interval, users)"""
-    columns = [run.items[name].fillna("") for name in ("title", "category", "brand")]
-    item_words = columns[0].str.cat(columns[1:], sep=" ").str.lower().str.findall(WORD)
-    held_out = {user: set().union(*item_words.iloc[index])
-                for user, index in run.split["valid"].groupby("user")["item"]}
-    texts, rows = [held_out.get(user) for user in scored], []
-    for (name, method), own in words.items():
-        wins = held_out_wins(own, texts)
-        rows.append((name, method, mean_with_interval(wins, ".3f"), f"{len(wins):,}"))
-    return rows
+    columns = run.items[["title", "category", "brand"]].fillna("")
+    item_words = columns.agg(" ".join, axis=1).str.lower().str.findall(WORD)
+    held_out = run.split["valid"].groupby("user")["item"]
+    texts = {user: set().union(*item_words.iloc[index]) for user, index in held_out}
+    wins = {key: held_out_wins(own, [texts.get(user) for user in scored]) for key, own in words.items()}
+    return [(*key, mean_with_interval(values, ".3f"), f"{len(values):,}") for key, values in wins.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -192,14 +175,12 @@ def attention_to_soft(model, prefix, soft, text):
 
     The LLM reads name text, θ, text. Mean over layers and heads, sum over the S soft tokens.
     """
-    embed = model.get_input_embeddings()
-    before, after = embed(torch.tensor(prefix)).expand(len(soft), -1, -1), embed(text)
-    theta = soft.unflatten(1, (-1, before.shape[2])).to(before.dtype)  # [B, S, D]
-    attentions = model(inputs_embeds=torch.cat([before, theta, after], 1), use_cache=False,
-                       output_attentions=True).attentions  # by layer: [B, heads, Q, K]
-    weights = torch.stack(attentions, 1).float().mean((1, 2))  # [B, Q, K]
-    first, last = before.shape[1], before.shape[1] + theta.shape[1]
-    return weights[:, last:, first:last].sum(2)
+    before = name_and_soft(model, prefix, soft)
+    inputs = torch.cat([before, model.get_input_embeddings()(text)], 1)
+    attentions = model(inputs_embeds=inputs, use_cache=False, output_attentions=True).attentions
+    weights = torch.stack(attentions, 1).float().mean((1, 2))  # [B, layers, heads, Q, K] -> [B, Q, K]
+    num_read = before.shape[1]
+    return weights[:, num_read:, len(prefix):num_read].sum(2)
 
 
 def sentences_of(profile, rows, items, num_content=3):
@@ -223,10 +204,7 @@ def sentences_of(profile, rows, items, num_content=3):
 
 
 def attention_by_word(model, tokenizer, prefix, soft, sentences, batch_size=64):
-    """Attention that the words of B sentences pay to soft [B, S D]: per sentence an array, a number per word
-
-    A word's number is the mean of its tokens'.
-    """
+    """Attention of the words of B sentences (mean of their tokens) to soft [B, S D]: B arrays [words]"""
     ids = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
            for words in sentences]
     # pads change nothing before them: attention is causal
@@ -307,36 +285,34 @@ def click_scores(run, users):
     return scores
 
 
-def words_table(run, words, scored, index):
-    """The words of user scored[index] beside those of their control, the user before"""
-    rows = [(name, method, ", ".join(own[index]), ", ".join(own[index - 1]))
-            for (name, method), own in words.items()
-            if run.has_evidence[scored[index], run.names.index(name)]]
-    control = f"control: those of user {run.user_ids[scored[index - 1]]}"
-    return pd.DataFrame(rows, columns=["profile", "method", "words", control])
+def user_tables(args, run, found, index):
+    """Page of user scored[index], {title: data frame}: items they had, codes, words, held-out rows, new items
 
-
-def user_tables(args, run, user, meanings, words, clicks):
-    """One user's page, {title: data frame}: items they had, codes, words, held-out (valid) rows, new items
-
-    meanings: by profile, those of the codes; words: see words_table; clicks: {title: click probabilities [M]}.
+    found: scored, words and clicks, see choose_users, words_of_profiles and click_scores; by profile the
+    meanings of its codes. The words stand beside those of the control.
     """
+    user, control = found.scored[[index, index - 1]]
     titles = run.items["title"].to_numpy()
     of_user = {name: rows[rows["user"] == user] for name, rows in run.split.items()}
     rated = lambda rows: {"item": titles[rows["item"]], "rating": rows["rating"].map("{:g}".format)}
     facts = [(fact, values.iat[user]) for fact, values in run.user_facts.items() if values.iat[user]]
-    tables = {"What is known of this user (no model reads it)": pd.DataFrame(facts, columns=["fact", "value"])}
+    tables = {"What is known of the user (no model reads it)": pd.DataFrame(facts, columns=["fact", "value"])}
     had = pd.concat([of_user[name] for name in ("train", "support") if name in of_user])
     had = had.sort_values("timestamp", kind="stable")  # support rows: of a cold user
     title = f"Had ({' '.join(had['split'].unique())} rows), the latest {len(had[-12:])} of {len(had)}"
     tables[title] = pd.DataFrame(rated(had[-12:]))
     tables["Codes, and what their users have more often"] = pd.DataFrame({
         "profile": run.names, "code": run.codes[user],
-        "meaning": [texts[code] for texts, code in zip(meanings, run.codes[user])]})
-    tables["Words of the profiles"] = words
+        "meaning": [texts[code] for texts, code in zip(found.meanings, run.codes[user])]})
+    words = [(name, method, ", ".join(own[index]), ", ".join(own[index - 1]))
+             for (name, method), own in found.words.items()
+             if run.has_evidence[user, run.names.index(name)]]
+    tables["Words of the profiles"] = pd.DataFrame(
+        words, columns=["profile", "method", "words", f"control: those of user {run.user_ids[control]}"])
 
     is_new = ~np.isin(np.arange(len(titles)), had["item"])
-    order = {title: np.argsort(-np.where(is_new, score, -1), kind="stable") for title, score in clicks.items()}
+    order = {title: np.argsort(-np.where(is_new, score[index], -1), kind="stable")
+             for title, score in found.clicks.items()}
     held_out = of_user["valid"][is_new[of_user["valid"]["item"]]]
     tables[f"Held-out items (valid rows), and their rank among the {is_new.sum():,} not had"] = pd.DataFrame(
         rated(held_out) | {f"rank {title}": 1 + np.argsort(items)[held_out["item"]]
@@ -352,40 +328,40 @@ def main(args):
     started = time.time()
     run = read_run(args)
     chosen, scored = choose_users(args, run)
-    folder = Path(args.run_dir) / "report"
-    if args.user is not None:
-        folder = folder / f"user-{chosen[0]}"
-    model, tokenizer = load_eager_llm(args, run)
+    folder = Path(args.run_dir) / "report" / ("" if args.user is None else f"user-{chosen[0]}")
+    llm = run.stored["llm"]
+    if llm == "tiny" and tiny_stamp(args.run_dir) != run.stored["tiny_llm"]:
+        fail(f"{args.run_dir}/tiny_llm is not the LLM that profiles.pt was inferred with: run `python "
+             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
+    model, tokenizer = load_llm(args, llm, attn_implementation="eager")  # no other one returns attention
     maps = draw_maps(folder, run, chosen)
+    attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
     cards, meanings, num_names = zip(*[code_cards(run, k, args.num_words, [args.seed, k])
                                        for k in range(len(run.names))])
     words = words_of_profiles(args, run, model, tokenizer, scored)
-    attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
-    clicks, pages = click_scores(run, chosen), []
-    for index, user in enumerate(chosen):
-        own_clicks = {title: score[index] for title, score in clicks.items()}
-        tables = user_tables(args, run, user, meanings, words_table(run, words, scored, index), own_clicks)
-        pages.append(tables_as_html(f"User {run.user_ids[user]}", tables))
+    found = SimpleNamespace(scored=scored, words=words, clicks=click_scores(run, chosen), meanings=meanings)
+    tables = [user_tables(args, run, found, index) for index in range(len(chosen))]
+    pages = [tables_as_html(f"User {run.user_ids[user]}", part) for user, part in zip(chosen, tables)]
     if args.user is not None:
         path = folder.with_name(f"{folder.name}.html")
         with whole_file(path) as file:
-            file.write(page(f"User {args.user}", [*pages, *maps, *attention]).encode())
+            file.write(page(f"User {args.user}", {"What is shown": [*pages, *maps, *attention]}).encode())
         text = "\n\n".join(f"{title}\n{table.to_string(index=False, max_colwidth=60)}"
-                           for title, table in tables.items())
-        print(f"User {args.user}\n\n{text}\n\nwrote {path}: {len(tables)} tables, "
+                           for title, table in tables[0].items())
+        print(f"User {args.user}\n\n{text}\n\nwrote {path}: {len(tables[0])} tables, "
               f"{len(maps) + len(attention)} pictures")
         return
 
-    pictures = [draw_usage(folder, run), *maps, draw_curves(folder, run)], attention
+    codes = [draw_usage(folder, run), *maps]
     facts = {"words": score_words(run, words, scored), "attention": shares, "agreement": agreement(run),
              "names_found": sum(num_names)}
-    path = write_artifact(args, "report.html", report_page(run, cards, pages, pictures, facts), run.inputs,
-                          **facts, seconds=time.time() - started)
+    path = write_artifact(args, "report.html", report_page(run, codes, cards, pages, attention, facts),
+                          run.inputs, **facts, seconds=time.time() - started)
     for name, method, auc, _ in facts["words"]:
         print(f"{name}: {method} words in held-out items, own against another user's: AUC {auc}")
     for name, *parts, _ in shares:
         print(f"{name}: share of attention on content words {parts[0]} before, {parts[1]} after tuning")
-    print(f"wrote {path}: {len(chosen)} users, {sum(run.sizes)} codes, {sum(map(len, pictures))} pictures")
+    print(f"wrote {path}: {len(chosen)} users, {sum(run.sizes)} codes, {len(codes + attention)} pictures")
 
 
 if __name__ == "__main__":
