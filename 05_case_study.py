@@ -12,7 +12,7 @@ Writes  report.html, one file with its pictures inside; report/: each picture as
         with --user ID: report/user-N.html and report/user-N/ instead, and the page as text on the screen
 
 Example: python 05_case_study.py        (15 seconds)
-  wrote runs/demo/report.html: 4 users, 7 codes, 7 pictures
+  wrote runs/demo/report.html: 4 users, 7 codes, 6 pictures
 """
 
 import argparse
@@ -31,8 +31,7 @@ from userip.code_cards import WORD, agreement, code_cards, user_facts
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
-from userip.report import (draw_attention, draw_maps, draw_usage, mean_with_interval, page, report_page,
-                           tables_as_html)
+from userip.report import draw_attention, draw_maps, mean_with_interval, page, report_page, tables_as_html
 
 
 def parse_args(argv=None):
@@ -352,16 +351,15 @@ def main(args):
               f"{len(maps) + len(attention)} pictures")
         return
 
-    codes = [draw_usage(folder, run), *maps]
     facts = {"words": score_words(run, words, scored), "attention": shares, "agreement": agreement(run),
              "names_found": sum(num_names)}
-    path = write_artifact(args, "report.html", report_page(run, codes, cards, pages, attention, facts),
+    path = write_artifact(args, "report.html", report_page(run, maps, cards, pages, attention, facts),
                           run.inputs, **facts, seconds=time.time() - started)
     for name, method, auc, _ in facts["words"]:
         print(f"{name}: {method} words in held-out items, own against another user's: AUC {auc}")
     for name, *parts, _ in shares:
         print(f"{name}: share of attention on content words {parts[0]} before, {parts[1]} after tuning")
-    print(f"wrote {path}: {len(chosen)} users, {sum(run.sizes)} codes, {len(codes + attention)} pictures")
+    print(f"wrote {path}: {len(chosen)} users, {sum(run.sizes)} codes, {len(maps + attention)} pictures")
 
 
 if __name__ == "__main__":

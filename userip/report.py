@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from common import usage_of, with_interval
+from common import with_interval
 from userip.artifacts import whole_file
 
 matplotlib.use("Agg")
@@ -84,21 +84,6 @@ def save(folder, name, figure, data, description):
             file.write(content)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
-
-
-def draw_usage(folder, run):
-    """Users per code of each profile"""
-    rows = []
-    figure, axes = plt.subplots(1, len(run.names), figsize=(3.2 * len(run.names), 2.6), squeeze=False)
-    for axis, name, column, num_codes in zip(axes[0], run.names, run.codes.T, run.sizes):
-        counts, perplexity = usage_of(column, num_codes)
-        rows += [(name, code, count) for code, count in enumerate(counts)]
-        axis.bar(range(num_codes), counts, color=[plt.cm.tab10(code % 10) for code in range(num_codes)])
-        axis.set(title=f"{name}: perplexity {perplexity:.2f} of {num_codes}", xlabel="code", ylabel="users",
-                 xticks=range(num_codes)[:20])
-    figure.tight_layout()
-    data = pd.DataFrame(rows, columns=["profile", "code", "users"])
-    return save(folder, "usage", figure, data, "Bars: users per code, for each profile")
 
 
 def draw_map(folder, title, plane, groups, labels, marked):
@@ -177,8 +162,8 @@ def headline(sidecars):
     return table(("question", "answer"), rows)
 
 
-def report_page(run, codes, cards, pages, attention, facts):
-    """report.html. codes, attention: pictures, lists of <img>; cards: a data frame by profile; pages: HTML by
+def report_page(run, maps, cards, pages, attention, facts):
+    """report.html. maps, attention: pictures, lists of <img>; cards: a data frame by profile; pages: HTML by
     user shown; facts: rows of words, attention and agreement, as in the sidecar
     """
     names_found, names_by_chance = facts["names_found"]
@@ -186,7 +171,7 @@ def report_page(run, codes, cards, pages, attention, facts):
         "Summary": [headline(run.sidecars), paragraph(
             f"{len(run.users):,} users, {len(run.items):,} items, {len(run.split['train']):,} train rows; "
             f"LLM: {run.stored['llm']}; ± is half of a 95% interval.")],
-        "The codes": codes,
+        "The codes": maps,
         "What each code stands for": [paragraph(
             "What the users of a code have more often than all others, in train rows: odds ratio ×, 95% "
             "interval; only names that are surely more frequent (one-sided 2.5% for each list as a whole). "
