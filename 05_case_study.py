@@ -51,7 +51,7 @@ def parse_args(argv=None):
 
 
 def read_run(args):
-    """The artifacts of the run, checked: data frames, sidecars, profiles [N, P, S D] and z, codes [N, P]"""
+    """The artifacts of the run, checked: data frames, sidecars, profiles [N, P, S D], codes [N, P]"""
     inputs = ["interactions.parquet", "items.parquet", "users.parquet", "profiles.pt", "codebook.pt",
               "feature_bank.parquet", "results.parquet", "results.md"]
     interactions, items, users, stored, codebook, bank, results, text = read_artifacts(args, *inputs)
@@ -63,12 +63,10 @@ def read_run(args):
         stored |= {key: stored[key][-1] for key in ("profiles", "num_evidence")}
         inputs.append("train_codes.parquet")
         train_codes = read_artifacts(args, "train_codes.parquet")[0][names].to_numpy(dtype=np.int64)
-    z = [(stored["profiles"][:, k] - codebook[name]["mean"]) @ codebook[name]["transform"]  # [N, C]
-         for k, name in enumerate(names)]
     return SimpleNamespace(
         inputs=inputs, sidecars=sidecars, items=items, users=users, user_facts=user_facts(users), split=split,
         stored=stored, names=names, profiles=stored["profiles"], has_evidence=stored["num_evidence"] > 0,
-        codebook=codebook, z=z, codes=codes, train_codes=train_codes, results=results, results_text=text,
+        codebook=codebook, codes=codes, train_codes=train_codes, results=results, results_text=text,
         sizes=sidecars["feature_bank.parquet"]["codes"], user_ids=bank["user_id"].astype(str))
 
 
@@ -344,11 +342,11 @@ def main(args):
     if args.user is not None:
         path = folder.with_name(f"{folder.name}.html")
         with whole_file(path) as file:
-            file.write(page(f"User {args.user}", {"What is shown": [*pages, *maps, *attention]}).encode())
+            file.write(page(f"User {args.user}", {"What is known": [*pages, *maps, *attention]}).encode())
         text = "\n\n".join(f"{title}\n{table.to_string(index=False, max_colwidth=60)}"
                            for title, table in tables[0].items())
         print(f"User {args.user}\n\n{text}\n\nwrote {path}: {len(tables[0])} tables, "
-              f"{len(maps) + len(attention)} pictures")
+              f"{len(maps + attention)} pictures")
         return
 
     facts = {"words": score_words(run, words, scored), "attention": shares, "agreement": agreement(run),

@@ -16,9 +16,9 @@ def overrepresented(counts, names, num_words):
     in the other codes: (name, odds ratio, ends of its 95% interval), the surest first.
 
     Log-odds with a Dirichlet prior, a tenth of all counts (Monroe et al., 2008). Sure: one-sided at 2.5% for
-    all W names together (Bonferroni); of a thousand words some would always stand out by chance.
+    all W names together (Bonferroni), else some of a thousand words would stand out by chance.
     """
-    prior, threshold = 0.1 * counts.sum(0) + 0.01, stats.norm.isf(0.025 / max(1, len(names)))
+    prior, threshold = 0.1 * counts.sum(0) + 0.01, stats.norm.isf(0.025 / len(names))
     result = []
     for own in counts:
         first, second = own + prior, counts.sum(0) - own + prior
@@ -79,9 +79,8 @@ def agreement(run):
 
 
 def code_cards(run, k, num_words, seed):
-    """Profile k (run: see read_run of stage 5) -> cards, a data frame with a column per code; the codes'
-    meanings in a few words, the unknown code's last; how many names of items are overrepresented [with these
-    codes, with the codes shuffled among users]
+    """Profile k -> cards, a data frame with a column per code; meanings of the codes, the unknown one's last;
+    how many names of items are overrepresented [with these codes, with the codes shuffled among users]
     """
     train, codes, num_codes = run.split["train"], run.codes[:, k], run.sizes[k]
     shuffled = np.random.default_rng(seed).permutation(codes)

@@ -106,8 +106,9 @@ def draw_maps(folder, run, chosen):
     """Profiles in two dimensions, by code and by truth; the users in `chosen` are ringed -> list of <img>"""
     pictures, rng = [], np.random.default_rng(0)
     for k, name in enumerate(run.names):
-        users = np.flatnonzero(run.has_evidence[:, k])
-        z = run.z[k][users] - run.z[k][users].mean(0)  # [N', C]
+        users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
+        z = ((run.profiles[:, k] - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
+        z = z - z.mean(0)
         plane = (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).numpy()  # [N', 2]
         if plane.shape[1] == 1:  # C = 1: a random height, so that users do not hide each other
             plane = np.column_stack([plane, rng.random(len(plane))])
@@ -121,9 +122,9 @@ def draw_maps(folder, run, chosen):
 
 
 def draw_attention(folder, name, num_noise, sentences, attention):
-    """Figure 7: a row per user, a column per word of the sentence, colours from a user's least to most
-    attention. sentences: lists of words, the content behind num_noise; attention: {"before": a list of
-    arrays [words], "after": the same}
+    """Figure 7: a row per user, a column per word, colours from a user's least to most attention.
+
+    sentences: lists of words, the content behind num_noise; attention: {"before", "after": arrays [words]}
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(sentences) + 1.4), squeeze=False)
     rows = []
