@@ -1,9 +1,8 @@
 """Stage 1 of 5: turn raw interactions into one filtered, labelled, split table that all later stages use.
 
 Users and items with fewer than 4 interactions are dropped until none is left (paper, section 3.2). A rating
-above 3 is a positive label. Of several interactions of a user with an item the latest is kept. The split is
-drawn once, here. `planted` needs no data: it draws users with a true hobby and background, items that reflect
-them, and interactions caused by them, so that later stages can report how much of the truth they found.
+above 3 is a positive label. Of several interactions of a user with an item the latest is kept. `planted`
+draws users with a true hobby and background, so that later stages can report how much of it they found.
 
 Reads   --raw DIR, files as published, plain or gzip, recognized by their content:
           clothing, movies, games, amazon   Amazon reviews and metadata of 2014, 2018 or 2023
@@ -26,7 +25,6 @@ Example: python 01_prepare.py        (2 seconds)
   wrote runs/demo/interactions.parquet: 34,213 rows, 1,975 users, 600 items | base-rate logloss 0.6674
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -39,7 +37,7 @@ from common import logloss
 from userip.artifacts import WARNINGS, fail, warn, write_artifact
 from userip.cleaning import clean_items
 from userip.download import ARCHIVES, download
-from userip.options import at_least, option_name, stage_parser, start_stage
+from userip.options import at_least, changed_options, option_name, stage_parser, start_stage
 from userip.planted import bayes_ari, read_planted
 from userip.readers import CATEGORIES, read_amazon, read_nete, read_yelp
 from userip.tables import read_ml_1m, read_ml_100k, read_table
@@ -48,28 +46,12 @@ AMAZON = (*CATEGORIES, "amazon")
 READERS = {"planted": read_planted, **dict.fromkeys(AMAZON, read_amazon), "yelp": read_yelp,
            "nete": read_nete, "ml-100k": read_ml_100k, "ml-1m": read_ml_1m, "table": read_table}
 SPLITS = ("random", "temporal", "cold-user", "published")
-BELONGS = {  # option -> the data sets for which it means something
-    "category": ["amazon"], "columns": ["table"], "fold": ["nete"], "max_bad": [*AMAZON, "yelp"],
-    "strict": [*AMAZON, "yelp"], "download": [*AMAZON, *ARCHIVES]}
-COUNTS = {  # key in prepare.json -> what it counts
-    "duplicates": "duplicates of (user, item) dropped, the latest kept",
-    "not_in_split": "interactions in no index of the published split dropped",
-    "filtered": "interactions of users or items below --min-interactions dropped",
-    "untitled_items": "items without a title keep their id as title",
-    "items_not_listed": "items are not in the items file",
-    "items_listed_twice": "lines of the items file repeat an item, the first counts",
-    "users_listed_twice": "lines of the users file repeat a user, the first counts",
-    "junk_prices": "prices are no numbers and count as missing",
-    "users_not_listed": "users are not in the users file",
-}
-
-
-def share(text):
-    """The type of --max-bad: "1%" or 0.01 -> 0.01"""
-    number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1; say {text}% for a percentage")
-    return number
+BELONGS = {  # option -> the data sets, or the splits, for which it means something
+    "category": AMAZON, "columns": ["table"], "max_bad": [*AMAZON, "yelp"],
+    "download": [*AMAZON, *ARCHIVES], "fold": ["nete published"], "split_seed": ["random", "cold-user"],
+    "min_interactions": ["random", "temporal", "cold-user"]}
+COUNTS = ("duplicates", "not_in_split", "filtered", "untitled_items", "items_not_listed",
+          "items_listed_twice", "junk_prices", "users_listed_twice", "users_not_listed")  # that are printed
 
 
 def parse_args(argv=None):
@@ -77,27 +59,25 @@ def parse_args(argv=None):
     add.data("--seed", type=at_least(0), default=0, help="seed of the planted world and of the split")
     add.data("--dataset", choices=READERS, default="planted", help="what to read")
     add.data("--raw", type=Path, help="folder with the raw files (not for planted)")
-    add.data("--category", help="amazon: category as in the files' names, such as Digital_Music")
+    add.data("--category", help="Amazon: category as in the files' names, such as Digital_Music")
     add.data("--columns", nargs="+", default=[], metavar="OURS=THEIRS",
              help="table: columns with other names, such as user_id=reviewer rating=stars")
     add.data("--fold", type=at_least(1), default=1, help="nete: which of the published splits")
     add.data("--download", nargs="?", const="", metavar="URL",
              help="first fetch what is not in --raw yet (Amazon 2014, MovieLens); URL: folder of a mirror")
-    add.data("--max-bad", type=share, default=0.01, help="Amazon, Yelp: share of bad lines that is an error")
-    add.data("--strict", action="store_true", help="Amazon, Yelp: a truncated gzip file is an error")
+    add.data("--max-bad", type=at_least(0, float), default=0.01,
+             help="Amazon, Yelp: share of bad lines above which a file is refused")
     add.method("--min-interactions", type=at_least(1), default=4,
                help="drop users and items with fewer, iterated")
     add.method("--threshold", type=float, default=3, help="a rating above this is a positive label")
     add.method("--split", choices=SPLITS, help="see above (default: random; nete: published)")
     add.method("--split-seed", type=at_least(0),
                help="random, cold-user: seed of the split alone (default: --seed)")
-    add.method("--ensure-train", action="store_true",
-               help="random, temporal: move rows until all users and items of valid and test are in train")
     args = parser.parse_args(argv)
     args.split = args.split or ("published" if args.dataset == "nete" else "random")
     check_options(parser, args)
     args.split_seed = args.seed if args.split_seed is None else args.split_seed
-    args.category = CATEGORIES.get(args.dataset, args.category)
+    args.category = args.category or CATEGORIES.get(args.dataset)
     return args
 
 
@@ -106,12 +86,9 @@ def check_options(parser, args):
     if (args.raw is None) != (args.dataset == "planted"):
         advice = "draws its own data: leave --raw out" if args.raw else "needs --raw DIR"
         parser.error(f"--dataset {args.dataset} {advice}")
-    useless = [name for name, datasets in BELONGS.items() if args.dataset not in datasets]
-    useless += ["min_interactions"] if args.split == "published" else ["fold"]
-    useless += ["ensure_train"] if args.split in ("cold-user", "published") else []
-    useless += ["split_seed"] if args.split in ("temporal", "published") else []
-    for name in useless:
-        if getattr(args, name) != parser.get_default(name):
+    for name in changed_options(parser, args, ignored=()):
+        chosen = {args.dataset, args.split, f"{args.dataset} {args.split}"}
+        if name in BELONGS and chosen.isdisjoint(BELONGS[name]):
             advice = "fetch it by hand" if name == "download" else "leave it out"
             parser.error(f"{option_name(name)} means nothing for --dataset {args.dataset} "
                          f"--split {args.split}: {advice}")
@@ -127,26 +104,24 @@ def check_options(parser, args):
 
 
 def load(args):
-    """--raw as published -> interactions, items, users, and the interactions' review texts as a list of arrow
-    arrays (None without reviews). Ids of users and items are texts, in interactions categorical.
+    """Interactions, items, users, and the interactions' review texts as a list of arrow arrays (or None). Ids
+    of users and items are texts, in interactions categorical.
     """
-    if args.download is not None:
-        download(args)
-    if args.raw and not args.raw.is_dir():
-        advice = "; --download fetches it" if args.dataset in BELONGS["download"] else ""
-        fail(f"--raw {args.raw} is {'no folder' if args.raw.exists() else f'not there{advice}'}")
     try:
+        if args.download is not None:
+            download(args)
         interactions, items, users = READERS[args.dataset](args)
     except OSError as error:
-        fail(f"{error.filename or args.raw} cannot be read: {error.strerror or error}")
+        advice = "; --download fetches what is missing" if args.dataset in BELONGS["download"] else ""
+        fail(f"--raw {args.raw} cannot be read: {error}{advice}")
+    users = pd.DataFrame({"user_id": interactions["user_id"].unique()}) if users is None else users
     for frame in (interactions, items, users):
         for column in frame.columns.intersection(["user_id", "item_id"]):
             if num_missing := int(frame[column].isna().sum()):
                 fail(f"{num_missing} rows have no {column} in {args.raw}: fill or drop them")
             if frame[column].dtype != "category":
                 frame[column] = frame[column].astype(str)
-    interactions = interactions.reset_index(drop=True)
-    interactions = interactions.astype({"user_id": "category", "item_id": "category"})
+    interactions = interactions.reset_index(drop=True).astype({"user_id": "category", "item_id": "category"})
     if "review" not in interactions:
         return interactions, items, users, None
     reviews = pa.Table.from_pandas(interactions[["review"]], preserve_index=False)["review"]
@@ -172,38 +147,25 @@ def keep_core(interactions, min_interactions):
     return interactions[keep]
 
 
-def rows_by_id(frame, name, ids):
-    """The row of each id, the first if it has several, empty if it has none; how many rows repeat an id; how
-    many ids have no row.
-    """
-    first = frame.drop_duplicates(name, ignore_index=True)
-    position = pd.Index(first[name]).get_indexer(ids)  # -1: no row
-    rows = first.reindex(position).reset_index(drop=True)
-    rows[name] = ids
-    return rows, len(frame) - len(first), int((position < 0).sum())
-
-
-def index_ids(interactions, items, users):
-    """Published ids become user 0..N-1 and item 0..M-1, sorted -> interactions, items, users, counts.
+def index_ids(interactions, *listed):
+    """Published ids become user 0..N-1 and item 0..M-1, sorted. listed: users, items -> interactions, the
+    first row of each user and item (empty if it has none), counts.
 
     Interactions are sorted by user and time, ties in the order of the file; their index keeps the file's row.
     """
-    user_ids, item_ids = (sorted(interactions[name].unique()) for name in ("user_id", "item_id"))
     table = interactions.drop(columns=["user_id", "item_id"])
     table = table.astype({"rating": "float32", "timestamp": "int64"})
-    for name, ids in (("user", user_ids), ("item", item_ids)):
-        published = interactions[f"{name}_id"].astype("category")
-        table[name] = published.cat.set_categories(ids).cat.codes.astype("int64")
-    table = table.iloc[np.lexsort((table["timestamp"], table["user"]))]
-    items, items_repeated, items_missing = rows_by_id(items, "item_id", item_ids)
-    items, num_untitled, num_junk = clean_items(items)
-    items.insert(0, "item", np.arange(len(item_ids)))
-    users, users_repeated, users_missing = rows_by_id(users, "user_id", user_ids)
-    users.insert(0, "user", np.arange(len(user_ids)))
-    counts = {"untitled_items": num_untitled, "items_not_listed": items_missing,
-              "items_listed_twice": items_repeated, "junk_prices": num_junk,
-              "users_listed_twice": users_repeated, "users_not_listed": users_missing}
-    return table, items, users, counts
+    counts, frames = {}, []
+    for kind, frame in zip(("user", "item"), listed):
+        key = f"{kind}_id"
+        ids = pd.Index(sorted(interactions[key].unique()), name=key)
+        table[kind] = interactions[key].astype("category").cat.set_categories(ids).cat.codes.astype("int64")
+        first = frame.drop_duplicates(key).set_index(key)
+        counts[f"{kind}s_listed_twice"] = len(frame) - len(first)
+        counts[f"{kind}s_not_listed"] = len(ids.difference(first.index))
+        frames.append(first.reindex(ids).reset_index())
+        frames[-1].insert(0, kind, np.arange(len(ids)))
+    return table.iloc[np.lexsort((table["timestamp"], table["user"]))], *frames, counts
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -245,31 +207,13 @@ def split_cold_user(table, seed):
     return split
 
 
-def untrained(table):
-    """Valid and test rows whose user has no train row, and those whose item has none: two masks [R]"""
-    is_held_out = table["split"].isin(["valid", "test"])
-    trained = table[table["split"] == "train"]
-    return [is_held_out & ~table[name].isin(trained[name]) for name in ("user", "item")]
-
-
 def count_untrained(table):
     """Users, items and rows of valid and test without a train row: dict of counts"""
-    no_user, no_item = untrained(table)
-    return {"users": int(table.loc[no_user, "user"].nunique()),
-            "items": int(table.loc[no_item, "item"].nunique()), "rows": int((no_user | no_item).sum())}
-
-
-def ensure_train(table):
-    """Move the first row of each user and item without a train row into train, in place."""
-    for side, name in enumerate(("user", "item")):
-        first = table[untrained(table)[side]].drop_duplicates(name).index
-        table.loc[first, "split"] = "train"
-
-
-def keep_past(table):
-    """Move what lies before a train row of its user into train, in place: no future predicts the past."""
-    backwards = table["split"].eq("train")[::-1]
-    table.loc[backwards.groupby(table["user"]).cummax(), "split"] = "train"
+    trained = table[table["split"] == "train"]
+    held_out = table[table["split"].isin(["valid", "test"])]
+    no_user, no_item = (~held_out[name].isin(trained[name]) for name in ("user", "item"))
+    return {"users": int(held_out.loc[no_user, "user"].nunique()),
+            "items": int(held_out.loc[no_item, "item"].nunique()), "rows": int((no_user | no_item).sum())}
 
 
 def draw_split(args, table):
@@ -282,23 +226,15 @@ def draw_split(args, table):
         table["split"] = split_temporal(table)
     elif args.split == "cold-user":
         table["split"] = split_cold_user(table, args.split_seed)
-    facts = {"untrained": count_untrained(table)}
-    if args.ensure_train:
-        ensure_train(table)
-        if args.split == "temporal":
-            keep_past(table)
-        facts["untrained_after_ensure_train"] = count_untrained(table)
-    counts = table["split"].value_counts()
-    facts["rows_of_split"] = {name: int(counts[name]) for name in ("train", "valid", "test", "support")
-                              if name in counts}
-    if missing := [name for name in ("train", "valid", "test") if name not in counts]:
-        fail(f"--split {args.split}{' --ensure-train' * args.ensure_train} leaves no {missing[0]} row among "
-             f"{len(table):,}: take more data or another split")
-    if args.split == "published" and (num_repeated := int(table.duplicated(["user", "item"]).sum())):
+    elif num_repeated := int(table.duplicated(["user", "item"]).sum()):
         num_splits = table.groupby(["user", "item"])["split"].nunique()
         warn(f"{num_repeated:,} rows repeat a (user, item) of the published split, which keeps them; "
              f"{int((num_splits > 1).sum()):,} pairs stand in two of its parts")
-    return facts
+    counts = table["split"].value_counts()
+    if missing := [name for name in ("train", "valid", "test") if name not in counts]:
+        fail(f"--split {args.split} leaves no {missing[0]} row among {len(table):,}: take more data")
+    names = [name for name in ("train", "valid", "test", "support") if name in counts]
+    return {"untrained": count_untrained(table), "rows_of_split": {name: int(counts[name]) for name in names}}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -308,10 +244,8 @@ def draw_split(args, table):
 
 def report(args, facts):
     """Print what was read and dropped, the row of the paper's table 1, and the split."""
-    print(f"read {facts['rows_read']:,} interactions")
-    for name, meaning in COUNTS.items():
-        if facts[name]:
-            print(f"  {facts[name]:,} {meaning}")
+    counts = [f"{facts[name]:,} {name.replace('_', ' ')}" for name in COUNTS if facts[name]]
+    print(", ".join([f"read {facts['rows_read']:,} interactions", *counts]))
     print("| data | interactions | users | items | sparsity (%) | positive labels | base-rate logloss |")
     print("|---|---|---|---|---|---|---|")
     print(f"| {facts['dataset']} | {facts['interactions']:,} | {facts['users']:,} | {facts['items']:,} | "
@@ -319,10 +253,9 @@ def report(args, facts):
           f"{facts['base_rate_logloss']:.4f} |")
     rows = ", ".join(f"{count:,} {name}" for name, count in facts["rows_of_split"].items())
     print(f"split {args.split}: {rows}")
-    for name, prefix in (("untrained", ""), ("untrained_after_ensure_train", "after --ensure-train, ")):
-        if counts := facts.get(name):
-            print(f"{prefix}{counts['rows']:,} rows of valid and test have a user or an item without a train "
-                  f"row: {counts['users']:,} users, {counts['items']:,} items")
+    counts = facts["untrained"]
+    print(f"{counts['rows']:,} rows of valid and test have a user or an item without a train row: "
+          f"{counts['users']:,} users, {counts['items']:,} items")
     if "bayes_ari" in facts:
         ceilings = "  ".join(f"{name} {ari:.3f}" for name, ari in facts["bayes_ari"].items())
         seen = "train and support" if args.split == "cold-user" else "train"
@@ -355,10 +288,6 @@ def main(args):
     start_stage(args)
     started = time.time()
     WARNINGS.clear()
-    try:
-        Path(args.run_dir).mkdir(parents=True, exist_ok=True)  # now rather than after hours of reading
-    except OSError as error:
-        fail(f"--run-dir {args.run_dir} cannot be made: {error.strerror}")
     interactions, items, users, reviews = load(args)
     read = time.time()
     facts = {"dataset": args.dataset, "rows_read": len(interactions), "duplicates": 0, "not_in_split": 0,
@@ -374,24 +303,24 @@ def main(args):
     if interactions.empty:
         fail(f"no user is left of {facts['rows_read']:,} interactions after dropping users and items with "
              f"fewer than {args.min_interactions}: lower --min-interactions")
-    table, items, users, counts = index_ids(interactions, items, users)
+    table, users, items, counts = index_ids(interactions, users, items)
     del interactions  # may be large
+    if counts["items_not_listed"] == len(items):
+        fail(f"not one of the {len(items):,} items is in the items file: do both belong to one data set?")
+    items, counts["untitled_items"], counts["junk_prices"] = clean_items(items)
+    if counts["untitled_items"] > len(items) / 2:
+        warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: a LLM reads their ids")
     table["label"] = (table["rating"] > args.threshold).astype("int8")
     if table["label"].nunique() < 2:
-        low, high = table["rating"].min(), table["rating"].max()
-        fail(f"all ratings ({low:g} to {high:g}) are on one side of --threshold {args.threshold:g}: choose "
-             f"another")
+        fail(f"all ratings ({table['rating'].min():g} to {table['rating'].max():g}) are on one side of "
+             f"--threshold {args.threshold:g}: choose another")
     positive = float(table["label"].mean())
     facts |= {"interactions": len(table), "users": len(users), "items": len(items),
               "sparsity_percent": round(100 * (1 - len(table) / (len(users) * len(items))), 2),
-              "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive), **counts}
+              "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive)}
+    facts |= {name: counts[name] for name in COUNTS if name in counts}
     facts |= {"split": args.split, "split_seed": args.fold if args.split == "published" else args.split_seed}
     facts |= draw_split(args, table)
-    if counts["items_not_listed"] == len(items):
-        fail(f"not one of the {len(items):,} items is in the items file: do both belong to one data set?")
-    if counts["untitled_items"] > len(items) / 2:
-        warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: a LLM reads only their "
-             f"ids")
     if args.dataset == "planted":
         facts["bayes_ari"] = bayes_ari(args.seed, table, items, users)
     report(args, facts)

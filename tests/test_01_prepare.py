@@ -70,8 +70,8 @@ def test_rows_are_sorted_by_user_and_time_with_ties_as_they_stand():
     rng = np.random.default_rng(0)
     interactions = pd.DataFrame({"user_id": rng.choice(["b", "a", "c"], 300), "item_id": "x",
                                  "rating": 1.0, "timestamp": rng.choice([7, -5, 2**62], 300)})
-    table, _, users, _ = prepare.index_ids(interactions, pd.DataFrame({"item_id": ["x"], "title": ["X"]}),
-                                           pd.DataFrame({"user_id": ["c", "b", "a"]}))
+    table, users, *_ = prepare.index_ids(interactions, pd.DataFrame({"user_id": ["c", "b", "a"]}),
+                                         pd.DataFrame({"item_id": ["x"], "title": ["X"]}))
     assert users["user_id"].tolist() == ["a", "b", "c"]
     expected = sorted(range(300), key=lambda row: tuple(interactions.loc[row, ["user_id", "timestamp"]]))
     assert table.index.tolist() == expected
@@ -129,20 +129,15 @@ def test_every_row_has_one_split_and_the_seed_decides_it(table, name, seed):
 
 
 @settings(deadline=None)
-@given(table=tables(), ensured=st.booleans())
-def test_no_future_leaks_in_temporal(table, ensured):
+@given(table=tables())
+def test_no_future_leaks_in_temporal(table):
     table = with_split(table, "temporal")
-    if ensured:
-        prepare.ensure_train(table)
-        prepare.keep_past(table)
-        assert not np.any(prepare.untrained(table))
     for _, rows in table.groupby("user"):
         place = rows["split"].map({"train": 0, "valid": 1, "test": 2})
         assert place.is_monotonic_increasing  # rows stand in the order of time
-        if not ensured:
-            tenth = max(1, round(len(rows) / 10))
-            assert (place == 2).sum() == (tenth if len(rows) > 1 else 0)
-            assert (place == 1).sum() == (tenth if len(rows) > 2 else 0)
+        tenth = max(1, round(len(rows) / 10))
+        assert (place == 2).sum() == (tenth if len(rows) > 1 else 0)
+        assert (place == 1).sum() == (tenth if len(rows) > 2 else 0)
 
 
 @settings(deadline=None)
@@ -159,24 +154,8 @@ def test_no_cold_user_is_in_train_or_valid(table, seed):
     assert (warm["split"] == "valid").sum() == round(len(warm) / 9)
 
 
-@settings(deadline=None)
-@given(table=tables(), seed=st.integers(0, 3))
-def test_ensure_train_moves_what_it_must_and_no_more(table, seed):
-    before = with_split(table, "random", seed)
-    after = before.copy()
-    prepare.ensure_train(after)
-    assert not np.any(prepare.untrained(after))
-    moved = after[before["split"] != after["split"]]
-    assert (moved["split"] == "train").all()
-    had = before[before["split"] == "train"]
-    for row in moved.itertuples():
-        assert row.user not in set(had["user"]) or row.item not in set(had["item"])
-    assert len(moved) <= (len(set(table["user"]) - set(had["user"]))
-                          + len(set(table["item"]) - set(had["item"])))
-
-
 @pytest.mark.parametrize("split", ["random", "temporal", "cold-user"])
-def test_what_has_no_train_row_is_counted_and_can_be_moved(tmp_path, split):
+def test_what_has_no_train_row_is_counted(tmp_path, split):
     interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
     last = interactions.groupby("user_id").tail(1).index  # items of their own, in the users' last rows only
     interactions.loc[last, "item_id"] = [f"x{place // 2}" for place in range(len(last))]
@@ -191,12 +170,6 @@ def test_what_has_no_train_row_is_counted_and_can_be_moved(tmp_path, split):
     assert told["rows_of_split"] == table["split"].value_counts().to_dict()
     if split == "cold-user":
         assert told["untrained"]["users"] == 6
-        return
-    table, *_ = prepare_table(tmp_path, *options, "--ensure-train")
-    after = json.loads((tmp_path / "run/prepare.json").read_text())
-    assert after["untrained"] == told["untrained"]
-    assert after["untrained_after_ensure_train"] == {"users": 0, "items": 0, "rows": 0}
-    assert after["rows_of_split"]["train"] > told["rows_of_split"]["train"]
 
 
 def test_a_split_without_rows_is_refused(tmp_path):
@@ -272,13 +245,13 @@ def test_no_user_left(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    ["--dataset", "table", "--strict"], ["--dataset", "games", "--category", "Books"],
+    ["--dataset", "table", "--max-bad", "0.5"], ["--dataset", "yelp", "--category", "Books"],
     ["--dataset", "nete", "--columns", "a=b"], ["--dataset", "yelp", "--download"],
     ["--dataset", "amazon", "--download"], ["--dataset", "ml-1m", "--split", "published"],
-    ["--dataset", "nete", "--min-interactions", "5"], ["--dataset", "nete", "--ensure-train"],
-    ["--dataset", "games", "--split", "cold-user", "--ensure-train"], ["--dataset", "games", "--fold", "2"],
-    ["--dataset", "nete", "--split", "random", "--fold", "2"], ["--dataset", "games", "--max-bad", "5"],
-    ["--dataset", "games", "--max-bad", "101%"], ["--dataset", "games", "--max-bad", "nan"]])
+    ["--dataset", "nete", "--min-interactions", "5"], ["--dataset", "nete", "--split-seed", "5"],
+    ["--dataset", "games", "--split", "temporal", "--split-seed", "1"], ["--dataset", "games", "--fold", "2"],
+    ["--dataset", "nete", "--split", "random", "--fold", "2"], ["--dataset", "games", "--max-bad", "1%"],
+    ["--dataset", "games", "--max-bad", "-1"], ["--dataset", "games", "--max-bad", "nan"]])
 def test_options_that_mean_nothing_are_refused(options, capsys):
     with pytest.raises(SystemExit) as stop:
         prepare.parse_args([*options, "--raw", "x"])

@@ -24,8 +24,8 @@ def test_the_same_seed_gives_the_same_bits(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("split, ratings", [
-    (["random"], False), (["random"], True), (["temporal"], False), (["temporal", "--ensure-train"], False),
-    (["cold-user"], True), (["published"], False)], ids=str)
+    (["random"], False), (["random"], True), (["temporal"], False), (["cold-user"], True),
+    (["published"], False)], ids=str)
 def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split, ratings):
     """Poison the rating and review of every test row, and the title of each item that only test rows have."""
     interactions, items = write_table(tmp_path / "raw")
@@ -53,7 +53,7 @@ def test_no_test_row_reaches_profiles_codes_or_models(tmp_path, split, ratings):
     is_test = found == "test"
     assert is_test.any() and set(found) >= {"train", "valid", "test"}
     only_test = set(interactions.loc[is_test, "item_id"]) - set(interactions.loc[~is_test, "item_id"])
-    assert only_test == {"only"} or "--ensure-train" in split or "random" in split or "cold-user" in split
+    assert only_test == {"only"} or "random" in split or "cold-user" in split
     poisoned = interactions.assign(review=np.where(is_test, "poison", "plain"))
     poisoned.loc[is_test, "rating"] = 6 - poisoned.loc[is_test, "rating"]
     write("clean", interactions.assign(review="plain"))

@@ -10,7 +10,7 @@ def planted_table(seed, split, min_interactions=1):
     """Interactions, items and users of a planted world, as the stage splits them."""
     interactions, items, users = read_planted(SimpleNamespace(seed=seed))
     interactions = prepare.keep_core(interactions, min_interactions)
-    table, items, users, _ = prepare.index_ids(interactions, items, users)
+    table, users, items, _ = prepare.index_ids(interactions, users, items)
     table["split"] = {"random": lambda: prepare.split_random(len(table), seed),
                       "cold-user": lambda: prepare.split_cold_user(table, seed)}[split]()
     return table, items, users

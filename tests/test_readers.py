@@ -67,7 +67,8 @@ def test_of_several_categories_the_one_asked_for_is_read(tmp_path):
 def test_a_folder_of_another_category_is_refused(tmp_path):
     write_amazon(tmp_path / "raw", 2014)
     refused = read_raw(tmp_path, "movies", ok=False)
-    assert "of --category Movies_and_TV" in refused and "reviews_Video_Games_5.json.gz (reviews)" in refused
+    assert "of --category Movies_and_TV" in refused
+    assert "reviews_Video_Games_5.json.gz (Amazon 2014 or 2018)" in refused
     assert "Video_Games" in read_raw(tmp_path, "amazon", "--category", "Toys", ok=False)
     read_raw(tmp_path, "amazon", "--category", "video_games")
 
@@ -202,13 +203,10 @@ def test_a_pickle_that_asks_for_more_than_containers_is_refused_by_name(tmp_path
 
 def test_plain_containers_of_either_python_are_read(tmp_path):
     reviews = write_nete(tmp_path / "raw")
-    reviews[0]["more"] = {"a set": {1, 2}, "bytes": bytearray(b"x"), "complex": 1j, "frozen": frozenset("ab")}
-    for protocol in (3, 5):
+    reviews[0]["more"] = {"nested": [(1, 2.5, None, True), "text"]}
+    for protocol in range(6):
         (tmp_path / "raw/reviews.pickle").write_bytes(pickle.dumps(reviews, protocol))
         assert len(read_raw(tmp_path, "nete")[0]) == len(reviews)
-    reviews[0]["more"] = {"a set": {1, 2}}
-    (tmp_path / "raw/reviews.pickle").write_bytes(pickle.dumps(reviews, 2))
-    assert len(read_raw(tmp_path, "nete")[0]) == len(reviews)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"a": 1}),

@@ -2,12 +2,11 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
-import struct
 import sys
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,24 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-MADE_BY = {
-    "interactions.parquet": "01_prepare.py",
-    "items.parquet": "01_prepare.py",
-    "users.parquet": "01_prepare.py",
-    "prepare.json": "01_prepare.py",
-    "scores.pt": "02_infer_profiles.py",
-    "profiles.pt": "02_infer_profiles.py",
-    "new_profiles.pt": "02_infer_profiles.py --only-users FILE",
-    "codebook.pt": "03_quantize.py",
-    "train_codes.parquet": "03_quantize.py",
-    "new_codes.parquet": "03_quantize.py --apply",
-    "feature_bank.parquet": "03_quantize.py",
-    "results.parquet": "04_train_ctr.py",
-    "results.md": "04_train_ctr.py",
-    "figure5.png": "04_train_ctr.py",
-    "figure6.png": "04_train_ctr.py",
-    "report.html": "05_case_study.py",
+COMMANDS = {  # command -> artifacts that it makes
+    "01_prepare.py": "interactions.parquet items.parquet users.parquet prepare.json",
+    "02_infer_profiles.py": "scores.pt profiles.pt",
+    "02_infer_profiles.py --only-users FILE": "new_profiles.pt",
+    "03_quantize.py": "codebook.pt train_codes.parquet feature_bank.parquet",
+    "03_quantize.py --apply": "new_codes.parquet",
+    "04_train_ctr.py": "results.parquet results.md figure5.png figure6.png",
+    "05_case_study.py": "report.html",
 }
+MADE_BY = {name: command for command, names in COMMANDS.items() for name in names.split()}
 WARNINGS = []  # what `warn` printed in this process; stage 1 clears it at its start and stores it at its end
 
 
@@ -67,11 +58,6 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# write
-# ----------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def whole_file(path):
     """An open binary file under a temporary name, renamed to `path` at the end: nobody reads half a file."""
@@ -92,54 +78,47 @@ def whole_file(path):
 
 
 def _write_tensors(tensors, file):
-    """torch.save of a dict. A float32 tensor that does not fit into memory is an object with a `shape` and
-    with `blocks()`, which yields its parts in order.
-
-    torch writes zeros for it (pages that nobody touched take no memory), before all other tensors; then the
-    parts are written over them. (The file is a zip without compression; torch does not read its checksums.)
+    """torch.save of a dict of tensors and plain values. A float32 tensor that does not fit into memory is an
+    object with a `shape` and with `blocks()`, which yields its parts in order: torch writes zeros for it
+    (untouched pages take no memory), then the parts are written over them. (Checksums are never read.)
     """
     streamed = {key: part for key, part in tensors.items() if hasattr(part, "blocks")}
-    torch.save({key: torch.from_numpy(np.zeros(part.shape, np.float32)) for key, part in streamed.items()}
-               | {key: part for key, part in tensors.items() if key not in streamed}, file)
+    zeros = {key: torch.from_numpy(np.zeros(part.shape, np.float32)) for key, part in streamed.items()}
+    torch.save(zeros | {key: part for key, part in tensors.items() if key not in streamed}, file)
     file.flush()
+    written = torch._C.PyTorchFileReader(file.name)
     for index, part in enumerate(streamed.values()):
-        with zipfile.ZipFile(file.name) as archive:
-            header = archive.getinfo(f"archive/data/{index}").header_offset
-        with open(file.name, "rb") as written:
-            written.seek(header + 26)  # the length of the entry's name and of what follows it
-            name_length, extra_length = struct.unpack("<HH", written.read(4))
-        file.seek(header + 30 + name_length + extra_length)
+        file.seek(written.get_record_offset(f"data/{index}"))
         for block in part.blocks():
-            file.write(block.contiguous().numpy().data)
+            file.write(block.contiguous().numpy())
     file.seek(0, os.SEEK_END)
 
 
-def _write_value(value, file, suffix):
-    """Write an artifact into an open file, in the format that its name's suffix tells."""
-    if suffix == ".parquet":
-        writer = None
-        is_frame = isinstance(value, pd.DataFrame)
+def _write_value(value, file):
+    """Write an artifact into an open file, in the format that the value's type tells."""
+    if isinstance(value, dict):  # into an open file: given a path, torch writes its *name* into it
+        _write_tensors(value, file)
+    elif isinstance(value, (str, bytes)):
+        file.write(value if isinstance(value, bytes) else value.encode())
+    else:
+        is_frame, writer = isinstance(value, pd.DataFrame), None
         for table in [pa.Table.from_pandas(value, preserve_index=False)] if is_frame else value:
             writer = writer or pq.ParquetWriter(file, table.schema)
             writer.write_table(table)
         writer.close()
-    elif suffix == ".pt":
-        _write_tensors(value, file)  # into an open file: given a path, torch writes its *name* into it
-    else:
-        file.write(value if isinstance(value, bytes) else value.encode())
 
 
 def write_artifact(args, name, value, inputs=(), **facts):
     """Write `value` as run_dir/name with a sidecar name.json; returns its path.
 
     value: a data frame; an iterator of arrow tables (row groups that need not fit into memory together); text
-    or bytes; or a dict of tensors and plain values (see _write_tensors). inputs: names of the artifacts that
-    it was made from. facts (counts, printed numbers, seconds) go into the sidecar as they are. The sidecar is
-    renamed first, with the digest of what follows, so that `read_artifacts` notices a kill in between.
+    or bytes; or a dict for `_write_tensors`. inputs: names of the artifacts that it was made from. facts
+    (counts, printed numbers, seconds) go into the sidecar. The sidecar is renamed first, with the digest of
+    what follows, so that `read_artifacts` notices a kill in between.
     """
     run_dir = Path(args.run_dir)
     with whole_file(run_dir / name) as file:
-        _write_value(value, file, Path(name).suffix)
+        _write_value(value, file)
         file.flush()
         sidecar = {
             "artifact": name,
@@ -157,11 +136,6 @@ def write_artifact(args, name, value, inputs=(), **facts):
         with whole_file(run_dir / f"{name}.json") as sidecar_file:
             sidecar_file.write(json.dumps(sidecar, indent=2, default=plain).encode() + b"\n")
     return run_dir / name
-
-
-# ----------------------------------------------------------------------------------------------------------
-# read
-# ----------------------------------------------------------------------------------------------------------
 
 
 def read_sidecar(args, name):
@@ -192,24 +166,14 @@ def read_artifacts(args, *names):
     lie beside it: artifacts of two data sets or seeds never mix silently.
     """
     run_dir = Path(args.run_dir)
-    sidecars = {name: read_sidecar(args, name) for name in names}
-    digests = {}
-
-    def digest_of(name):
-        if name not in digests:
-            digests[name] = sha256_of(run_dir / name) if (run_dir / name).exists() else "missing"
-        return digests[name]
-
-    for name, sidecar in sidecars.items():
-        advice = f"run `python {MADE_BY[name]} --run-dir {run_dir}` again, with the options in {name}.json"
-        if digest_of(name) != sidecar["sha256"]:
-            fail(f"{run_dir / name} is not the file that {name}.json describes (cut short or replaced): "
-                 f"{advice}")
-        for input_name, digest in sidecar["inputs"].items():
-            if digest_of(input_name) != digest:
-                fail(f"two runs are mixed: {run_dir / name} was made from another {input_name} (digest "
-                     f"{digest[:8]}), but {run_dir / input_name} is {digest_of(input_name)[:8]}: {advice}")
-
+    digest_of = functools.cache(lambda path: sha256_of(path) if path.exists() else "missing")
+    for name in names:
+        sidecar = read_sidecar(args, name)
+        for file, digest in [(name, sidecar["sha256"]), *sidecar["inputs"].items()]:
+            if (found := digest_of(run_dir / file)) != digest:
+                fail(f"two runs are mixed, or a file is damaged: {name}.json names a {file} with digest "
+                     f"{digest[:8]}, but {run_dir / file} is {found[:8]}: run `python {MADE_BY[name]} "
+                     f"--run-dir {run_dir}` again, with the options in {name}.json")
     readers = {".parquet": _read_frame, ".pt": lambda path: torch.load(path, weights_only=True),
                ".md": Path.read_text}
     values = [readers[Path(name).suffix](run_dir / name) for name in names]

@@ -2,6 +2,7 @@
 
 import html
 import re
+from itertools import takewhile
 
 import numpy as np
 import pandas as pd
@@ -42,13 +43,10 @@ def deepest_category(paths):
     """A category, a path of categories or a list of paths -> last informative name of the longest path."""
     paths = paths if isinstance(paths, list) else [paths]
     paths = paths if any(isinstance(path, list) for path in paths) else [paths]
+    is_name = lambda part: isinstance(part, str) and part.strip() and not NO_NAME.search(part.strip())
     longest = []
     for path in paths:
-        names = []
-        for part in path if isinstance(path, list) else [path]:
-            if not isinstance(part, str) or not part.strip() or NO_NAME.search(part.strip()):
-                break
-            names.append(clean(part))
+        names = [*map(clean, takewhile(is_name, path if isinstance(path, list) else [path]))]
         while len(names) > 1 and NOT_INFORMATIVE.fullmatch(names[-1]):
             names.pop()
         longest = max(longest, names, key=len)
@@ -56,10 +54,10 @@ def deepest_category(paths):
 
 
 def clean_items(items):
-    """Items with item_id, title, maybe category, brand, price -> these columns as plain text and dollars;
-    number of items without a title, whose id replaces it; number of prices that are no numbers.
+    """Items with item, item_id, title, maybe category, brand, price -> these columns as plain text and
+    dollars; number of items without a title, whose id replaces it; number of prices that are no numbers.
     """
-    items = items.reindex(columns=["item_id", "title", "category", "brand", "price"])
+    items = items.reindex(columns=["item", "item_id", "title", "category", "brand", "price"])
     has_price = items["price"].notna() & (items["price"] != "")
     for name in ("title", "category", "brand"):
         items[name] = pd.array([clean(text) or None for text in items[name]], dtype="str")

@@ -1,9 +1,6 @@
 """Files of JSON lines, plain or gzip, read as a stream: memory holds a few blocks; damage is counted."""
 
 import ast
-import contextlib
-import json
-import re
 import zlib
 
 import msgspec
@@ -11,44 +8,37 @@ from tqdm import tqdm
 
 from userip.artifacts import fail, warn
 
-HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a surrogate pair: no character
 BAD_LINE = (msgspec.MsgspecError, ValueError, SyntaxError, RecursionError, MemoryError)
 DAMAGE = (EOFError, zlib.error)  # of a gzip file
 
 
-def read_lines(path, args, decode, decode_block=None):
-    """Records of a file of lines: yields a list per block. Bad lines are left out and counted by kind.
+def read_lines(path, args, decode):
+    """Yields the records of a file of lines. Bad lines are left out and counted by kind.
 
-    decode(line) gives a record, or None for one that is not needed; decode_block(lines), which is faster,
-    gives all records of a block. Exit code 2 when more than args.max_bad of the lines are bad, and with
-    args.strict when a gzip file is damaged.
+    decode(lines) gives a list of records. Exit code 2 when more than args.max_bad of the lines are bad.
     """
     bad, num_lines = {}, 0  # kind -> line numbers
-    for first, block in _blocks(path, args):
-        records = None
-        if decode_block:
-            with contextlib.suppress(*BAD_LINE):
-                records = decode_block(block)
-        if records is None:  # one by one, to find the bad lines
+    for first, last, block in _blocks(path):
+        num_lines = last
+        try:
+            records = decode(block)
+        except BAD_LINE:  # one by one, to find the bad lines
             records = []
             for number, line in enumerate(block.split(b"\n"), first):
                 try:
-                    if line.strip():
-                        records.append(decode(_without_half_pairs(line)))
+                    records += decode(line)
                 except BAD_LINE as error:
-                    kind = re.sub(r" \(byte \d+\)", "", str(error))
+                    kind = str(error).split(" (byte ")[0].replace("$[0]", "$")
                     kind = "not UTF-8" if isinstance(error, UnicodeError) else kind
                     bad.setdefault(kind, []).append(number)
-        num_lines += len(records)
-        yield [record for record in records if record is not None]
+        yield from records
     if bad:
         num_bad = sum(map(len, bad.values()))
-        num_lines += num_bad
         kinds = "; ".join(f"{len(numbers):,} × {kind} (first: line {numbers[0]:,})"
                           for kind, numbers in bad.items())
         message = f"{path}: {num_bad:,} of {num_lines:,} lines are bad: {kinds}"
         if num_bad > args.max_bad * num_lines:
-            fail(f"{message}; that is more than --max-bad {args.max_bad:.3%}: download the file again or "
+            fail(f"{message}; that is more than --max-bad {args.max_bad:g}: download the file again or "
                  f"allow more")
         warn(f"{message}; they are left out")
 
@@ -84,47 +74,37 @@ def unzip(file, size=1 << 19):
     if not is_gzip:
         yield from iter(lambda: file.read(size), b"")
         return
-    decompressor = zlib.decompressobj(31)
-    while data := decompressor.unconsumed_tail or decompressor.unused_data or file.read(1 << 17):
-        if decompressor.eof:  # another member, or zeros that fill a block of a tape
-            data, decompressor = data.lstrip(b"\0"), zlib.decompressobj(31)
-            if not data and not (data := file.read(1 << 17).lstrip(b"\0")):
-                return
+    decompressor, rest = zlib.decompressobj(31), b""
+    while data := rest or file.read(1 << 17):
+        if decompressor.eof:  # another member
+            decompressor = zlib.decompressobj(31)
         if piece := decompressor.decompress(data, size):
             yield piece
+        # zeros behind a member fill a block of a tape
+        rest = decompressor.unused_data.lstrip(b"\0") if decompressor.eof else decompressor.unconsumed_tail
     if not decompressor.eof:
         raise EOFError("cut off")
 
 
-def _blocks(path, args):
-    """Whole lines of a file, in blocks: yields (number of the first line, bytes)."""
-    number, rest = 1, b""
+def _blocks(path):
+    """Whole lines of a file, in blocks: yields (number of the first line, of the last line, bytes)."""
+    last, rest = 0, b""
     with open(path, "rb") as file, tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True,
                                         mininterval=1) as bar:
         try:
             for piece in unzip(file):
                 bar.update(file.tell() - bar.n)
-                if number == 1 and not rest:
+                if not last and not rest:
                     piece = piece.removeprefix(b"\xef\xbb\xbf")
                 lines, newline, tail = piece.rpartition(b"\n")
                 if newline:
-                    yield number, rest + lines
-                    number, rest = number + lines.count(b"\n") + 1, b""
+                    first, last = last + 1, last + 1 + lines.count(b"\n")
+                    yield first, last, rest + lines
+                    rest = b""
                 rest += tail
         except DAMAGE as error:
             damage = "is truncated" if isinstance(error, EOFError) else f"is damaged ({error})"
-            if args.strict:
-                fail(f"{path} {damage} after {number - 1:,} whole lines: download it again, or leave out "
-                     f"--strict")
-            warn(f"{path} {damage}: the {number - 1:,} whole lines before are used")
-            rest = b""
+            warn(f"{path} {damage}: the {last:,} whole lines before are used")
+            return
     if rest:
-        yield number, rest
-
-
-def _without_half_pairs(line):
-    """A line of JSON without half surrogate pairs, which some exports hold: no reason to lose a review."""
-    if HALF_PAIR.search(line):
-        with contextlib.suppress(ValueError):
-            return json.dumps(json.loads(line), ensure_ascii=False).encode(errors="replace")
-    return line
+        yield last + 1, last + 1, rest

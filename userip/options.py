@@ -27,15 +27,9 @@ def stage_parser(doc):
                                      usage="%(prog)s [options]")
     parser.error = lambda message: fail(f"{message}; see --help")  # one line, without the usage block
     add = SimpleNamespace(**{group: parser.add_argument_group(group).add_argument for group in GROUPS})
-    add.data("--run-dir", type=folder_name, default="runs/demo", help="folder of this run's artifacts")
+    add.data("--run-dir", default="runs/demo", help="folder of this run's artifacts",
+             type=lambda text: text or parser.error("--run-dir is empty"))  # an unset variable of the shell
     return parser, add
-
-
-def folder_name(text):
-    """The type of an option that names a folder: an unset shell variable must not mean the current one."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return text
 
 
 def at_least(minimum, kind=int):
@@ -82,9 +76,7 @@ def changed_options(parser, args, ignored):
 
 
 def start_stage(args):
-    """Seed every generator and print the options. torch stays deterministic, on CUDA, too: same seed, same
-    bits, but without the NaN that it would write into all new memory to show who reads it too early.
-    """
+    """Seed every generator and print the options. Same seed, same bits, on CUDA, too."""
     if args.seed >= 2**32:
         fail(f"--seed {args.seed}: it must be below 2**32 = {2**32}")
     random.seed(args.seed)
@@ -92,6 +84,6 @@ def start_stage(args):
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else runs on CUDA may differ
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, for finding errors only
     options = " ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if value is not None)
     print(f"{Path(sys.argv[0]).name} | {options}")

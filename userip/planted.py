@@ -1,8 +1,4 @@
-"""The planted world: users with a true hobby and background, items and interactions that reflect them.
-
-A seed decides the world. Its generator is known, so that `bayes_ari` gives the score of the best possible
-classifier of users, to which inferred profiles are compared.
-"""
+"""The planted world: users with a true hobby and background, items and interactions that reflect them."""
 
 from types import SimpleNamespace
 
@@ -60,47 +56,23 @@ def read_planted(args):
         "rating": opinion.round().clip(1, 5),
         "timestamp": 1_600_000_000 + rng.integers(60_000_000, size=len(user)),
     })
-    users = pd.DataFrame({
-        "user_id": user_ids,
-        "true_hobby": np.array(list(HOBBIES))[hobby],
-        "true_background": np.array(list(BRANDS))[background],
-    })
+    users = pd.DataFrame({"user_id": user_ids, "true_hobby": np.array(list(HOBBIES))[hobby],
+                          "true_background": np.array(list(BRANDS))[background]})
     return interactions, world.items, users
 
 
 def _draw_world(seed):
-    """What causes interactions: items; affinity of each hobby [4, M] and background [3, M] to them; hobby,
-    background, activity of each user [N]; choice [4, 3, M], p(item | hobby, background).
-
-    User u has item i with probability 1 - exp(-activity_u p(i | hobby, background)), independently of other
-    items, so that the likelihood of a whole history is exact.
-    """
+    """What decides the interactions: items, what users are, and p(item | hobby, background)."""
     rng = np.random.default_rng([seed, 1])
-    items, hobby_affinity, background_affinity = _draw_items(rng)
-    hobby = rng.choice(4, size=NUM_USERS, p=HOBBY_SHARES)
-    background = rng.choice(3, size=NUM_USERS, p=BACKGROUND_SHARES)
-    popularity = np.exp(0.5 * rng.standard_normal(NUM_ITEMS))
-    # p(i | h, b) ∝ popularity_i exp(1.4 hobby affinity + 1.6 background affinity)
-    utility = HOBBY_PULL * hobby_affinity[:, None] + BACKGROUND_PULL * background_affinity[None]
-    choice = popularity * np.exp(utility)  # [4, 3, M]
-    choice /= choice.sum(-1, keepdims=True)
-    activity = rng.gamma(6, 3.0, size=NUM_USERS)  # about 18 interactions per user
-    return SimpleNamespace(rng=rng, items=items, hobby_affinity=hobby_affinity,
-                           background_affinity=background_affinity, hobby=hobby, background=background,
-                           choice=choice, activity=activity)
-
-
-def _draw_items(rng):
-    """The catalogue, and the affinity to it of each hobby [4, M] and background [3, M]."""
     nouns = {category: words.split() for hobby in HOBBIES.values() for category, words in hobby.items()}
     categories = list(nouns)
     category = rng.integers(len(categories), size=NUM_ITEMS)
     level = rng.integers(3, size=NUM_ITEMS)  # the background whose prices the item has
-    lean = np.where(rng.random(NUM_ITEMS) < 0.8, level, rng.integers(3, size=NUM_ITEMS))
-    brands = np.array(list(BRANDS.values()))  # [3, 5]
+    lean = np.where(rng.random(NUM_ITEMS) < 0.8, level, rng.integers(3, size=NUM_ITEMS))  # whose brands
     price = PRICE_CENTRES[level] * np.exp(0.45 * rng.standard_normal(NUM_ITEMS))
     titles = [f"{rng.choice(ADJECTIVES)} {rng.choice(nouns[categories[c]])} {rng.choice(SUFFIXES)}"
               for c in category]
+    brands = np.array(list(BRANDS.values()))  # [3, 5]
     items = pd.DataFrame({
         "item_id": [f"P{index:04d}" for index in range(NUM_ITEMS)],
         "title": titles,
@@ -110,19 +82,28 @@ def _draw_items(rng):
     })
     # a hobby likes its own three categories, each to a different degree, and other categories a little
     degree = 0.15 * rng.standard_normal((4, len(categories)))
-    degree += np.repeat(np.eye(4), 3, axis=1)
-    brand_affinity = np.eye(3)[:, lean]
+    hobby_affinity = (degree + np.repeat(np.eye(4), 3, axis=1))[:, category]  # [4, M]
     price_affinity = np.exp(-0.5 * ((np.log(price) - np.log(PRICE_CENTRES)[:, None]) / 0.6) ** 2)
-    return items, degree[:, category], 0.5 * (brand_affinity + price_affinity)
+    background_affinity = 0.5 * (np.eye(3)[:, lean] + price_affinity)  # [3, M]
+    hobby = rng.choice(4, size=NUM_USERS, p=HOBBY_SHARES)
+    background = rng.choice(3, size=NUM_USERS, p=BACKGROUND_SHARES)
+    popularity = np.exp(0.5 * rng.standard_normal(NUM_ITEMS))
+    utility = HOBBY_PULL * hobby_affinity[:, None] + BACKGROUND_PULL * background_affinity[None]
+    choice = popularity * np.exp(utility)  # [4, 3, M]
+    choice /= choice.sum(-1, keepdims=True)
+    activity = rng.gamma(6, 3.0, size=NUM_USERS)  # about 18 interactions per user
+    return SimpleNamespace(rng=rng, items=items, hobby_affinity=hobby_affinity,
+                           background_affinity=background_affinity, hobby=hobby, background=background,
+                           choice=choice, activity=activity)
 
 
 def bayes_ari(seed, table, items, users):
-    """Adjusted Rand index per profile of the Bayes-optimal classifier: it knows this seed's world and sees
-    the items of train and support rows, as profiles do. table, items, users: as stage 1 writes them.
+    """Adjusted Rand index per profile of the Bayes-optimal classifier, which knows this seed's world and sees
+    the items of train and support rows: the best that profiles can reach. table, items, users: of stage 1.
 
     log p(h, b | seen items) = log prior + Σ_i log p(i seen or not | h, b), where an item is seen with
-    probability share · (1 - exp(-activity p(i | h, b))); share: the part of cold users' rows are support, and
-    of other users' rows train. Ratings are not used, as in stage 2.
+    probability share · (1 - exp(-activity p(i | h, b))); share: of the rows of cold users, or of all other
+    users, the part that is seen. Ratings are not used, as in stage 2.
     """
     world = _draw_world(seed)
     is_seen = table["split"].isin(["train", "support"])

@@ -1,8 +1,6 @@
-"""Readers of MovieLens and of tables as csv, tsv or parquet: raw files -> interactions, items, users.
+"""Readers of MovieLens and of tables as csv, tsv or parquet: options of stage 1 -> three frames.
 
-Each reader takes the stage's options and returns three frames: interactions with user_id, item_id, rating,
-timestamp (s), maybe review and split; items with item_id, title, maybe category, brand, price; users with
-user_id and what is known of the user. A file that cannot be read exits with code 2.
+They are as in `userip.readers`, but of the columns only those that are REQUIRED must be there.
 """
 
 import zlib
@@ -13,9 +11,9 @@ import pandas as pd
 from userip.artifacts import fail
 from userip.cleaning import to_seconds
 
-INTERACTION_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
-REQUIRED = {"interactions": INTERACTION_COLUMNS, "items": ["item_id", "title"], "users": ["user_id"]}
-OPTIONAL = ["review", "split", "category", "brand", "price"]
+REQUIRED = {"interactions": ["user_id", "item_id", "rating", "timestamp"], "items": ["item_id", "title"],
+            "users": ["user_id"]}
+ALLOWED = {"review", "split", "category", "brand", "price"}.union(*REQUIRED.values())
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
@@ -31,24 +29,17 @@ def _to_numbers(frame, columns, path, first_line):
         frame[column] = numbers
 
 
-# ----------------------------------------------------------------------------------------------------------
-# MovieLens
-# ----------------------------------------------------------------------------------------------------------
+def movielens_file(args, name):
+    """The path of a file of MovieLens, in --raw or in the folder in it that the published archive makes."""
+    inner = args.raw / args.dataset / name
+    return inner if inner.exists() else args.raw / name
 
 
-def movielens_folder(args, name):
-    """The folder of a MovieLens file: --raw, or the folder in it that the published archive makes."""
-    inner = args.raw / args.dataset
-    return inner if not (args.raw / name).exists() and (inner / name).exists() else args.raw
-
-
-def _read_movielens(path, columns, separator):
+def _read_movielens(args, name, columns, separator):
     """A file of MovieLens: Latin-1, no header -> a frame; numbers where they are computed with."""
-    try:
-        lines = [line for line in path.read_bytes().splitlines() if line.strip()]
-    except OSError as error:
-        fail(f"{path} cannot be read ({error.strerror}): --raw must be the folder that holds it")
-    rows = [[field or None for field in line.decode("latin-1").split(separator)] for line in lines]
+    path = movielens_file(args, name)
+    rows = [[field or None for field in line.split(separator)]
+            for line in path.read_text("latin-1").split("\n") if line.strip()]
     if not rows or any(len(row) != len(columns) for row in rows):
         fail(f"{path} is empty or has a line without {len(columns)} columns: is it MovieLens's?")
     frame = pd.DataFrame(rows, columns=columns)
@@ -58,79 +49,61 @@ def _read_movielens(path, columns, separator):
 
 def read_ml_100k(args):
     """MovieLens-100k as published: u.data (tab), u.item (pipe, 19 genre flags), u.user, u.genre."""
-    folder = movielens_folder(args, "u.data")
-    interactions = _read_movielens(folder / "u.data", INTERACTION_COLUMNS, "\t")
-    genres = np.array(_read_movielens(folder / "u.genre", ["genre", "number"], "|")["genre"])
+    interactions = _read_movielens(args, "u.data", REQUIRED["interactions"], "\t")
+    genres = np.array(_read_movielens(args, "u.genre", ["genre", "number"], "|")["genre"])
     columns = ["item_id", "title", "released", "video_released", "url", *genres]
-    items = _read_movielens(folder / "u.item", columns, "|")
+    items = _read_movielens(args, "u.item", columns, "|")
     items["category"] = [", ".join(genres[flags]) or None for flags in items[genres].to_numpy() == "1"]
     columns = ["user_id", "age", "gender", "occupation", "zip_code"]
-    return interactions, items, _read_movielens(folder / "u.user", columns, "|")
+    return interactions, items, _read_movielens(args, "u.user", columns, "|")
 
 
 def read_ml_1m(args):
     """MovieLens-1M as published: ratings.dat, movies.dat, users.dat, "::" between columns."""
-    folder = movielens_folder(args, "ratings.dat")
-    interactions = _read_movielens(folder / "ratings.dat", INTERACTION_COLUMNS, "::")
-    items = _read_movielens(folder / "movies.dat", ["item_id", "title", "category"], "::")
+    interactions = _read_movielens(args, "ratings.dat", REQUIRED["interactions"], "::")
+    items = _read_movielens(args, "movies.dat", ["item_id", "title", "category"], "::")
     items["category"] = items["category"].str.replace("|", ", ")
     columns = ["user_id", "gender", "age", "occupation", "zip_code"]
-    return interactions, items, _read_movielens(folder / "users.dat", columns, "::")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# csv, tsv, parquet
-# ----------------------------------------------------------------------------------------------------------
+    return interactions, items, _read_movielens(args, "users.dat", columns, "::")
 
 
 def read_table(args):
     """A folder with interactions.*, items.* (and users.*, if any) as csv, tsv (both also .gz) or parquet."""
-    names = _column_names(args.columns)
-    frames, paths, unused = {}, {}, set(names)
-    for kind, required in REQUIRED.items():
-        candidates = [path for ending in ENDINGS if (path := args.raw / f"{kind}{ending}").exists()]
-        if len(candidates) > 1:
-            fail(f"{args.raw} holds {' and '.join(path.name for path in candidates)}: leave one of them")
-        if not candidates and kind == "users":
-            frames[kind] = pd.DataFrame({"user_id": frames["interactions"]["user_id"].unique()})
+    required = REQUIRED | {"interactions": REQUIRED["interactions"] + ["split"] * (args.split == "published")}
+    names = {theirs: ours for ours, _, theirs in (pair.partition("=") for pair in args.columns)}
+    if "" in names or not ALLOWED.issuperset(names.values()):
+        fail(f"--columns {' '.join(args.columns)}: each must be OURS=THEIRS, such as rating=stars; ours is "
+             f"one of {', '.join(sorted(ALLOWED))}")
+    frames, unused = {}, set(names)
+    for kind, columns in required.items():
+        paths = [path for ending in ENDINGS if (path := args.raw / f"{kind}{ending}").exists()]
+        if len(paths) > 1:
+            fail(f"{args.raw} holds {' and '.join(path.name for path in paths)}: leave one of them")
+        if not paths and kind == "users":
             continue
-        if not candidates:
+        if not paths:
             fail(f"{args.raw} holds no {' or '.join(kind + ending for ending in ENDINGS)}")
-        path = paths[kind] = candidates[0]
-        frame = _read_frame(path)
-        for theirs, ours in names.items():
-            if theirs in frame and ours in frame and ours not in names:
-                fail(f"--columns {ours}={theirs}: {path} has a column {ours}, too")
+        print(f"reading {paths[0]}")
+        frame = _read_frame(paths[0])
         unused -= set(frame)
         frames[kind] = frame = frame.rename(columns=names)
-        if kind == "interactions" and args.split == "published":
-            required = [*required, "split"]
-        if missing := [column for column in required if column not in frame]:
-            fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+        if frame.columns.has_duplicates:
+            fail(f"--columns: {paths[0]} then has two columns {frame.columns[frame.columns.duplicated()][0]}")
+        if missing := [column for column in columns if column not in frame]:
+            fail(f"{paths[0]} has no column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
+        if kind == "interactions":
+            _to_numbers(frame, ["rating", "timestamp"], paths[0], first_line=2)
     if unused:
         fail(f"--columns: no file has a column {', '.join(unused)}")
-    print("reading " + ", ".join(map(str, paths.values())))
-    interactions, path = frames["interactions"], paths["interactions"]
-    _to_numbers(interactions, ["rating", "timestamp"], path, first_line=2)
+    interactions = frames["interactions"]
     interactions["timestamp"] = to_seconds(interactions["timestamp"])
     if args.split == "published":
         interactions["split"] = interactions["split"].replace("validation", "valid")
         if unknown := set(interactions["split"].dropna()) - {"train", "valid", "test", "support"}:
-            fail(f"{path}: {', '.join(map(str, unknown))} is no split; it must be train, valid, test or "
-                 f"support")
+            fail(f"{', '.join(map(str, unknown))} is no split; it must be train, valid, test or support")
     elif "split" in interactions:
         print(f"the column split is not used: --split is {args.split}, not published")
-    return interactions, frames["items"], frames["users"]
-
-
-def _column_names(pairs):
-    """--columns: ["ours=theirs", …] -> {theirs: ours}"""
-    names = {theirs: ours for ours, _, theirs in (pair.partition("=") for pair in pairs)}
-    allowed = {*OPTIONAL, *(name for columns in REQUIRED.values() for name in columns)}
-    if "" in names or not allowed.issuperset(names.values()):
-        fail(f"--columns {' '.join(pairs)}: each must be OURS=THEIRS, such as rating=stars; ours is one of "
-             f"{', '.join(sorted(allowed))}")
-    return names
+    return interactions, frames["items"], frames.get("users")
 
 
 def _read_frame(path):
