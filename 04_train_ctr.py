@@ -1,24 +1,19 @@
 """Stage 4 of 5: train click models with and without the codes, and report whether the codes help.
 
 Every model reads user id and item id (features `none`), and more sparse fields where asked: the `codes` of
-the feature bank (eq. 8; with codes inferred in folds, a train row reads those that have not seen it),
-`random` (the same codes dealt to users at random: more parameters, no information), and on planted data the
-`truth` (the upper bound). More controls: `cf` (k-means of the users' SVD factors), `leniency` (quartile of
-how generously the user rates, out of fold), `dense` (the profiles themselves, without VQ: table 3). With
---id-dropout cold users meet a trained unknown id. Adam minimises binary cross-entropy (eq. 9); training stops
-early on valid logloss, the weights of the best epoch are restored, test is scored once. Seeds and controls of
-a model train side by side (userip/ctr_training.py). With --splits, stages 1 to 3 run again for each further
-split, into RUN_DIR/split-SEED. With --tune, learning rate, penalty and start are chosen on valid from a grid,
-for each model and feature set alike. A gain counts only against `random`. A killed run continues.
+the feature bank (eq. 8), `random` (the same codes dealt to users at random: more parameters, no information),
+and on planted data the `truth` (the upper bound). More controls: `cf` (k-means of the users' SVD factors),
+`leniency` (quartile of how generously the user rates, out of fold), `dense` (the profiles themselves, without
+VQ: table 3). A gain counts only against `random`. With --id-dropout cold users meet a trained unknown id. Adam
+minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the weights of the best epoch
+are restored, test is scored once. Seeds and controls of a model train side by side. With --splits, stages 1
+to 3 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
 Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds train_codes.parquet; with
-        `dense` profiles.pt, codebook.pt; with --bench profiles.pt; for further splits and codebook sizes all
-        that stages 1 to 3 wrote, with their options
+        `dense` profiles.pt, codebook.pt; with --bench profiles.pt
 Writes  results.parquet: the base rate's row, and one per (model, features, split seed, seed): rows (of
-        train), auc, logloss, calibration error, auc by how much history the user has, valid figures, what was
-        chosen, options
-        results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6; seconds of
-        training are in the sidecars
+        train), auc, logloss, calibration error, valid figures, what was chosen, options
+        results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
         finished.jsonl: every row that was finished here with this code; none is trained twice
         with --codebook-sizes figure5.png, figure6.png (AUC and logloss by K)
 
@@ -47,8 +42,7 @@ from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
 from userip.features import cf_codes, dense_fields, leniency_codes, profile_vectors, random_codes
-from userip.finished import FinishedRows, code_digests
-from userip.further_runs import check_further_runs, further_run
+from userip.further_runs import FinishedRows, check_further_runs, code_digests, further_run
 from userip.options import at_least, option_name, options_text, parse_with_presets, stage_parser, start_stage
 from userip.serving import serving_figures, serving_table
 
@@ -133,8 +127,7 @@ def read_run(run_dir, features):
     """What models read and predict in one run, from checked artifacts, as a namespace.
 
     split: interactions by name, with their labels int8 [n]; codes int64 [N, P] of code_sizes, and with folds
-    train_codes [n, P], those that have not seen the train row; history [N]: train rows per user; for `dense`
-    vectors and fold (see dense_fields).
+    train_codes [n, P]; history [N]: train rows per user; for `dense` vectors and fold (see dense_fields).
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
@@ -160,17 +153,15 @@ def read_run(run_dir, features):
         users=users, names=names, codes=codes, train_codes=train_codes, code_sizes=bank["codes"],
         vectors=profile_vectors(profiles, tables["codebook.pt"], names) if profiles else [],
         fold=profiles.get("fold"), num_items=int(interactions["item"].max()) + 1,
-        history=split["train"]["user"].value_counts().reindex(range(len(users)), fill_value=0).to_numpy(),
+        history=np.bincount(split["train"]["user"], minlength=len(users)),
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
 
 
 def sparse_fields(feature, run, seed):
-    """The ids of a feature set beside user and item: {split: int64 [n, P']}, and how many each field has.
-
-    All but leniency are functions of the user.
-    """
+    """The ids of a feature set beside user and item: {split: int64 [n, P']}, and how many each field has."""
     if feature == "leniency":
         return leniency_codes(run.split, seed), [5]
+    # the others are functions of the user
     codes, sizes = run.codes, [size + 1 for size in run.code_sizes]  # eq. 8; the last code is "unknown"
     if feature == "random":
         codes = random_codes(run.codes, seed)
@@ -225,8 +216,7 @@ def same_shape(features, num_profiles):
 def train_group(args, name, run, pairs):
     """Train a model with pairs (feature set, seed) of one shape, all candidates -> {pair: figures}.
 
-    With --tune the candidate of the best mean valid logloss over the seeds is chosen; test labels are read
-    for the chosen one only.
+    The candidate of the best mean valid logloss over the seeds is chosen; test labels are read for it only.
     """
     rows, fields = read_rows(args, run, pairs)
     # candidates of one learning rate stop at about the same epoch, so few members wait for the last
@@ -241,7 +231,7 @@ def train_group(args, name, run, pairs):
         best += figures
         probabilities += list(stack.predict(rows, "test"))
     table = pd.DataFrame(trials, columns=["features", "seed", *CHOICES]).join(pd.DataFrame(best))
-    chosen = {}
+    chosen, labels = {}, run.labels["test"]
     for feature, part in table.groupby("features", sort=False):
         mean = part.groupby(list(CHOICES))["valid_logloss"].mean()
         if not np.isfinite(mean.min()):
@@ -249,36 +239,18 @@ def train_group(args, name, run, pairs):
             fail(f"{name} with {feature} diverged: no finite logloss on valid with --lr {rates}; lower it")
         is_chosen = (part[list(CHOICES)] == np.array(mean.idxmin())).all(axis=1)
         for index, row in part[is_chosen].iterrows():
-            figures = row.drop(["features", "seed"]).to_dict()
-            chosen[feature, row["seed"]] = figures | score(run, probabilities[index])
+            chosen[feature, row["seed"]] = row.drop(["features", "seed"]).to_dict() | {
+                "auc": roc_auc_score(labels, probabilities[index]),
+                "logloss": logloss(labels, probabilities[index]),
+                "calibration_error": calibration_error(labels, probabilities[index])}
     return chosen
-
-
-def history_groups(run):
-    """Test rows by how many train rows the user has: none, or a third each: dict of bool [n]"""
-    history = run.history[run.split["test"]["user"]]
-    warm = history[history > 0]
-    low, high = np.quantile(warm, [1 / 3, 2 / 3]) if len(warm) else (0, 0)
-    return {"cold": history == 0, "short": (history > 0) & (history <= low),
-            "middle": (history > low) & (history <= high), "long": history > high}
 
 
 def calibration_error(labels, probabilities, num_bins=10):
     """Expected calibration error: mean of |mean probability - share of clicks| over bins of equal size."""
-    order = np.argsort(probabilities, kind="stable")
-    bins = [part for part in np.array_split(order, num_bins) if len(part)]
-    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in bins]
+    bins = np.array_split(np.argsort(probabilities, kind="stable"), num_bins)
+    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in bins if len(part)]
     return float(sum(gaps) / len(labels))
-
-
-def score(run, probabilities):
-    """Figures on test: AUC, logloss, calibration error; AUC by history, nan where a group has one label."""
-    labels, group_auc = run.labels["test"], {}
-    for group, mask in history_groups(run).items():
-        is_defined = len(np.unique(labels[mask])) > 1
-        group_auc[f"auc_{group}"] = roc_auc_score(labels[mask], probabilities[mask]) if is_defined else np.nan
-    return {"auc": roc_auc_score(labels, probabilities), "logloss": logloss(labels, probabilities),
-            "calibration_error": calibration_error(labels, probabilities), **group_auc}
 
 
 def row_key(args, run, model, feature, seed):
@@ -313,7 +285,7 @@ def train_run(args, run, models, features, seeds):
             started = time.time()
             chosen = train_group(args, model, run, missing)
             seconds = {"seconds": (time.time() - started) / len(missing)}
-            finished.append({keys[pair]: {"model": model, "features": pair[0], **facts, "seed": pair[1]}
+            finished.add({keys[pair]: {"model": model, "features": pair[0], **facts, "seed": pair[1]}
                              | figures | seconds for pair, figures in chosen.items()})
         for pair, key in keys.items():
             row = finished[key]

@@ -242,16 +242,11 @@ class DCNv2(nn.Module):
         self.mlp = MLP(input_dim, hidden)
         self.head = nn.Linear(input_dim + hidden[-1], 1)
 
-    def cross(self, x_0):
-        """x_0 [B, X] -> x_L [B, X]"""
-        x = x_0
+    def forward(self, e, keep=None):
+        x = x_0 = e.flatten(1)  # [B, X]
         for layer in self.layers:
             x = x_0 * layer(x) + x
-        return x
-
-    def forward(self, e, keep=None):
-        x_0 = e.flatten(1)  # [B, X]
-        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0, keep)], 1)).squeeze(1)
+        return self.head(torch.cat([x, self.mlp(x_0, keep)], 1)).squeeze(1)
 
 
 MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, "deepfm": DeepFM,

@@ -70,11 +70,6 @@ def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
     return ids, int(first[-1]), num_users - 1
 
 
-# ----------------------------------------------------------------------------------------------------------
-# one step
-# ----------------------------------------------------------------------------------------------------------
-
-
 def adam_(averages, grad, lr, step, penalty=None):
     """One step of Adam (Kingma and Ba, 2015) in place: averages = weight, mean, square, of one shape.
 
@@ -204,11 +199,6 @@ class Stack:
             vectors = rows.read_vectors(split, part.expand(len(read), -1))
             parts.append(self.logits(state["flat"], read, self.buffers, *vectors).sigmoid())
         return torch.cat(parts, 1).double().cpu().numpy()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# many steps
-# ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,20 +1,26 @@
-"""What stage 3 reads: interactions, and for each profile name the θ that stage 2 inferred for all users."""
+"""Profiles as stage 3 reads them; checks of profiles and codes against known facts, which no model reads."""
 
+import itertools
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_rand_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from common import usage_of
 from userip.artifacts import fail, read_sidecar
 from userip.options import option_name
 
 
 class Rows(NamedTuple):
-    """Interactions: user, item, fold int64 [R], label float32 [R]"""
-
-    user: torch.Tensor
-    item: torch.Tensor
-    label: torch.Tensor
-    fold: torch.Tensor  # index of the profiles that were inferred without this row
+    user: torch.Tensor  # int64 [R]
+    item: torch.Tensor  # int64 [R]
+    label: torch.Tensor  # float32 [R]
+    fold: torch.Tensor  # int64 [R], index of the profiles that were inferred without this row
     num_items: int  # in the catalogue
 
 
@@ -47,10 +53,7 @@ class Profile:
 
 
 def read_profiles(args, stored, rows, defaults):
-    """profiles.pt -> a Profile per name; sets args.codes; exit code 2 when the options do not fit
-
-    defaults: of all options of stage 3. After `02 --prior`, none of them may be changed.
-    """
+    """profiles.pt -> a Profile per name; sets args.codes. defaults: of stage 3's options, see below"""
     if "fold" not in stored:
         stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
     is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
@@ -58,7 +61,7 @@ def read_profiles(args, stored, rows, defaults):
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
     profiles = [Profile(stored, k, options, is_warm) for k in range(len(names))]
     sizes = args.codes or [profile.num_codes for profile in profiles]
-    if "prior" in stored:
+    if "prior" in stored:  # no option may be changed
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
         allowed = defaults | {"run_dir": args.run_dir, "seed": args.seed}
         for name, value in vars(args).items():
@@ -76,3 +79,46 @@ def read_profiles(args, stored, rows, defaults):
     for profile, num_codes in zip(profiles, sizes):
         profile.num_codes = num_codes
     return profiles
+
+
+def describe_codes(name, codes, num_codes):
+    """Print usage and mean ARI between seeds of a profile's codes, a list of int [N] -> sidecar facts"""
+    usage, perplexity = usage_of(codes[0], num_codes)
+    known = [column[column < num_codes] for column in codes]
+    aris = [adjusted_rand_score(*pair) for pair in itertools.combinations(known, 2)]
+    share, stability = usage.min() / max(usage.sum(), 1), float(np.mean(aris)) if aris else None
+    between = f" | ARI between seeds {stability:.3f}" if aris else ""
+    warning = f"  <- below K/2 = {num_codes / 2:g}: the codebook is collapsing"
+    print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} "
+          f"| smallest share {share:.3f}{between}{warning if perplexity < num_codes / 2 else ''}")
+    return {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share,
+            f"{name}_stability": stability}
+
+
+def compare_with_truth(bank, names, users, bayes_ari):
+    """Planted data: print the adjusted Rand index (ARI) of codes with their own truth, beside that of the
+    Bayes-optimal classifier, and with another profile's (cross-ARI). bank, users: frames -> sidecar facts
+    """
+    facts = {}
+    for name in names:
+        ari = {f"{name}_vs_{truth}": adjusted_rand_score(users[truth], bank[name])
+               for truth in users if truth.startswith("true_")}
+        facts |= ari
+        own, best = ari.pop(f"{name}_vs_true_{name}", None), bayes_ari.get(name)
+        if own is not None and best:
+            facts[f"{name}_share_of_bayes"] = own / best
+            cross = ", ".join(f"{value:.3f} {key}" for key, value in ari.items())
+            print(f"{name}: ARI {own:.3f} of the Bayes-optimal {best:.3f} ({own / best:.0%}); "
+                  f"cross-ARI {cross}")
+    return facts
+
+
+def probe_auc(features, labels, num_repeats=3):
+    """AUC of a logistic regression on features [N, C] over 5 folds, mean of three random ways to fold"""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    aucs = []
+    for seed in range(num_repeats):
+        folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+        scores = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")[:, 1]
+        aucs.append(roc_auc_score(labels, scores))
+    return float(np.mean(aucs))
