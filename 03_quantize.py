@@ -50,8 +50,7 @@ def parse_args(argv=None):
     add.method("--whiten", action=argparse.BooleanOptionalAction, default=True,
                help="whiten θ by the noise and keep directions that exceed it, or take θ as it is")
     add.method("--init", choices=["kmeans", "released"], default="kmeans",
-               help="first codewords: k-means++, revived at random users when they lose all of their own, or "
-                    "random, at 2.5 to 3.3 times the norm of the profiles, never revived")
+               help="first codewords: k-means++, later moved to a user if they have none, or random and far")
     add.method("--stability", type=at_least(0), default=1, metavar="R",
                help="quantize again with R other seeds: ARI of the codes between seeds")
     add.training("--epochs", type=at_least(1), default=10, help="passes over the train rows (eq. 5)")
@@ -74,10 +73,9 @@ def parse_args(argv=None):
 
 
 def whiten(deviation, gain, noise):
-    """Coordinates in which noise has variance 1, sorted by the variance between users.
-
-    deviation θ - mean [N, D], gain [N], noise [D, D] (covariance of gain · deviation, if users did not
-    differ) -> transform [D, R], eigenvalues [R]
+    """Coordinates in which noise has variance 1, sorted by the variance between users: deviation θ - mean
+    [N, D], gain [N], noise [D, D] (covariance of gain · deviation if users were alike) -> transform [D, R],
+    eigenvalues [R]
     """
     values, vectors = torch.linalg.eigh(noise.double())
     kept = values > 1e-6 * values.max()  # smaller ones are float32's rounding
@@ -115,9 +113,8 @@ def first_transform(args, profile, train_rows, valid_rows):
 
 
 def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
-    """The direction that predicts labels best: transform [D, C] -> [D, 1]; deviation [F + 1, N, D]
-
-    Ridge regression of a train row's label, less the item's mean, on the user's profile, out of fold.
+    """Ridge regression of a train row's label, less the item's mean, on the user's profile, out of fold:
+    transform [D, C], deviation [F + 1, N, D] -> the direction that predicts labels best [D, 1]
     """
     x = (deviation[rows.fold, rows.user] @ transform).double()  # [R, C]
     num_rows, num_likes = (torch.bincount(rows.item, weights, minlength=rows.num_items).double()
@@ -157,9 +154,8 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
 
 
 def recommendation_losses(codes, num_codes, train_rows, valid_rows, seed):
-    """Logloss of each valid row at the best of 15 epochs, of a surrogate that reads item and code: numpy [R]
-
-    codes int64 [F + 1, N]. It is trained on the first 200,000 rows.
+    """codes int64 [F + 1, N] -> logloss of each valid row [R] at the best of 15 epochs of a surrogate, which
+    reads item and code and is trained on the first 200,000 rows
     """
     torch.manual_seed(seed)
     surrogate = Surrogate([num_codes + 1], train_rows.num_items)
@@ -232,10 +228,8 @@ class Surrogate(nn.Module):
 
 
 def nearest_codes(part, theta, num_evidence):
-    """Eq. 6: part of codebook.pt, theta [..., D], num_evidence [...] -> codes [...], K without evidence
-
-    In double precision, so that a user's code does not depend on the other users of the batch.
-    """
+    """Eq. 6: part of codebook.pt, theta [..., D], num_evidence [...] -> codes [...], K without evidence"""
+    # in double precision, so that a user's code does not depend on the other users of the batch
     z = (theta.double() - part["mean"]) @ part["transform"].double()  # [..., C]
     codes = torch.cdist(z, part["codebook"].double()).argmin(-1)
     return torch.where(num_evidence > 0, codes, len(part["codebook"]))
@@ -244,16 +238,6 @@ def nearest_codes(part, theta, num_evidence):
 # ----------------------------------------------------------------------------------------------------------
 # train: eq. 5, or the codebook's step of EM
 # ----------------------------------------------------------------------------------------------------------
-
-
-def first_codebook(args, z, num_codes, seed):
-    """Codewords [K, C] to start from: z [N, C]"""
-    if args.init == "kmeans":
-        kmeans = KMeans(num_codes, init="k-means++", n_init=10, random_state=seed).fit(z.numpy())
-        return torch.tensor(kmeans.cluster_centers_, dtype=torch.float32)
-    # as in the released code: far outside, so that the first one taken moves to the mean and wins all users
-    direction = F.normalize(torch.randn(num_codes, z.shape[1]), dim=1)
-    return direction * z.norm(dim=1).mean() * (2.5 + 0.8 * torch.rand(num_codes, 1))
 
 
 def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
@@ -294,11 +278,17 @@ def fit(args, profiles, transforms, rows, seed):
     torch.manual_seed(seed)
     quantizers = nn.ModuleList()
     for profile, transform in zip(profiles, transforms):
-        z = (profile.deviation[-1] @ transform)[profile.is_fitted]
-        quantizers.append(Quantizer(transform, first_codebook(args, z, profile.num_codes, seed), args.beta))
+        z = (profile.deviation[-1] @ transform)[profile.is_fitted]  # [N', C]
+        if args.init == "kmeans":
+            kmeans = KMeans(profile.num_codes, n_init=10, random_state=seed).fit(z.numpy())
+            codebook = torch.tensor(kmeans.cluster_centers_, dtype=torch.float32)
+        else:  # as in the released code: far outside, so that the first one taken wins all users
+            direction = F.normalize(torch.randn(profile.num_codes, z.shape[1]), dim=1)
+            codebook = direction * z.norm(dim=1).mean() * (2.5 + 0.8 * torch.rand(profile.num_codes, 1))
+        quantizers.append(Quantizer(transform, codebook, args.beta))
     surrogate = Surrogate([transform.shape[1] for transform in transforms], rows.num_items)
-    deviations = [profile.deviation for profile in profiles]
-    curve = train(args, quantizers, surrogate, deviations, rows, is_quiet=seed != args.seed)
+    curve = train(args, quantizers, surrogate, [profile.deviation for profile in profiles], rows,
+                  is_quiet=seed != args.seed)
     return [{"codebook": quantizer.vq.codebook.detach(), "mean": profile.mean,
              "transform": quantizer.transform.detach()}
             for quantizer, profile in zip(quantizers, profiles)], curve
@@ -306,7 +296,7 @@ def fit(args, profiles, transforms, rows, seed):
 
 def move_codewords(profile, prior, max_rounds=100):
     """The codebook's step of EM (Algorithm 1): codewords of the prior move to the means of their users, until
-    no user's code changes (Lloyd). The VQ loss of eq. 7 cannot rise. -> part of codebook.pt
+    no code changes (Lloyd). The VQ loss of eq. 7 cannot rise. -> part of codebook.pt
 
     # differs from the paper: after the first round the recommendation loss moves nothing.
     """

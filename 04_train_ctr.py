@@ -2,9 +2,9 @@
 
 Every model reads user id and item id (features `none`), and more sparse fields where asked: the `codes` of
 the feature bank (eq. 8), `random` (the same codes dealt to users at random: more parameters, no information),
-and on planted data the `truth` (the upper bound). More controls: `cf` (k-means of the users' SVD factors),
-`leniency` (quartile of how generously the user rates, out of fold), `dense` (the profiles themselves, without
-VQ: table 3). A gain counts only against `random`. With --id-dropout cold users meet a trained unknown id. Adam
+and on planted data `truth` (the upper bound). More controls: `cf` (k-means of the users' SVD factors),
+`leniency` (quartile of how generously the user rates, out of fold), `dense` (the profiles, not quantized:
+table 3). A gain counts only against `random`. With --id-dropout cold users meet a trained unknown id. Adam
 minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the weights of the best epoch
 are restored, test is scored once. Seeds and controls of a model train side by side. With --splits, stages 1
 to 3 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
@@ -73,27 +73,23 @@ def parse_args(argv=None):
     add.method("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], metavar="MODEL",
                help=f"of {' '.join(MODELS)} (default: dcn pnn onn dcnv2)")
     add.method("--field-dim", type=at_least(1), default=8, help="width of a field's embedding, E")
-    add.method("--layers", type=at_least(1), default=3,
-               help="cross layers (DCN, DCNv2), attention layers (AutoInt)")
+    add.method("--layers", type=at_least(1), default=3, help="cross layers or attention layers, if any")
     add.method("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of an MLP, if any")
     add.method("--dropout", type=at_least(0, float), default=0.2, help="in the MLP, in AFM's attention")
-    add.method("--id-dropout", type=at_least(0, float), default=0.0,
-               help="share of train rows that read the unknown user id, drawn in each step")
+    add.method("--id-dropout", type=at_least(0, float), default=0.0, help="share of rows of unknown user id")
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds")
     add.training("--seeds", type=at_least(1), default=5, help="seeds of start, batches, dropout, drawn codes")
     add.training("--lr", type=at_least(0, float), default=0.005, help="learning rate of Adam")
     add.training("--weight-decay", type=at_least(0, float),
                  help="L2 penalty of the embeddings (default: 3e-3; FFM, AFM and FiBiNET 1e-4)")
-    add.training("--start", type=at_least(0, float), default=0.5,
-                 help="standard deviation of the first embeddings of ids that many rows have")
+    add.training("--start", type=at_least(0, float), default=0.5, help="deviation of first embeddings")
     add.training("--batch-size", type=at_least(1), default=512, help="rows per step")
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add.training("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress")
     grid = "; ".join(f"{option_name(key)} {' or '.join(map(str, GRID[key]))}" for key in GRID)
     add.training("--tune", action="store_true",
                  help=f"choose on valid, for each model and feature set: {grid} (decay: of the model's own)")
-    add.machine("--compile", action="store_true",
-                help="compile each model's step (10 s and a C++ compiler each; pays on larger data)")
+    add.machine("--compile", action="store_true", help="compile each model's step (10 s; for large data)")
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
     for name in ("dropout", "id_dropout"):

@@ -70,10 +70,7 @@ def markdown(header, lines):
 
 
 def table_of_means(groups, data=None):
-    """Tables 2 (`none`), 3 (`dense`) and 4 (`codes`): means over splits and seeds, the paper's on `data` beside
-
-    RelaImpr (eq. 10, 11) is against the same model with `none`.
-    """
+    """Tables 2 (`none`), 3 (`dense`), 4 (`codes`): means over draws, the paper's on `data` beside"""
     columns = ["auc", "logloss", "calibration_error"]
     header = ["model", "features", "AUC", "logloss", "calibration error", "RelaImpr AUC (%)",
               "RelaImpr logloss (%)", *(["paper: AUC", "logloss"] if data else [])]

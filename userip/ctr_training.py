@@ -56,11 +56,9 @@ class Batch(NamedTuple):
 
 
 def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
-    """Ids as rows of one table in which each field has rows of its own, user and item before all others.
-
-    split: by name a frame with columns user and item [n]; fields: by name the further ids int64 [n, P], of
-    `sizes`. Users without a train row (not is_warm [N]) share the id behind the others, the unknown user's;
-    has_unknown adds it in any case. -> {name: int64 [n, 2 + P]}, rows of the table, the unknown user's.
+    """User, item and further `fields` {split: int64 [n, P]} of `sizes` as rows of one table, in which each
+    has rows of its own (eq. 8): {split: int64 [n, 2 + P]}, rows of the table, row of the unknown user, whom
+    users without a train row (not is_warm [N]) share; has_unknown adds it in any case
     """
     num_users = len(is_warm) + (has_unknown or not is_warm.all())
     user_id = np.where(is_warm, np.arange(len(is_warm)), len(is_warm))
@@ -71,10 +69,7 @@ def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
 
 
 def adam_(averages, grad, lr, step, penalty=None):
-    """One step of Adam (Kingma and Ba, 2015) in place: averages = weight, mean, square, of one shape.
-
-    penalty: factor of an L2 penalty, if any; it broadcasts, as lr does.
-    """
+    """One step of Adam (Kingma and Ba, 2015) in place: averages = weight, mean, square; penalty: L2 factor"""
     weight, mean, square = averages
     grad = grad if penalty is None else grad + penalty * weight
     mean.lerp_(grad, 0.1)
@@ -84,9 +79,8 @@ def adam_(averages, grad, lr, step, penalty=None):
 
 @functools.lru_cache(maxsize=None)  # a compiled step serves all stacks of its shape
 def _functions(options, dropout, is_compiled):
-    """A model, its logits for G copies, and {is the batch full: (step of the models, Adam's step)}.
-
-    Only the steps of full batches are compiled: a batch cut short has a shape of its own.
+    """A model, its logits for G copies, and {is the batch full: (step of the models, Adam's step)}; a batch
+    that is cut short has a shape of its own and is not compiled
     """
     model = build(*options)
     named = dict(model.named_parameters())
@@ -116,11 +110,9 @@ def _functions(options, dropout, is_compiled):
 
 
 class Stack:
-    """G models of one kind side by side, and their embedding tables; `options` as for `build`.
-
-    Its state is a dict of tensors [G, …]: `flat` [G, D], the parameters one behind the other, and Adam's
-    averages of them; `table` [G, num_rows, 3 W], the embeddings and Adam's averages; batch norm's statistics;
-    what `start` says of each member.
+    """G models of one kind side by side; `options` as for `build`. state, a dict of tensors [G, …]: `flat`
+    [G, D], the parameters one behind the other, and Adam's averages of them, `mean` and `square`; `table`
+    [G, num_rows, 3 W], the embeddings and Adam's averages; batch norm's statistics; options of the members
     """
 
     def __init__(self, options, members, rows, batch_size, dropout=0.0, is_compiled=False):
@@ -138,15 +130,13 @@ class Stack:
         self.buffers = {key: state[key] for key, _ in self.model.named_buffers()}  # of batch norm
 
     def start(self, options, member, rows):
-        """One member's state before the first step; it does not depend on the other members.
+        """One member's state before the first step, whatever the other members are.
 
-        An id of n train rows starts with standard deviation start · n / (n + 100). Products of small
-        embeddings start on a saddle, and codes, which thousands of rows share, must leave it; but the start
-        of a rare id is noise that its few rows never wash out (0.08 of AUC on sparse data).
-
-        interval: steps, on average, from one batch that has the id to the next. The L2 penalty is due in
-        every step, but only rows of the batch move: there it is as many times as large. Otherwise rare ids,
-        which are the least certain, would be the least penalised.
+        An id of n train rows starts with deviation start · n / (n + 100): products of small embeddings start
+        on a saddle, which codes must leave, but the start of a rare id is noise that its few rows never wash
+        out (0.08 of AUC on sparse data). interval: steps, on average, from one batch that has the id to the
+        next. The L2 penalty is due in every step, but only rows of the batch move: there it is as many times
+        as large. Otherwise rare ids, which are the least certain, would be the least penalised.
         """
         ids, num_rows = rows.ids["train"][member.fields], rows.num_rows[member.fields]
         count = ids.flatten().bincount(minlength=max(rows.num_rows)).cpu()  # train rows of each id
@@ -203,10 +193,8 @@ class Stack:
 
 @torch.no_grad()
 def train_stack(args, name, members, rows, is_compiled=False):
-    """Train the members side by side: their figures on valid at the best epoch, and a stack of these weights.
-
-    args: stage 4's options. Every member sees the train rows in the order of its seed, with the dropout of
-    its seed, whatever is trained beside it. It is done after `--patience` epochs without progress.
+    """Train side by side with stage 4's options: figures on valid at each one's best epoch, a stack of these
+    weights. Order of rows and dropout are those of a member's seed, whatever is trained beside it.
     """
     options = (name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
                tuple(args.hidden), rows.dims)
@@ -238,9 +226,8 @@ def train_stack(args, name, members, rows, is_compiled=False):
 
 
 def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
-    """One pass over the train rows; the rows of num_steps batches are gathered at once, then sliced.
-
-    generators: one per seed, S of them; seed_index [G]: each member's.
+    """One pass over the train rows, gathered for num_steps batches at once; generators: one per seed, S of
+    them; seed_index [G]: each member's
     """
     labels = torch.from_numpy(rows.labels["train"]).to(stack.state["flat"])
     fields, device = stack.state["fields"], stack.device

@@ -21,8 +21,7 @@ def random_codes(codes, seed):
 def cf_codes(split, num_users, sizes, seed, rank=8):
     """Collaborative filtering without a LLM: k-means of users' factors, one field per size: int64 [N, P]
 
-    Factors: truncated SVD of the user-item matrix of train rows; support rows of cold users are folded in. A
-    user without either has the code K.
+    Factors: truncated SVD of train rows; support rows of cold users are folded in. Neither: the code K.
     """
     num_items = 1 + max(int(frame["item"].max()) for frame in split.values() if len(frame))
     train, support = (sparse.csr_matrix((np.ones(len(rows)), (rows["user"], rows["item"])),
@@ -37,10 +36,9 @@ def cf_codes(split, num_users, sizes, seed, rank=8):
 
 
 def leniency_codes(split, seed, num_codes=4, num_folds=5):
-    """How generously a user rates, as quartiles of the mean residual: {name: int64 [n, 1]}; K is unknown.
+    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; K is unknown
 
-    The residual is a rating less the item's mean. A train row's code leaves out its own fold of the rows, or
-    it would contain its own label.
+    A train row's code leaves out its own fold of the rows, or it would contain its own label.
     """
     train = split["train"]
     rated = pd.concat([train, split["support"]])
@@ -68,19 +66,15 @@ def leniency_codes(split, seed, num_codes=4, num_folds=5):
 
 
 def profile_vectors(profiles, codebook, names):
-    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [(F + 1) N, C] per name
-
-    With F folds, the vectors of one fold stand behind the other; the last N have all evidence.
+    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [(F + 1) N, C] per name,
+    fold behind fold; the last N have all evidence
     """
     return [((profiles["profiles"][..., k, :] - codebook[name]["mean"]) @ codebook[name]["transform"])
             .flatten(0, -2) for k, name in enumerate(names)]
 
 
 def dense_fields(run, device):
-    """The profiles as the last fields of Rows: vectors, widths `dims`, by split which vector a row reads
-
-    With folds, a train row reads the one without its own fold, run.fold [n], and other rows the last.
-    """
+    """The profiles as the last fields of Rows; a train row reads those without its own fold, run.fold [n]"""
     users = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in run.labels}
     if run.fold is not None:
         num_folds = len(run.vectors[0]) // len(run.users) - 1

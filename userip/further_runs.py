@@ -60,7 +60,7 @@ def check_further_runs(args, split):
 def further_run(args, name, first_stage, changes):
     """RUN_DIR/name: a run with this one's options, but for `changes` in first_stage. Returns its folder.
 
-    Artifacts of earlier stages are linked. A stage whose artifact has the right options and inputs is skipped.
+    Artifacts of earlier stages are linked. A stage is skipped if its artifact has these options and inputs.
     """
     run_dir, folder = Path(args.run_dir), Path(args.run_dir) / name
     folder.mkdir(exist_ok=True)

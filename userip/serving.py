@@ -47,7 +47,7 @@ class FoldedDCN:
 
 
 def _modes(args, num_items, codes, code_sizes, vectors):
-    """Modes of serving: {name: (function of user and item [B] -> logits [B], tensors held)}; random weights"""
+    """Modes of serving by name: function of user and item [B] -> logits [B], tensors held; random weights"""
     torch.manual_seed(0)
     sizes = [len(codes), num_items, *code_sizes]
     tables = [torch.randn(size, args.field_dim) for size in sizes]
@@ -90,8 +90,8 @@ def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
                 started = time.perf_counter()
                 serve(user, item).sigmoid()
                 taken[name].append((time.perf_counter() - started) * 10_000 / size)
-        for name, seconds in taken.items():
-            median, p99 = np.quantile(seconds[num_rounds // 10:], [0.5, 0.99])  # the first ones warm the caches
+        for name, seconds in taken.items():  # the first ones warm the caches
+            median, p99 = np.quantile(seconds[num_rounds // 10:], [0.5, 0.99])
             figures[name] |= {f"median_{size}": median, f"p99_{size}": p99}
     return figures
 
