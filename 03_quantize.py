@@ -220,11 +220,11 @@ class Surrogate(nn.Module):
         self.item = nn.Embedding(num_items, field_dim)
         nn.init.normal_(self.item.weight, std=0.05)
         self.maps = nn.ModuleList(nn.Linear(dim, field_dim) for dim in dims)
-        self.dcn = DCN((len(dims) + 1) * field_dim)
+        self.dcn = DCN(len(dims) + 1, field_dim, dropout=0.2)
 
     def forward(self, quantized, item):
         fields = [to_field(q) for to_field, q in zip(self.maps, quantized)] + [self.item(item)]
-        return self.dcn(torch.cat(fields, 1))  # [B, (P + 1) E]
+        return self.dcn(torch.stack(fields, 1))  # [B, P + 1, E]
 
 
 def nearest_codes(part, theta, num_evidence):
@@ -383,8 +383,8 @@ def main(args):
     facts |= compare_with_truth(bank, stored["names"], users, bayes_ari)
     facts |= probe_profiles(args, profiles, users)
 
-    facts |= {"names": stored["names"], "codes": args.codes, "users": len(bank)}
-    facts["seconds"] = time.time() - started
+    facts |= {"names": stored["names"], "codes": args.codes, "users": len(bank),
+              "seconds": time.time() - started}
     inputs, has_folds = ["profiles.pt", "interactions.parquet"], "fold" in stored
     write_artifact(args, "codebook.pt", codebook, inputs, **facts)
     inputs.append("codebook.pt")

@@ -216,29 +216,31 @@ def train_group(args, name, run, pairs):
     """
     rows, fields = read_rows(args, run, pairs)
     # candidates of one learning rate stop at about the same epoch, so few members wait for the last
-    trials = [(feature, seed, *candidate) for candidate in candidates(args, name) for feature, seed in pairs]
-    members = [Member(fields[feature, seed], seed, *candidate) for feature, seed, *candidate in trials]
+    choices = candidates(args, name)
+    trials = [(*pair, choice) for choice in choices for pair in pairs]
+    members = [Member(fields[feature, seed], seed, *choice) for feature, seed, choice in trials]
     width = build(name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
                   args.hidden).width
     stack_size = max(1, min(MAX_NUMBERS // (max(rows.num_rows) * width), 4 * len(pairs)))
-    best, probabilities = [], []
+    figures, probabilities, chosen, labels = [], [], {}, run.labels["test"]
     for first in range(0, len(members), stack_size):
-        figures, stack = train_stack(args, name, members[first:first + stack_size], rows, args.compile)
-        best += figures
+        best, stack = train_stack(args, name, members[first:first + stack_size], rows, args.compile)
+        figures += best
         probabilities += list(stack.predict(rows, "test"))
-    table = pd.DataFrame(trials, columns=["features", "seed", *CHOICES]).join(pd.DataFrame(best))
-    chosen, labels = {}, run.labels["test"]
-    for feature, part in table.groupby("features", sort=False):
-        mean = part.groupby(list(CHOICES))["valid_logloss"].mean()
-        if not np.isfinite(mean.min()):
-            rates = " or ".join(f"{lr:g}" for lr in part["lr"].unique())
+    trained = dict(zip(trials, zip(figures, probabilities)))
+    for feature in dict.fromkeys(feature for feature, _ in pairs):
+        seeds = [seed for other, seed in pairs if other == feature]
+        losses = [np.mean([trained[feature, seed, choice][0]["valid_logloss"] for seed in seeds])
+                  for choice in choices]
+        if not np.isfinite(min(losses)):
+            rates = " or ".join(f"{lr:g}" for lr in dict.fromkeys(lr for lr, *_ in choices))
             fail(f"{name} with {feature} diverged: no finite logloss on valid with --lr {rates}; lower it")
-        is_chosen = (part[list(CHOICES)] == np.array(mean.idxmin())).all(axis=1)
-        for index, row in part[is_chosen].iterrows():
-            chosen[feature, row["seed"]] = row.drop(["features", "seed"]).to_dict() | {
-                "auc": roc_auc_score(labels, probabilities[index]),
-                "logloss": logloss(labels, probabilities[index]),
-                "calibration_error": calibration_error(labels, probabilities[index])}
+        choice = choices[np.argmin(losses)]
+        for seed in seeds:
+            on_valid, predicted = trained[feature, seed, choice]
+            chosen[feature, seed] = dict(zip(CHOICES, choice)) | on_valid | {
+                "auc": roc_auc_score(labels, predicted), "logloss": logloss(labels, predicted),
+                "calibration_error": calibration_error(labels, predicted)}
     return chosen
 
 

@@ -65,7 +65,7 @@ def test_each_vq_term_moves_its_own_side_and_beta_reaches_the_loss():
 
 def test_dcn_equals_a_naive_loop():
     torch.manual_seed(0)
-    net = common.DCN(6, num_layers=3, hidden=(5, 4)).double().eval()
+    net = common.DCN(2, 3, num_layers=3, hidden=(5, 4)).double().eval()
     torch.nn.init.normal_(net.biases)
     x = torch.randn(7, 6, dtype=torch.double)
     for b in range(7):
@@ -77,7 +77,7 @@ def test_dcn_equals_a_naive_loop():
         for layer in net.mlp.layers:
             hidden = (layer.weight @ hidden + layer.bias).clamp(min=0)
         logit = net.head.weight[0] @ torch.cat([state, hidden]) + net.head.bias[0]
-        assert float(net(x)[b]) == pytest.approx(float(logit), abs=1e-10)
+        assert float(net(x.view(7, 2, 3))[b]) == pytest.approx(float(logit), abs=1e-10)
 
 
 def test_logloss_equals_sklearn():

@@ -162,10 +162,10 @@ class AFN(nn.Module):
     hidden[0] products u_j [E] of the fields with learnt powers; batch norm before and behind exp.
     """
 
-    def __init__(self, num_fields, field_dim, num_layers, hidden, smallest=1e-4):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
         self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
-        self.smallest, num_neurons = smallest, hidden[0]
+        self.smallest, num_neurons = 1e-4, hidden[0]
         self.powers = nn.Linear(num_fields, num_neurons, bias=False)
         self.before, self.behind = nn.BatchNorm1d(num_neurons), nn.BatchNorm1d(num_neurons)
         self.deep = DeepPart(num_neurons * field_dim, hidden)
@@ -219,18 +219,6 @@ class ONN(nn.Module):
         return self.deep(torch.cat([raw, crossed_products(e)], 1), keep)
 
 
-class DCNModel(nn.Module):
-    """Deep & Cross Network (Wang et al., 2017): x_{l+1} = x_0 (w_lᵀ x_l) + b_l + x_l;  wᵀ [x_L ; MLP(x_0)]"""
-
-    def __init__(self, num_fields, field_dim, num_layers, hidden):
-        super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
-        self.net = DCN(num_fields * field_dim, num_layers, hidden, dropout=0.0)  # `keep` is the dropout
-
-    def forward(self, e, keep=None):
-        return self.net(e.flatten(1), keep)
-
-
 class DCNv2(nn.Module):
     """DCN V2 (Wang et al., 2021): x_{l+1} = x_0 ∘ (W_l x_l + b_l) + x_l;  wᵀ [x_L ; MLP(x_0)]"""
 
@@ -250,7 +238,7 @@ class DCNv2(nn.Module):
 
 
 MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, "deepfm": DeepFM,
-          "autoint": AutoInt, "onn": ONN, "pnn": PNN, "dcnv2": DCNv2, "dcn": DCNModel}
+          "autoint": AutoInt, "onn": ONN, "pnn": PNN, "dcnv2": DCNv2, "dcn": DCN}
 
 
 class WithVectors(nn.Module):

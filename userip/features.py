@@ -14,8 +14,7 @@ from sklearn.preprocessing import normalize
 
 def random_codes(codes, seed):
     """The same codes [N, P] dealt to users at random: sizes and usage stay, the meaning goes."""
-    columns = [np.random.default_rng([seed, k]).permutation(column) for k, column in enumerate(codes.T)]
-    return np.stack(columns, 1)
+    return np.stack([np.random.default_rng([seed, k]).permutation(code) for k, code in enumerate(codes.T)], 1)
 
 
 def cf_codes(split, num_users, sizes, seed, rank=8):

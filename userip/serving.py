@@ -62,7 +62,7 @@ def _modes(args, num_items, codes, code_sizes, vectors):
         ids = torch.cat([torch.stack([user, item], 1), *more], 1)
         return table.index_select(0, (ids + first[:ids.shape[1]]).flatten()).view(*ids.shape, -1)
 
-    folded, folded_bank = FoldedDCN(plain.net, tables[:2], codes), FoldedDCN(with_bank.net, tables, codes)
+    folded, folded_bank = FoldedDCN(plain, tables[:2], codes), FoldedDCN(with_bank, tables, codes)
     return {
         "DCN": (lambda user, item: plain(rows(user, item)), [*tables[:2], *plain.parameters()]),
         "DCN + bank": (lambda user, item: with_bank(rows(user, item, bank[user])),
