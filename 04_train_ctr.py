@@ -1,13 +1,12 @@
 """Stage 4 of 5: train click models with and without the codes, and report whether the codes help.
 
 Every model reads user id and item id (features `none`), and more sparse fields where asked: the `codes` of
-the feature bank (eq. 8), `random` (the same codes dealt to users at random: more parameters, no information),
-and on planted data `truth` (the upper bound). More controls: `cf` (k-means of the users' SVD factors),
-`leniency` (quartile of how generously the user rates, out of fold), `dense` (the profiles, not quantized:
-table 3). A gain counts only against `random`. With --id-dropout cold users meet a trained unknown id. Adam
-minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the weights of the best epoch
-are restored, test is scored once. Seeds and controls of a model train side by side. With --splits, stages 1
-to 3 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
+the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the same codes dealt to users at
+random, the control against which a gain counts; and more controls: `cf` (k-means of the users' SVD factors),
+`leniency` (quartile of the user's mean residual rating, out of fold), `dense` (profiles not quantized: table
+3). Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's
+weights are restored, test is scored once. Seeds and controls of a model train side by side. With --splits,
+stages 1 to 3 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
 Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds train_codes.parquet; with
         `dense` profiles.pt, codebook.pt; with --bench profiles.pt
@@ -58,7 +57,6 @@ FEATURES = {
     "cf": "ids and k-means codes of the users' SVD factors, without a LLM",
     "leniency": "ids and the quartile of how generously the user rates, without a LLM",
     "dense": "ids and the profiles themselves, not quantized (UserIP w.o. VQ)"}
-DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
 
@@ -120,10 +118,8 @@ def check_features(args):
 
 
 def read_run(run_dir, features):
-    """What models read and predict in one run, from checked artifacts, as a namespace.
-
-    split: interactions by name, with their labels int8 [n]; codes int64 [N, P] of code_sizes, and with folds
-    train_codes [n, P]; history [N]: train rows per user; for `dense` vectors and fold (see dense_fields).
+    """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
+    [N, P], with folds train_codes [n, P], history [N] (train rows per user), for `dense` vectors and fold
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
@@ -175,18 +171,14 @@ def sparse_fields(feature, run, seed):
 
 
 def read_rows(args, run, pairs):
-    """Pairs (feature set, seed) of one shape, F fields -> Rows, and the index of each pair's fields in it"""
-    keys = {pair: pair if pair[0] in DRAWN else (pair[0], 0) for pair in pairs}
-    distinct = list(dict.fromkeys(keys.values()))
+    """Pairs (feature set, seed) of one shape, F fields -> Rows, with a set of fields for each"""
     split = {name: run.split[name] for name in run.labels}
     tables = [table_rows(split, *sparse_fields(feature, run, seed), run.history > 0, run.num_items,
-                         bool(args.id_dropout)) for feature, seed in distinct]
+                         bool(args.id_dropout)) for feature, seed in pairs]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = {name: torch.stack([ids[name] for ids, _, _ in tables]).to(device) for name in split}
-    rows = Rows(ids, run.labels, [num_rows for _, num_rows, _ in tables], unknown=tables[0][2])
-    if distinct[0][0] == "dense":
-        rows = rows._replace(**dense_fields(run, device))
-    return rows, {pair: distinct.index(key) for pair, key in keys.items()}
+    dense = dense_fields(run, device) if pairs[0][0] == "dense" else {}
+    return Rows(ids, run.labels, [num_rows for _, num_rows, _ in tables], unknown=tables[0][2], **dense)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -214,11 +206,11 @@ def train_group(args, name, run, pairs):
 
     The candidate of the best mean valid logloss over the seeds is chosen; test labels are read for it only.
     """
-    rows, fields = read_rows(args, run, pairs)
+    rows = read_rows(args, run, pairs)
     # candidates of one learning rate stop at about the same epoch, so few members wait for the last
     choices = candidates(args, name)
     trials = [(*pair, choice) for choice in choices for pair in pairs]
-    members = [Member(fields[feature, seed], seed, *choice) for feature, seed, choice in trials]
+    members = [Member(pairs.index((feature, seed)), seed, *choice) for feature, seed, choice in trials]
     width = build(name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
                   args.hidden).width
     stack_size = max(1, min(MAX_NUMBERS // (max(rows.num_rows) * width), 4 * len(pairs)))

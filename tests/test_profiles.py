@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,13 +12,15 @@ from userip import profiles
     ({"ratings": "liked", "route": ["title", "brand+rating"]}, [False, True]),
     ({"ratings": "stars", "route": ["none"]}, [True, True]),
     ({"ratings": "none", "route": ["title", "brand"]}, [False, False]), ({}, [False, False])], ids=str)
-def test_the_options_of_stage_2_say_which_profiles_read_ratings(options, expected):
-    stored = {"names": ["a", "b"], "profiles": torch.zeros(1, 3, 2, 4), "num_evidence": torch.ones(1, 3, 2),
-              "gain": torch.ones(3, 2), "noise": torch.zeros(2, 4, 4)}
-    found = [profiles.Profile(stored, k, options, torch.ones(3).bool()) for k in range(2)]
+def test_the_options_of_stage_2_say_which_profiles_read_ratings(options, expected, monkeypatch):
+    stored = {"names": ["a", "b"], "profiles": torch.zeros(9, 2, 4), "num_evidence": torch.ones(9, 2),
+              "gain": torch.ones(9, 2), "noise": torch.zeros(2, 4, 4), "has_evidence": torch.ones(9).bool()}
+    monkeypatch.setattr(profiles, "read_sidecar", lambda *_: {"options": options})
+    args, rows = SimpleNamespace(codes=None), SimpleNamespace(user=torch.arange(9))
+    found = profiles.read_profiles(args, stored, rows, {})
     assert [profile.reads_ratings for profile in found] == expected
-    assert [profile.num_codes for profile in found] == [8 if reads else size
-                                                           for reads, size in zip(expected, (4, 3))]
+    assert args.codes == [profile.num_codes for profile in found] == [
+        8 if reads else size for reads, size in zip(expected, (4, 3))]
 
 
 def test_codes_are_compared_with_their_own_truth_and_with_the_others(capsys):

@@ -40,8 +40,8 @@ def rela_impr_logloss(loss, reference):
 def paired_interval(differences, overlap=0.0):
     """Mean of paired differences [S], half of its 95% interval, p that it is 0 (t test); nan for one of them.
 
-    overlap: test rows per train row where differences come from several splits of the same rows, whose train
-    sets overlap (the corrected resampled t test, Nadeau and Bengio, 2003); 0 for seeds of one split.
+    overlap: test rows per train row where splits of the same rows differ, and so train sets overlap (the
+    corrected resampled t test, Nadeau and Bengio, 2003); 0 for seeds of one split.
     """
     differences = np.asarray(differences)
     num, mean = len(differences), float(differences.mean())

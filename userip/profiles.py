@@ -1,6 +1,7 @@
 """Profiles as stage 3 reads them; checks of profiles and codes against known facts, which no model reads."""
 
 import itertools
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,35 +33,21 @@ def read_rows(interactions, split, fold=None):
     return Rows(user, item, label.float(), fold, int(interactions["item"].max()) + 1)
 
 
-class Profile:
-    """Profile name k of profiles.pt: θ of all users without each of the F folds and, last, with all evidence
-
-    options: those of stage 2. is_warm [N]: has train rows. Only warm users with evidence move a codeword.
-    """
-
-    def __init__(self, stored, k, options, is_warm):
-        self.name = stored["names"][k]
-        self.theta = stored["profiles"][:, :, k]  # [F + 1, N, D]
-        self.num_evidence = stored["num_evidence"][:, :, k]  # [F + 1, N]
-        self.gain, self.noise = stored["gain"][:, k], stored["noise"][k]  # [N], [D, D], see `whiten`
-        self.is_fitted = is_warm & (self.num_evidence[-1] > 0)  # [N]
-        self.mean = self.theta[-1, self.is_fitted].mean(0)  # [D]
-        self.deviation = self.theta - self.mean  # [F + 1, N, D]
-        self.has_noise_level = options.get("method", "score") == "score"
-        route = "rating" if options.get("route", ["none"]) == ["none"] else options["route"][k]
-        self.reads_ratings = options.get("ratings", "none") != "none" and "rating" in route.split("+")
-        self.num_codes = 8 if self.reads_ratings else 3 if k == 1 else 4  # K, unless --codes says otherwise
-
-
 def read_profiles(args, stored, rows, defaults):
-    """profiles.pt -> a Profile per name; sets args.codes. defaults: of stage 3's options, see below"""
+    """profiles.pt -> a namespace per profile name; sets args.codes. defaults: of stage 3's options, see below
+
+    It holds θ of all users without each of the F folds and, last, with all evidence.
+    """
     if "fold" not in stored:
         stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
     is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
     is_warm[rows.user] = True
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
-    profiles = [Profile(stored, k, options, is_warm) for k in range(len(names))]
-    sizes = args.codes or [profile.num_codes for profile in profiles]
+    routes = options.get("route", ["none"])
+    routes = ["rating"] * len(names) if routes == ["none"] else routes
+    has_ratings = options.get("ratings", "none") != "none"
+    reads_ratings = [has_ratings and "rating" in route.split("+") for route in routes]
+    sizes = args.codes or [8 if reads else 3 if k == 1 else 4 for k, reads in enumerate(reads_ratings)]
     if "prior" in stored:  # no option may be changed
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
         allowed = defaults | {"run_dir": args.run_dir, "seed": args.seed}
@@ -75,9 +62,15 @@ def read_profiles(args, stored, rows, defaults):
     if num_fitted < max(sizes):
         fail(f"only {num_fitted} users have evidence and train rows, fewer than the {max(sizes)} codes asked "
              f"for: lower --codes")
-    args.codes = sizes
-    for profile, num_codes in zip(profiles, sizes):
-        profile.num_codes = num_codes
+    args.codes, profiles = sizes, []
+    for k, name in enumerate(names):
+        theta, num_evidence = (stored[key][:, :, k] for key in ("profiles", "num_evidence"))  # [F + 1, N, …]
+        is_fitted = is_warm & (num_evidence[-1] > 0)  # [N], whose θ moves codewords
+        mean = theta[-1, is_fitted].mean(0)  # [D]
+        profiles.append(SimpleNamespace(
+            name=name, num_codes=sizes[k], theta=theta, num_evidence=num_evidence, is_fitted=is_fitted,
+            mean=mean, deviation=theta - mean, gain=stored["gain"][:, k], noise=stored["noise"][k],
+            has_noise_level=options.get("method", "score") == "score", reads_ratings=reads_ratings[k]))
     return profiles
 
 

@@ -75,9 +75,8 @@ def _modes(args, num_items, codes, code_sizes, vectors):
 
 @torch.no_grad()
 def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
-    """{mode of serving: megabytes held, and median and p99 seconds per 10,000 rows by batch size}
-
-    codes int64 [N, P]; vectors [N, C], the profiles themselves. All modes answer the same requests in turn.
+    """codes int64 [N, P], vectors [N, C] (the profiles) -> {mode of serving: megabytes held, median and p99
+    seconds per 10,000 rows by batch size}. All modes answer the same requests in turn.
     """
     modes = _modes(args, num_items, codes, code_sizes, vectors)
     figures = {name: {"megabytes": sum(part.numel() * part.element_size() for part in held) / 2**20}
@@ -97,7 +96,7 @@ def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
 
 
 def serving_table(figures):
-    """Table 6 as text: list of lines"""
+    """Table 6 as a list of lines"""
     columns = ("median_1", "p99_1", "median_10000", "p99_10000")
     lines = [[name, *(f"{row[column]:.4f}" for column in columns),
               f"{row['median_10000'] / figures['DCN']['median_10000']:.2f}", f"{row['megabytes']:.2f}"]
