@@ -211,8 +211,8 @@ def train_group(args, name, run, pairs):
     choices = candidates(args, name)
     trials = [(*pair, choice) for choice in choices for pair in pairs]
     members = [Member(pairs.index((feature, seed)), seed, *choice) for feature, seed, choice in trials]
-    width = build(name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
-                  args.hidden).width
+    num_fields = rows.ids["train"].shape[2] + len(rows.dims)
+    width = build(name, num_fields, args.field_dim, args.layers, args.hidden).width
     stack_size = max(1, min(MAX_NUMBERS // (max(rows.num_rows) * width), 4 * len(pairs)))
     figures, probabilities, chosen, labels = [], [], {}, run.labels["test"]
     for first in range(0, len(members), stack_size):

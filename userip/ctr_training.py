@@ -124,6 +124,7 @@ class Stack:
                         for key in starts[0]})
 
     def set_state(self, state):
+        """Also what derives from it: views of tables and buffers, room for gradients"""
         self.state = state
         self.tables = state["table"].view(-1, 3 * self.width)  # one behind the other [G num_rows, 3 W]
         self.total = torch.zeros_like(self.tables[:, :self.width])  # gradients summed by row
@@ -194,7 +195,8 @@ class Stack:
 @torch.no_grad()
 def train_stack(args, name, members, rows, is_compiled=False):
     """Train side by side with stage 4's options: figures on valid at each one's best epoch, a stack of these
-    weights. Order of rows and dropout are those of a member's seed, whatever is trained beside it.
+    weights. Order of rows and dropout are those of a member's seed, whatever is trained beside it. A member
+    without progress for `--patience` epochs is done, even where compiled companions keep it in the stack.
     """
     options = (name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
                tuple(args.hidden), rows.dims)
@@ -219,8 +221,9 @@ def train_stack(args, name, members, rows, is_compiled=False):
         if is_done.all():
             break
         if is_done[running].any() and not is_compiled:  # a compiled step holds for one G
-            stack.set_state({key: part[~is_done[running]] for key, part in stack.state.items()})
-            running = running[~is_done[running]]
+            goes_on = ~is_done[running]
+            stack.set_state({key: part[torch.from_numpy(goes_on)] for key, part in stack.state.items()})
+            running = running[goes_on]
     stack.set_state(saved)
     return best, stack
 
