@@ -6,11 +6,9 @@ most K - 1), or on the one direction that predicts the labels; the recommendatio
 validation rows decides. A codebook per profile starts at k-means++ and is trained by eq. 5: codebook term,
 commitment term, and the recommendation loss of a surrogate DCN, through the straight-through estimator. A
 user's code is the nearest codeword (eq. 6). In a round of EM (after `02 --prior`), the codewords only move to
-the means of their users. With `02 --folds`, a train row is read with the profile that was inferred without
-its fold. `--apply` codes the new users of `02 --only-users` with the codebook as it is.
+the means of their users. With `02 --folds`, a train row is read with the profile inferred without its fold.
 
-Reads   profiles.pt, interactions.parquet (train rows; valid rows choose directions), users.parquet (truth,
-        for checking only); with --apply new_profiles.pt and codebook.pt instead
+Reads   profiles.pt, interactions.parquet, users.parquet; with --apply new_profiles.pt and codebook.pt instead
 Writes  codebook.pt: per profile name codebook float32 [K, C], transform float32 [D, C], mean float32 [D],
         usage int64 [K] (users with train rows)
         feature_bank.parquet: user, user_id, one int column per profile name; K = no evidence of this user
@@ -36,12 +34,10 @@ from common import DCN, VectorQuantizer, usage_of
 from userip.artifacts import read_artifacts, read_sidecar, write_artifact
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             stage_parser, start_stage)
-from userip.probes import compare_with_truth, describe_codes, probe_demographics
-from userip.profiles import read_profiles, read_rows
+from userip.profiles import compare_with_truth, describe_codes, probe_auc, read_profiles, read_rows
 
 PAPER = {"whiten": False, "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
-RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight": 0.0, "beta": 0.0, "lr": 0.01,
-            "revive": False}
+RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight": 0.0, "beta": 0.0, "lr": 0.01}
 
 
 def parse_args(argv=None):
@@ -53,12 +49,8 @@ def parse_args(argv=None):
                help="codebook size per profile (default: 4 3, further ones 4; 8 if they read ratings)")
     add.method("--whiten", action=argparse.BooleanOptionalAction, default=True,
                help="whiten θ by the noise and keep directions that exceed it, or take θ as it is")
-    add.method("--dims", type=at_least(0), default=0,
-               help="directions kept, C (0: chosen on valid; all that exceed the noise if --rec-weight is 0)")
     add.method("--init", choices=["kmeans", "released"], default="kmeans",
-               help="first codewords: k-means++, or random at 2.5 to 3.3 times the norm of the profiles")
-    add.method("--revive", action=argparse.BooleanOptionalAction, default=True,
-               help="after an epoch, move codewords without a user to random users")
+               help="first codewords: k-means++, later moved to a user if they have none, or random and far")
     add.method("--stability", type=at_least(0), default=1, metavar="R",
                help="quantize again with R other seeds: ARI of the codes between seeds")
     add.training("--epochs", type=at_least(1), default=10, help="passes over the train rows (eq. 5)")
@@ -72,8 +64,6 @@ def parse_args(argv=None):
     changed = changed_options(parser, args, ignored=("run_dir", "apply"))
     if args.apply and changed:
         parser.error(f"--apply uses the codebook as it is: leave out {option_name(changed[0])}")
-    if args.dims and not args.whiten:
-        parser.error("--dims counts directions of whitened profiles: leave it out, or whiten")
     return args
 
 
@@ -83,10 +73,9 @@ def parse_args(argv=None):
 
 
 def whiten(deviation, gain, noise):
-    """Coordinates in which noise has variance 1, sorted by the variance between users.
-
-    deviation θ - mean [N, D], gain [N], noise [D, D] (covariance of gain · deviation, if users did not
-    differ) -> transform [D, R], eigenvalues [R]
+    """Coordinates in which noise has variance 1, sorted by the variance between users: deviation θ - mean
+    [N, D], gain [N], noise [D, D] (covariance of gain · deviation if users were alike) -> transform [D, R],
+    eigenvalues [R]
     """
     values, vectors = torch.linalg.eigh(noise.double())
     kept = values > 1e-6 * values.max()  # smaller ones are float32's rounding
@@ -100,8 +89,7 @@ def first_transform(args, profile, train_rows, valid_rows):
     """The transform [D, C] that training starts from, eigenvalues of the whitened profiles (None if not)
 
     Pure noise of N users in D dimensions stays below (1 + √(D/N))² times its level (Marchenko and Pastur).
-    The level of `02 --method gradient` is unknown, as its few steps go as far as the learning rate says. Most
-    directions are then taken to be noise: their median is its level.
+    `02 --method gradient` does not know the level; as most directions are noise, it is their median.
     """
     deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D]
     print(f"{profile.name}: {len(deviation):,} users with evidence in train rows, {num_codes} codes")
@@ -111,11 +99,11 @@ def first_transform(args, profile, train_rows, valid_rows):
         level = 1.0 if profile.has_noise_level else float(eigenvalues.median())
         edge = level * (1 + math.sqrt(deviation.shape[1] / len(deviation))) ** 2
         num_above = int((eigenvalues > edge).sum())
-        transform = whitened[:, :args.dims or max(1, min(num_above, num_codes - 1))]
+        transform = whitened[:, :max(1, min(num_above, num_codes - 1))]
         leading = " ".join(f"{value:.2f}" for value in eigenvalues[:10])
         print(f"  whitened eigenvalues (noise {level:.3g}, its edge {edge:.3g}): {leading} | "
               f"{num_above} above the edge, {transform.shape[1]} kept")
-        if not args.dims and args.rec_weight and len(valid_rows.user):
+        if args.rec_weight and len(valid_rows.user):
             by_label = label_direction(whitened[:, :16], profile.deviation, train_rows)
             # what ratings say of a user lies in one direction: no choice by few, noisy valid rows
             transform = by_label if profile.reads_ratings else choose_directions(
@@ -125,9 +113,8 @@ def first_transform(args, profile, train_rows, valid_rows):
 
 
 def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
-    """The direction that predicts labels best: transform [D, C] -> [D, 1]; deviation [F + 1, N, D]
-
-    Ridge regression of a train row's label, less the item's mean, on the user's profile, out of fold.
+    """Ridge regression of a train row's label, less the item's mean, on the user's profile, out of fold:
+    transform [D, C], deviation [F + 1, N, D] -> the direction that predicts labels best [D, 1]
     """
     x = (deviation[rows.fold, rows.user] @ transform).double()  # [R, C]
     num_rows, num_likes = (torch.bincount(rows.item, weights, minlength=rows.num_items).double()
@@ -144,11 +131,11 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
     """The candidate, a transform [D, C'], whose codes give the smallest recommendation loss on valid rows
 
     Users may differ most in a direction that says nothing of what they like. The candidates are the first
-    1, 2, … directions of `leading` and by_label [D, 1]. Valid rows are few: all of `leading` are kept unless
+    1, 2, … directions of `leading`, and by_label [D, 1]. Valid rows are few: all of `leading` are kept unless
     another candidate's loss is lower by more than the standard error of the difference.
     """
     candidates = {f"leading {dims}": leading[:, :dims] for dims in range(1, leading.shape[1] + 1)}
-    all_leading = f"leading {leading.shape[1]}"
+    best = all_leading = f"leading {leading.shape[1]}"
     candidates["of the label"], losses = by_label, {}
     for name, transform in candidates.items():
         z = profile.deviation[-1, profile.is_fitted] @ transform  # [N', C']
@@ -157,19 +144,18 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
         codes = nearest_codes(part, profile.deviation, profile.num_evidence)
         losses[name] = np.mean([recommendation_losses(codes, profile.num_codes, train_rows, valid_rows, seed)
                                 for seed in (args.seed, args.seed + 1)], 0)
-    best = min(losses, key=lambda name: losses[name].mean())
-    gain = losses[all_leading] - losses[best]  # [R] of valid
-    if gain.mean() <= gain.std() / math.sqrt(len(gain)):
-        best = all_leading
+    lowest = min(losses, key=lambda name: losses[name].mean())
+    gain = losses[all_leading] - losses[lowest]  # [R] of valid
+    if gain.mean() > gain.std() / math.sqrt(len(gain)):
+        best = lowest
     means = "  ".join(f"{name} {loss.mean():.4f}" for name, loss in losses.items())
     print(f"  recommendation loss on valid by directions kept: {means} | {best}")
     return candidates[best]
 
 
 def recommendation_losses(codes, num_codes, train_rows, valid_rows, seed):
-    """Logloss of each valid row at the best of 15 epochs, of a surrogate that reads item and code: numpy [R]
-
-    codes int64 [F + 1, N]. It is trained on the first 200,000 rows.
+    """codes int64 [F + 1, N] -> logloss of each valid row [R] at the best of 15 epochs of a surrogate, which
+    reads item and code and is trained on the first 200,000 rows
     """
     torch.manual_seed(seed)
     surrogate = Surrogate([num_codes + 1], train_rows.num_items)
@@ -226,8 +212,7 @@ class Quantizer(nn.Module):
 class Surrogate(nn.Module):
     """The recommender that supervises the codes: quantized [B, C] per profile, item [B] -> logits [B].
 
-    The paper does not say how codewords (C wide) become fields (E wide): here by a linear map per profile.
-    There is no user id, from which the model could learn what the codes should hold.
+    A linear map makes a field of a codeword. No user id, which could learn what the codes should hold.
     """
 
     def __init__(self, dims, num_items, field_dim=8):
@@ -235,18 +220,16 @@ class Surrogate(nn.Module):
         self.item = nn.Embedding(num_items, field_dim)
         nn.init.normal_(self.item.weight, std=0.05)
         self.maps = nn.ModuleList(nn.Linear(dim, field_dim) for dim in dims)
-        self.dcn = DCN((len(dims) + 1) * field_dim)
+        self.dcn = DCN(len(dims) + 1, field_dim, dropout=0.2)
 
     def forward(self, quantized, item):
         fields = [to_field(q) for to_field, q in zip(self.maps, quantized)] + [self.item(item)]
-        return self.dcn(torch.cat(fields, 1))  # [B, (P + 1) E]
+        return self.dcn(torch.stack(fields, 1))  # [B, P + 1, E]
 
 
 def nearest_codes(part, theta, num_evidence):
-    """Eq. 6: part of codebook.pt, theta [..., D], num_evidence [...] -> codes [...], K without evidence
-
-    In double precision, so that a user's code does not depend on the other users of the batch.
-    """
+    """Eq. 6: part of codebook.pt, theta [..., D], num_evidence [...] -> codes [...], K without evidence"""
+    # in double precision, so that a user's code does not depend on the other users of the batch
     z = (theta.double() - part["mean"]) @ part["transform"].double()  # [..., C]
     codes = torch.cdist(z, part["codebook"].double()).argmin(-1)
     return torch.where(num_evidence > 0, codes, len(part["codebook"]))
@@ -257,22 +240,11 @@ def nearest_codes(part, theta, num_evidence):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def first_codebook(args, z, num_codes, seed):
-    """Codewords [K, C] to start from: z [N, C]"""
-    if args.init == "kmeans":
-        kmeans = KMeans(num_codes, init="k-means++", n_init=10, random_state=seed).fit(z.numpy())
-        return torch.tensor(kmeans.cluster_centers_, dtype=torch.float32)
-    # as in the released code: far outside, so that the first one taken moves to the mean and wins all users
-    direction = F.normalize(torch.randn(num_codes, z.shape[1]), dim=1)
-    return direction * z.norm(dim=1).mean() * (2.5 + 0.8 * torch.rand(num_codes, 1))
-
-
 def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
     """Minimise eq. 5 on the train rows; deviations [F + 1, N, D] per profile -> losses by epoch
 
     # differs from the paper: θ moves as the image of a shared linear map, and L_LM of eq. 7 is approximated
-    # around its minimum by the squared drift in whitened coordinates. Without it, the commitment term shrinks
-    # all profiles to a point.
+    # by the squared drift in whitened coordinates. Without it, the commitment term shrinks θ to a point.
     """
     optimizer = torch.optim.Adam([*quantizers.parameters(), *surrogate.parameters()], lr=args.lr)
     curve = []
@@ -290,8 +262,10 @@ def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
             optimizer.step()
             sums += len(batch) * torch.stack([vq_loss, rec_loss, drift]).detach()
         curve.append(dict(zip(("vq_loss", "rec_loss", "drift"), (sums / len(rows.user)).tolist())))
-        num_revived = sum(quantizer.revive(deviation[-1][rows.user.unique()])
-                          for quantizer, deviation in zip(quantizers, deviations)) if args.revive else 0
+        num_revived = 0
+        if args.init == "kmeans":
+            num_revived = sum(quantizer.revive(deviation[-1][rows.user.unique()])
+                              for quantizer, deviation in zip(quantizers, deviations))
         if not is_quiet:
             losses = " ".join(f"{name.removesuffix('_loss')} {loss:.4f}" for name, loss in curve[-1].items())
             print(f"epoch {epoch:02d}/{args.epochs} | {losses} | {time.time() - started:.1f}s"
@@ -300,18 +274,21 @@ def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
 
 
 def fit(args, profiles, transforms, rows, seed):
-    """Start codebooks and surrogate by the seed and train them: parts of codebook.pt, losses by epoch
-
-    transforms [D, C] per profile. Epochs are printed for args.seed only.
-    """
+    """Start at transforms [D, C] by the seed and train: a part of codebook.pt per profile, losses by epoch"""
     torch.manual_seed(seed)
     quantizers = nn.ModuleList()
     for profile, transform in zip(profiles, transforms):
-        z = (profile.deviation[-1] @ transform)[profile.is_fitted]
-        quantizers.append(Quantizer(transform, first_codebook(args, z, profile.num_codes, seed), args.beta))
+        z = (profile.deviation[-1] @ transform)[profile.is_fitted]  # [N', C]
+        if args.init == "kmeans":
+            kmeans = KMeans(profile.num_codes, n_init=10, random_state=seed).fit(z.numpy())
+            codebook = torch.tensor(kmeans.cluster_centers_, dtype=torch.float32)
+        else:  # as in the released code: far outside, so that the first one taken wins all users
+            direction = F.normalize(torch.randn(profile.num_codes, z.shape[1]), dim=1)
+            codebook = direction * z.norm(dim=1).mean() * (2.5 + 0.8 * torch.rand(profile.num_codes, 1))
+        quantizers.append(Quantizer(transform, codebook, args.beta))
     surrogate = Surrogate([transform.shape[1] for transform in transforms], rows.num_items)
-    deviations = [profile.deviation for profile in profiles]
-    curve = train(args, quantizers, surrogate, deviations, rows, is_quiet=seed != args.seed)
+    curve = train(args, quantizers, surrogate, [profile.deviation for profile in profiles], rows,
+                  is_quiet=seed != args.seed)
     return [{"codebook": quantizer.vq.codebook.detach(), "mean": profile.mean,
              "transform": quantizer.transform.detach()}
             for quantizer, profile in zip(quantizers, profiles)], curve
@@ -319,7 +296,7 @@ def fit(args, profiles, transforms, rows, seed):
 
 def move_codewords(profile, prior, max_rounds=100):
     """The codebook's step of EM (Algorithm 1): codewords of the prior move to the means of their users, until
-    no user's code changes (Lloyd). The VQ loss of eq. 7 cannot rise. -> part of codebook.pt
+    no code changes (Lloyd). The VQ loss of eq. 7 cannot rise. -> part of codebook.pt
 
     # differs from the paper: after the first round the recommendation loss moves nothing.
     """
@@ -344,7 +321,7 @@ def move_codewords(profile, prior, max_rounds=100):
 
 
 def probe_profiles(args, profiles, users):
-    """MovieLens: do the 32 leading directions of the profiles predict gender and age? -> sidecar facts"""
+    """MovieLens: AUC with which the 32 leading directions predict gender and age -> sidecar facts"""
     if not {"gender", "age"} <= set(users):
         return {}
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
@@ -353,7 +330,12 @@ def probe_profiles(args, profiles, users):
         features.append(theta - theta.mean(0))
         if args.whiten:
             features[-1] @= whiten(features[-1], profile.gain[is_probed], profile.noise)[0][:, :32]
-    return probe_demographics(torch.cat(features, 1).numpy(), users[is_probed.numpy()])
+    features, users = torch.cat(features, 1).numpy(), users[is_probed.numpy()]
+    labels = {"gender": users["gender"] == "M", "age_over_30": pd.to_numeric(users["age"], "coerce") > 30}
+    facts = {f"probe_{name}": probe_auc(features, label.to_numpy()) for name, label in labels.items()}
+    print("probe (logistic regression on the profiles, 5 folds): "
+          + "  ".join(f"{name.removeprefix('probe_')} AUC {value:.3f}" for name, value in facts.items()))
+    return facts
 
 
 def apply(args):
@@ -401,8 +383,8 @@ def main(args):
     facts |= compare_with_truth(bank, stored["names"], users, bayes_ari)
     facts |= probe_profiles(args, profiles, users)
 
-    facts |= {"names": stored["names"], "codes": args.codes, "users": len(bank)}
-    facts["seconds"] = time.time() - started
+    facts |= {"names": stored["names"], "codes": args.codes, "users": len(bank),
+              "seconds": time.time() - started}
     inputs, has_folds = ["profiles.pt", "interactions.parquet"], "fold" in stored
     write_artifact(args, "codebook.pt", codebook, inputs, **facts)
     inputs.append("codebook.pt")

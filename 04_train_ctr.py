@@ -1,24 +1,18 @@
 """Stage 4 of 5: train click models with and without the codes, and report whether the codes help.
 
 Every model reads user id and item id (features `none`), and more sparse fields where asked: the `codes` of
-the feature bank (eq. 8; with codes inferred in folds, a train row reads those that have not seen it),
-`random` (the same codes dealt to users at random: more parameters, no information), and on planted data the
-`truth` (the upper bound). More controls: `cf` (k-means of the users' SVD factors), `leniency` (quartile of
-how generously the user rates, out of fold), `dense` (the profiles themselves, without VQ: table 3). With
---id-dropout cold users meet a trained unknown id. Adam minimises binary cross-entropy (eq. 9); training stops
-early on valid logloss, the weights of the best epoch are restored, test is scored once. Seeds and controls of
-a model train side by side (userip/ctr_training.py). With --splits, stages 1 to 3 run again for each further
-split, into RUN_DIR/split-SEED. With --tune, learning rate, penalty and start are chosen on valid from a grid,
-for each model and feature set alike. A gain counts only against `random`. A killed run continues.
+the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the same codes dealt to users at
+random, the control against which a gain counts; and more controls: `cf` (k-means of the users' SVD factors),
+`leniency` (quartile of the user's mean residual rating, out of fold), `dense` (profiles not quantized: table
+3). Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's
+weights are restored, test is scored once. Seeds and controls of a model train side by side. With --splits,
+stages 1 to 3 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
 Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds train_codes.parquet; with
-        `dense` profiles.pt, codebook.pt; with --bench profiles.pt; for further splits and codebook sizes all
-        that stages 1 to 3 wrote, with their options
+        `dense` profiles.pt, codebook.pt; with --bench profiles.pt
 Writes  results.parquet: the base rate's row, and one per (model, features, split seed, seed): rows (of
-        train), auc, logloss, calibration error, auc by how much history the user has, valid figures, what was
-        chosen, options
-        results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6; seconds of
-        training are in the sidecars
+        train), auc, logloss, calibration error, valid figures, what was chosen, options
+        results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
         finished.jsonl: every row that was finished here with this code; none is trained twice
         with --codebook-sizes figure5.png, figure6.png (AUC and logloss by K)
 
@@ -47,8 +41,7 @@ from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
 from userip.features import cf_codes, dense_fields, leniency_codes, profile_vectors, random_codes
-from userip.finished import FinishedRows, code_digests
-from userip.further_runs import check_further_runs, further_run
+from userip.further_runs import FinishedRows, check_further_runs, code_digests, further_run
 from userip.options import at_least, option_name, options_text, parse_with_presets, stage_parser, start_stage
 from userip.serving import serving_figures, serving_table
 
@@ -64,7 +57,6 @@ FEATURES = {
     "cf": "ids and k-means codes of the users' SVD factors, without a LLM",
     "leniency": "ids and the quartile of how generously the user rates, without a LLM",
     "dense": "ids and the profiles themselves, not quantized (UserIP w.o. VQ)"}
-DRAWN = ("random", "cf", "leniency")  # these differ from seed to seed
 FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
 
@@ -79,27 +71,23 @@ def parse_args(argv=None):
     add.method("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], metavar="MODEL",
                help=f"of {' '.join(MODELS)} (default: dcn pnn onn dcnv2)")
     add.method("--field-dim", type=at_least(1), default=8, help="width of a field's embedding, E")
-    add.method("--layers", type=at_least(1), default=3,
-               help="cross layers (DCN, DCNv2), attention layers (AutoInt)")
+    add.method("--layers", type=at_least(1), default=3, help="cross layers or attention layers, if any")
     add.method("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of an MLP, if any")
     add.method("--dropout", type=at_least(0, float), default=0.2, help="in the MLP, in AFM's attention")
-    add.method("--id-dropout", type=at_least(0, float), default=0.0,
-               help="share of train rows that read the unknown user id, drawn in each step")
+    add.method("--id-dropout", type=at_least(0, float), default=0.0, help="share of rows of unknown user id")
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds")
     add.training("--seeds", type=at_least(1), default=5, help="seeds of start, batches, dropout, drawn codes")
     add.training("--lr", type=at_least(0, float), default=0.005, help="learning rate of Adam")
     add.training("--weight-decay", type=at_least(0, float),
                  help="L2 penalty of the embeddings (default: 3e-3; FFM, AFM and FiBiNET 1e-4)")
-    add.training("--start", type=at_least(0, float), default=0.5,
-                 help="standard deviation of the first embeddings of ids that many rows have")
+    add.training("--start", type=at_least(0, float), default=0.5, help="deviation of first embeddings")
     add.training("--batch-size", type=at_least(1), default=512, help="rows per step")
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add.training("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress")
     grid = "; ".join(f"{option_name(key)} {' or '.join(map(str, GRID[key]))}" for key in GRID)
     add.training("--tune", action="store_true",
                  help=f"choose on valid, for each model and feature set: {grid} (decay: of the model's own)")
-    add.machine("--compile", action="store_true",
-                help="compile each model's step (10 s and a C++ compiler each; pays on larger data)")
+    add.machine("--compile", action="store_true", help="compile each model's step (10 s; for large data)")
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
     for name in ("dropout", "id_dropout"):
@@ -130,11 +118,8 @@ def check_features(args):
 
 
 def read_run(run_dir, features):
-    """What models read and predict in one run, from checked artifacts, as a namespace.
-
-    split: interactions by name, with their labels int8 [n]; codes int64 [N, P] of code_sizes, and with folds
-    train_codes [n, P], those that have not seen the train row; history [N]: train rows per user; for `dense`
-    vectors and fold (see dense_fields).
+    """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
+    [N, P], with folds train_codes [n, P], history [N] (train rows per user), for `dense` vectors and fold
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
@@ -160,17 +145,15 @@ def read_run(run_dir, features):
         users=users, names=names, codes=codes, train_codes=train_codes, code_sizes=bank["codes"],
         vectors=profile_vectors(profiles, tables["codebook.pt"], names) if profiles else [],
         fold=profiles.get("fold"), num_items=int(interactions["item"].max()) + 1,
-        history=split["train"]["user"].value_counts().reindex(range(len(users)), fill_value=0).to_numpy(),
+        history=np.bincount(split["train"]["user"], minlength=len(users)),
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
 
 
 def sparse_fields(feature, run, seed):
-    """The ids of a feature set beside user and item: {split: int64 [n, P']}, and how many each field has.
-
-    All but leniency are functions of the user.
-    """
+    """The ids of a feature set beside user and item: {split: int64 [n, P']}, and how many each field has."""
     if feature == "leniency":
         return leniency_codes(run.split, seed), [5]
+    # the others are functions of the user
     codes, sizes = run.codes, [size + 1 for size in run.code_sizes]  # eq. 8; the last code is "unknown"
     if feature == "random":
         codes = random_codes(run.codes, seed)
@@ -188,18 +171,14 @@ def sparse_fields(feature, run, seed):
 
 
 def read_rows(args, run, pairs):
-    """Pairs (feature set, seed) of one shape, F fields -> Rows, and the index of each pair's fields in it"""
-    keys = {pair: pair if pair[0] in DRAWN else (pair[0], 0) for pair in pairs}
-    distinct = list(dict.fromkeys(keys.values()))
+    """Pairs (feature set, seed) of one shape, F fields -> Rows, with a set of fields for each"""
     split = {name: run.split[name] for name in run.labels}
     tables = [table_rows(split, *sparse_fields(feature, run, seed), run.history > 0, run.num_items,
-                         bool(args.id_dropout)) for feature, seed in distinct]
+                         bool(args.id_dropout)) for feature, seed in pairs]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = {name: torch.stack([ids[name] for ids, _, _ in tables]).to(device) for name in split}
-    rows = Rows(ids, run.labels, [num_rows for _, num_rows, _ in tables], unknown=tables[0][2])
-    if distinct[0][0] == "dense":
-        rows = rows._replace(**dense_fields(run, device))
-    return rows, {pair: distinct.index(key) for pair, key in keys.items()}
+    dense = dense_fields(run, device) if pairs[0][0] == "dense" else {}
+    return Rows(ids, run.labels, [num_rows for _, num_rows, _ in tables], unknown=tables[0][2], **dense)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -225,60 +204,43 @@ def same_shape(features, num_profiles):
 def train_group(args, name, run, pairs):
     """Train a model with pairs (feature set, seed) of one shape, all candidates -> {pair: figures}.
 
-    With --tune the candidate of the best mean valid logloss over the seeds is chosen; test labels are read
-    for the chosen one only.
+    The candidate of the best mean valid logloss over the seeds is chosen; test labels are read for it only.
     """
-    rows, fields = read_rows(args, run, pairs)
+    rows = read_rows(args, run, pairs)
     # candidates of one learning rate stop at about the same epoch, so few members wait for the last
-    trials = [(feature, seed, *candidate) for candidate in candidates(args, name) for feature, seed in pairs]
-    members = [Member(fields[feature, seed], seed, *candidate) for feature, seed, *candidate in trials]
-    width = build(name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
-                  args.hidden).width
+    choices = candidates(args, name)
+    trials = [(*pair, choice) for choice in choices for pair in pairs]
+    members = [Member(pairs.index((feature, seed)), seed, *choice) for feature, seed, choice in trials]
+    num_fields = rows.ids["train"].shape[2] + len(rows.dims)
+    width = build(name, num_fields, args.field_dim, args.layers, args.hidden).width
     stack_size = max(1, min(MAX_NUMBERS // (max(rows.num_rows) * width), 4 * len(pairs)))
-    best, probabilities = [], []
+    figures, probabilities, chosen, labels = [], [], {}, run.labels["test"]
     for first in range(0, len(members), stack_size):
-        figures, stack = train_stack(args, name, members[first:first + stack_size], rows, args.compile)
-        best += figures
+        best, stack = train_stack(args, name, members[first:first + stack_size], rows, args.compile)
+        figures += best
         probabilities += list(stack.predict(rows, "test"))
-    table = pd.DataFrame(trials, columns=["features", "seed", *CHOICES]).join(pd.DataFrame(best))
-    chosen = {}
-    for feature, part in table.groupby("features", sort=False):
-        mean = part.groupby(list(CHOICES))["valid_logloss"].mean()
-        if not np.isfinite(mean.min()):
-            rates = " or ".join(f"{lr:g}" for lr in part["lr"].unique())
+    trained = dict(zip(trials, zip(figures, probabilities)))
+    for feature in dict.fromkeys(feature for feature, _ in pairs):
+        seeds = [seed for other, seed in pairs if other == feature]
+        losses = [np.mean([trained[feature, seed, choice][0]["valid_logloss"] for seed in seeds])
+                  for choice in choices]
+        if not np.isfinite(min(losses)):
+            rates = " or ".join(f"{lr:g}" for lr in dict.fromkeys(lr for lr, *_ in choices))
             fail(f"{name} with {feature} diverged: no finite logloss on valid with --lr {rates}; lower it")
-        is_chosen = (part[list(CHOICES)] == np.array(mean.idxmin())).all(axis=1)
-        for index, row in part[is_chosen].iterrows():
-            figures = row.drop(["features", "seed"]).to_dict()
-            chosen[feature, row["seed"]] = figures | score(run, probabilities[index])
+        choice = choices[np.argmin(losses)]
+        for seed in seeds:
+            on_valid, predicted = trained[feature, seed, choice]
+            chosen[feature, seed] = dict(zip(CHOICES, choice)) | on_valid | {
+                "auc": roc_auc_score(labels, predicted), "logloss": logloss(labels, predicted),
+                "calibration_error": calibration_error(labels, predicted)}
     return chosen
-
-
-def history_groups(run):
-    """Test rows by how many train rows the user has: none, or a third each: dict of bool [n]"""
-    history = run.history[run.split["test"]["user"]]
-    warm = history[history > 0]
-    low, high = np.quantile(warm, [1 / 3, 2 / 3]) if len(warm) else (0, 0)
-    return {"cold": history == 0, "short": (history > 0) & (history <= low),
-            "middle": (history > low) & (history <= high), "long": history > high}
 
 
 def calibration_error(labels, probabilities, num_bins=10):
     """Expected calibration error: mean of |mean probability - share of clicks| over bins of equal size."""
-    order = np.argsort(probabilities, kind="stable")
-    bins = [part for part in np.array_split(order, num_bins) if len(part)]
-    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in bins]
+    bins = np.array_split(np.argsort(probabilities, kind="stable"), num_bins)
+    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in bins if len(part)]
     return float(sum(gaps) / len(labels))
-
-
-def score(run, probabilities):
-    """Figures on test: AUC, logloss, calibration error; AUC by history, nan where a group has one label."""
-    labels, group_auc = run.labels["test"], {}
-    for group, mask in history_groups(run).items():
-        is_defined = len(np.unique(labels[mask])) > 1
-        group_auc[f"auc_{group}"] = roc_auc_score(labels[mask], probabilities[mask]) if is_defined else np.nan
-    return {"auc": roc_auc_score(labels, probabilities), "logloss": logloss(labels, probabilities),
-            "calibration_error": calibration_error(labels, probabilities), **group_auc}
 
 
 def row_key(args, run, model, feature, seed):
@@ -313,7 +275,7 @@ def train_run(args, run, models, features, seeds):
             started = time.time()
             chosen = train_group(args, model, run, missing)
             seconds = {"seconds": (time.time() - started) / len(missing)}
-            finished.append({keys[pair]: {"model": model, "features": pair[0], **facts, "seed": pair[1]}
+            finished.add({keys[pair]: {"model": model, "features": pair[0], **facts, "seed": pair[1]}
                              | figures | seconds for pair, figures in chosen.items()})
         for pair, key in keys.items():
             row = finished[key]

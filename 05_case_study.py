@@ -1,21 +1,18 @@
 """Stage 5 of 5: report in one page what was inferred, how far it can be trusted, and whether it helped.
 
-Code cards: the categories, brands, title words and prices that the users of a code have more often than all
-others, how they rate, and what is known of them. For a few users: their items, codes, the words of their
-profiles (table 5 of the paper) beside those of another user as a control, and what a click model recommends
-without and with codes. There are two methods for words: the vocabulary's nearest to θ_u - θ̄, and a lens, the
-words that the LLM expects more after "This user's hobby is" θ_u than after θ̄. Over many users: do the own
-words occur in a user's held-out items more often than the control's? Attention (figure 7 of the paper): how
-much the words of "The user likes …" attend to the soft token, before and after tuning. Items shown as read
-by the models are of train rows; held-out rows are valid ones, never test.
+Code cards: what the users of a code have more often than all others. For a few users: their items, codes, the
+words of their profiles (table 5 of the paper) beside those of another user as a control, and what a click
+model recommends without and with codes. Words are the vocabulary's nearest to θ_u - θ̄, and by a lens those
+that the LLM expects more after "This user's hobby is" θ_u than after θ̄; are the own words found in held-out
+items more often than the control's? Attention (figure 7): how much the words of "The user likes …" attend to
+the soft token, before and after tuning. Held-out rows are valid ones, never test.
 
 Reads   all artifacts of the run, and the LLM
-Writes  report.html: one file with its pictures inside, opens without a network
-        report/: each picture as PNG, its data as csv
+Writes  report.html, one file with its pictures inside; report/: each picture as PNG, its data as csv
         with --user ID: report/user-N.html and report/user-N/ instead, and the page as text on the screen
 
 Example: python 05_case_study.py        (15 seconds)
-  wrote runs/demo/report.html: 4 users, 7 codes, 9 pictures
+  wrote runs/demo/report.html: 4 users, 7 codes, 6 pictures
 """
 
 import argparse
@@ -27,15 +24,14 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
-from userip.code_cards import WORD, agreement, code_cards, observe
+from userip.code_cards import WORD, agreement, code_cards, user_facts
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
-from userip.page import Section, mean_with_interval, page, sections_as_html, sections_as_text
-from userip.pictures import draw_attention, draw_curves, draw_maps, draw_mask, draw_usage
-from userip.report import read_curves, report_page
+from userip.report import draw_attention, draw_maps, mean_with_interval, page, report_page, tables_as_html
 
 
 def parse_args(argv=None):
@@ -45,8 +41,6 @@ def parse_args(argv=None):
     add.data("--seed", type=at_least(0), default=0, help="seed of the choice of users and of the controls")
     add.method("--num-words", type=at_least(1), default=6, help="words shown per profile and per code")
     add.method("--num-scored", type=at_least(2), default=1000, help="users over whom scores are computed")
-    add.method("--layers", type=at_least(0), nargs="+", help="layers of attention averaged (default: all)")
-    add.method("--heads", type=at_least(0), nargs="+", help="heads of attention averaged (default: all)")
     add.method("--num-items", type=at_least(1), default=5, help="items recommended to each user shown")
     return parser.parse_args(argv)
 
@@ -57,7 +51,7 @@ def parse_args(argv=None):
 
 
 def read_run(args):
-    """The artifacts of the run, checked: data frames, sidecars, profiles [N, P, D] and z, codes [N, P]"""
+    """The artifacts of the run, checked: data frames, sidecars, profiles [N, P, S D], codes [N, P]"""
     inputs = ["interactions.parquet", "items.parquet", "users.parquet", "profiles.pt", "codebook.pt",
               "feature_bank.parquet", "results.parquet", "results.md"]
     interactions, items, users, stored, codebook, bank, results, text = read_artifacts(args, *inputs)
@@ -69,44 +63,25 @@ def read_run(args):
         stored |= {key: stored[key][-1] for key in ("profiles", "num_evidence")}
         inputs.append("train_codes.parquet")
         train_codes = read_artifacts(args, "train_codes.parquet")[0][names].to_numpy(dtype=np.int64)
-    z = [(stored["profiles"][:, k] - codebook[name]["mean"]) @ codebook[name]["transform"]  # [N, C]
-         for k, name in enumerate(names)]
     return SimpleNamespace(
-        inputs=inputs, sidecars=sidecars, items=items, users=users, split=split, stored=stored, names=names,
-        profiles=stored["profiles"], has_evidence=stored["num_evidence"] > 0, codebook=codebook, codes=codes,
-        train_codes=train_codes, sizes=sidecars["feature_bank.parquet"]["codes"], results=results,
-        results_text=text, user_ids=bank["user_id"].astype(str), run_dir=Path(args.run_dir), z=z,
-        observations=observe(items, users, split["train"]))
+        inputs=inputs, sidecars=sidecars, items=items, users=users, user_facts=user_facts(users), split=split,
+        stored=stored, names=names, profiles=stored["profiles"], has_evidence=stored["num_evidence"] > 0,
+        codebook=codebook, codes=codes, train_codes=train_codes, results=results, results_text=text,
+        sizes=sidecars["feature_bank.parquet"]["codes"], user_ids=bank["user_id"].astype(str))
 
 
 def choose_users(args, run):
     """Users shown, and users measured: these and more. The control of each is the one before (cyclic)"""
-    candidates = np.flatnonzero(run.stored["has_evidence"])
-    rng, num_scored = np.random.default_rng(args.seed), args.num_scored
+    candidates, rng = np.flatnonzero(run.stored["has_evidence"]), np.random.default_rng(args.seed)
     if args.user is None:
         chosen = np.sort(rng.choice(candidates, min(args.num_users, len(candidates)), replace=False))
+        num_more = max(0, args.num_scored - len(chosen))
     else:
-        chosen = np.flatnonzero(run.user_ids == args.user)
+        chosen, num_more = np.flatnonzero(run.user_ids == args.user), 1
         if not len(chosen):
             fail(f"--user {args.user}: there is no such user; for example {run.user_ids[0]}")
-        num_scored = 2  # the user and a control
     rest = np.setdiff1d(candidates, chosen)
-    num_more = min(len(rest), max(0, num_scored - len(chosen)))
-    return chosen, np.concatenate([chosen, rng.choice(rest, num_more, replace=False)])
-
-
-def load_eager_llm(args, run):
-    """The LLM of the profiles, with the eager implementation, the only one that returns attention weights"""
-    llm = run.stored["llm"]
-    if llm == "tiny" and tiny_stamp(args.run_dir) != run.stored["tiny_llm"]:
-        fail(f"{args.run_dir}/tiny_llm is not the LLM that profiles.pt was inferred with: run `python "
-             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
-    model, tokenizer = load_llm(args, llm, attn_implementation="eager")
-    config = model.config
-    for option, number in (("layers", config.num_hidden_layers), ("heads", config.num_attention_heads)):
-        if max(getattr(args, option) or [0]) >= number:
-            fail(f"--{option} {max(getattr(args, option))}: this LLM has {number}, counted from 0")
-    return model, tokenizer
+    return chosen, np.concatenate([chosen, rng.choice(rest, min(len(rest), num_more), replace=False)])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -127,19 +102,21 @@ def nearest_scores(deviation, embeddings):
     return F.normalize(deviation, dim=1) @ F.normalize(embeddings - embeddings.mean(0), dim=1).T
 
 
+def name_and_soft(model, prefix, soft):
+    """Embeddings of a name text, token ids `prefix` [L], and θ behind it: soft [B, S D] -> [B, L + S, D]"""
+    name = model.get_input_embeddings()(torch.tensor(prefix)).expand(len(soft), -1, -1)  # [B, L, D]
+    return torch.cat([name, soft.unflatten(1, (-1, name.shape[2])).to(name.dtype)], 1)
+
+
 @torch.no_grad()
 def lens_scores(model, ids, prefix, soft, shared, batch_size=256):
-    """How much more the LLM expects each word after a name text and θ_u than after the mean θ: [B, W]
+    """How much the log-probability of each word is higher after θ_u than after the mean θ: [B, W]
 
-    Difference of log-probabilities. ids [W]: the words; prefix: token ids of "This user's hobby is";
-    soft [B, S D], shared [S D].
+    ids [W]: the words; prefix: token ids of "This user's hobby is"; soft [B, S D], shared [S D].
     """
-    embed = model.get_input_embeddings()
-    before = embed(torch.tensor(prefix))[None]  # [1, L, D]
 
     def log_probability(theta):
-        theta = theta.unflatten(1, (-1, before.shape[2])).to(before.dtype)  # [b, S, D]
-        inputs = torch.cat([before.expand(len(theta), -1, -1), theta], 1)
+        inputs = name_and_soft(model, prefix, theta)
         logits = model(inputs_embeds=inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
         return logits.float().log_softmax(1)[:, ids]
 
@@ -148,63 +125,40 @@ def lens_scores(model, ids, prefix, soft, shared, batch_size=256):
 
 
 def words_of_profiles(args, run, model, tokenizer, users):
-    """{method: per profile, a list of words for each of the users}"""
+    """{(profile, method): a list of words for each of the users}"""
     ids, words = vocabulary_words(tokenizer)
     embeddings = model.get_input_embeddings().weight[ids].float()
-    result = {"nearest": [], "lens": []}
-    for k in range(len(run.names)):
+    result = {}
+    for k, name in enumerate(run.names):
         soft, shared = run.profiles[users, k], run.profiles[run.has_evidence[:, k], k].mean(0)
         deviation = (soft - shared).unflatten(1, (-1, embeddings.shape[1])).mean(1)  # of the S soft tokens
         prefix = tokenizer(run.stored["texts"][k]).input_ids
-        scores = {"nearest": nearest_scores(deviation, embeddings),
-                  "lens": lens_scores(model, ids, prefix, soft, shared)}
-        for method, score in scores.items():
+        for method, score in (("nearest", nearest_scores(deviation, embeddings)),
+                              ("lens", lens_scores(model, ids, prefix, soft, shared))):
             best = score.topk(min(args.num_words, len(words)), dim=1).indices.tolist()
-            result[method].append([[words[index] for index in row] for row in best])
+            result[name, method] = [[words[index] for index in row] for row in best]
     return result
 
 
-def held_out_wins(own, control, texts):
-    """Do a user's own words occur in their held-out items more often than the control's words?
+def held_out_wins(words, texts):
+    """Do a user's words occur in their held-out items more often than those of the control, the user before?
 
-    own, control: a list of words per user; texts: the words of their held-out items, a set per user. -> for
-    each user with held-out items 1 (own), 0 (control) or 0.5 (a tie). The mean is an AUC: 0.5 is chance.
+    words: a list per user; texts: the words of their held-out items, a set per user. -> for each user with
+    held-out items 1 (more often), 0 or 0.5 (a tie). The mean is an AUC: 0.5 is chance.
     """
-    wins = []
-    for own_words, control_words, text in zip(own, control, texts):
-        if text:
-            hits = [sum(word.lower() in text for word in words) for words in (own_words, control_words)]
-            wins.append(0.5 + 0.5 * np.sign(hits[0] - hits[1]))
-    return np.array(wins)
-
-
-def words_in_items(items, rows):
-    """{user: the set of words in titles, categories and brands of the items of their rows}"""
-    texts = items["title"].fillna("") + " " + items["category"].fillna("") + " " + items["brand"].fillna("")
-    words = texts.str.lower().str.findall(WORD)
-    return {user: set().union(*words.iloc[index]) for user, index in rows.groupby("user")["item"]}
+    hits = lambda index, text: sum(word.lower() in text for word in words[index])
+    return np.array([0.5 + 0.5 * np.sign(hits(index, text) - hits(index - 1, text))
+                     for index, text in enumerate(texts) if text])
 
 
 def score_words(run, words, scored):
     """held_out_wins of each profile and method: rows of (profile, method, AUC with interval, users)"""
-    held_out = words_in_items(run.items, run.split["valid"])
-    texts = [held_out.get(user, set()) for user in scored]
-    rows = []
-    for k, name in enumerate(run.names):
-        for method, by_profile in words.items():
-            own = by_profile[k]
-            wins = held_out_wins(own, [own[-1], *own[:-1]], texts)
-            rows.append((name, method, mean_with_interval(wins, ".3f"), f"{len(wins):,}"))
-    return rows
-
-
-def words_section(run, words, scored, index):
-    """The words of user scored[index] beside those of their control, the user before"""
-    rows = [(name, method, ", ".join(by_profile[k][index]), ", ".join(by_profile[k][index - 1]))
-            for k, name in enumerate(run.names) for method, by_profile in words.items()
-            if run.has_evidence[scored[index], k]]
-    control = f"control: those of user {run.user_ids[scored[index - 1]]}"
-    return Section("Words of the profiles", ("profile", "method", "words", control), rows)
+    columns = run.items[["title", "category", "brand"]].fillna("")
+    item_words = columns.agg(" ".join, axis=1).str.lower().str.findall(WORD)
+    held_out = run.split["valid"].groupby("user")["item"]
+    texts = {user: set().union(*item_words.iloc[index]) for user, index in held_out}
+    wins = {key: held_out_wins(own, [texts.get(user) for user in scored]) for key, own in words.items()}
+    return [(*key, mean_with_interval(values, ".3f"), f"{len(values):,}") for key, values in wins.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -213,25 +167,21 @@ def words_section(run, words, scored, index):
 
 
 @torch.no_grad()
-def attention_to_soft(model, prefix, soft, text, layers=None, heads=None):
+def attention_to_soft(model, prefix, soft, text):
     """Attention that each token of a text [B, T] pays to the soft tokens before it: soft [B, S D] -> [B, T]
 
-    The LLM reads name text, θ, text. The weights are averaged over layers and heads (default: all) and summed
-    over the S soft tokens.
+    The LLM reads name text, θ, text. Mean over layers and heads, sum over the S soft tokens.
     """
-    embed = model.get_input_embeddings()
-    before, after = embed(torch.tensor(prefix)).expand(len(soft), -1, -1), embed(text)
-    theta = soft.unflatten(1, (-1, before.shape[2])).to(before.dtype)  # [B, S, D]
-    attentions = model(inputs_embeds=torch.cat([before, theta, after], 1), use_cache=False,
-                       output_attentions=True).attentions  # by layer: [B, heads, Q, K]
-    chosen = torch.stack([attentions[layer] for layer in layers or range(len(attentions))], 1)
-    chosen = chosen[:, :, heads or slice(None)].float().mean((1, 2))  # [B, Q, K]
-    first, last = before.shape[1], before.shape[1] + theta.shape[1]
-    return chosen[:, last:, first:last].sum(2)
+    before = name_and_soft(model, prefix, soft)
+    inputs = torch.cat([before, model.get_input_embeddings()(text)], 1)
+    attentions = model(inputs_embeds=inputs, use_cache=False, output_attentions=True).attentions
+    weights = torch.stack(attentions, 1).float().mean((1, 2))  # [B, layers, heads, Q, K] -> [B, Q, K]
+    num_read = before.shape[1]
+    return weights[:, num_read:, len(prefix):num_read].sum(2)
 
 
 def sentences_of(profile, rows, items, num_content=3):
-    """The sentence of figure 7 for each user, by train rows: {user: (noise words, content words)}
+    """The sentences of figure 7, by train rows: the noise words of all, {user: content words}
 
     First profile: "The user likes" and the most frequent words of their items' titles and categories. Other
     profiles, if there are prices: "The spending level of this user is" low, medium or high.
@@ -240,41 +190,36 @@ def sentences_of(profile, rows, items, num_content=3):
     if profile and price.notna().any():
         median = price.groupby(rows["user"]).median().dropna()
         level = np.searchsorted(median.quantile([1 / 3, 2 / 3]), median)
-        return {user: ("The spending level of this user is".split(), [("low", "medium", "high")[third]])
-                for user, third in zip(median.index, level)}
-    words, result = (items["category"].fillna("") + " " + items["title"]).str.findall(WORD), {}
+        content = {user: [("low", "medium", "high")[third]] for user, third in zip(median.index, level)}
+        return "The spending level of this user is".split(), content
+    words, content = (items["category"].fillna("") + " " + items["title"]).str.findall(WORD), {}
     for user, index in rows.groupby("user")["item"]:
-        counts = words.iloc[index].explode().dropna().value_counts(sort=False)
+        counts = words.iloc[index].explode().value_counts(sort=False)
         if len(counts):
-            result[user] = "The user likes".split(), list(counts.nlargest(num_content).index)
+            content[user] = list(counts.nlargest(num_content).index)
+    return "The user likes".split(), content
+
+
+def attention_by_word(model, tokenizer, prefix, soft, sentences, batch_size=64):
+    """Attention of the words of B sentences (mean of their tokens) to soft [B, S D]: B arrays [words]"""
+    ids = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+           for words in sentences]
+    # pads change nothing before them: attention is causal
+    text = pad_sequence([torch.tensor(sum(row, [])) for row in ids], batch_first=True)  # [B, T]
+    weights = torch.cat([attention_to_soft(model, prefix, *part)
+                         for part in zip(soft.split(batch_size), text.split(batch_size))])
+    result = []
+    for row, words in zip(weights, ids):
+        lengths = list(map(len, words))
+        result.append(np.array([float(part.mean()) for part in row[:sum(lengths)].split(lengths)]))
     return result
 
 
-def attention_by_word(args, model, tokenizer, prefix, soft, sentences, batch_size=64):
-    """Attention of each user's sentence to their soft tokens [B, S D]: per user (words, is_content, weights)
-
-    A word's weight is the mean of its tokens'. Seven parameters: what attention_to_soft needs, and texts.
-    """
-    words = [noise + content for noise, content in sentences]
-    ids = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in row] for row in words]
-    tokens = [sum(row, []) for row in ids]
-    lengths = torch.tensor(list(map(len, tokens)))
-    result = [None] * len(ids)
-    for length in lengths.unique():  # sentences of one length need no padding
-        for users in (lengths == length).nonzero()[:, 0].split(batch_size):
-            text = torch.tensor([tokens[user] for user in users])
-            weights = attention_to_soft(model, prefix, soft[users], text, args.layers, args.heads)
-            for user, row in zip(users.tolist(), weights):
-                parts = row.split(list(map(len, ids[user])))
-                is_content = np.arange(len(parts)) >= len(sentences[user][0])
-                result[user] = words[user], is_content, np.array([float(part.mean()) for part in parts])
-    return result
-
-
-def content_share(attention):
-    """Share of the attention that content words pay, mean over words within each kind: [users]"""
-    return np.array([weights[is_content].mean() / (weights[is_content].mean() + weights[~is_content].mean())
-                     for _, is_content, weights in attention])
+def content_share(attention, num_noise):
+    """Share that the words behind the noise words pay, mean over words within each kind: [users]"""
+    content = np.array([weights[num_noise:].mean() for weights in attention])
+    noise = np.array([weights[:num_noise].mean() for weights in attention])
+    return content / (content + noise)
 
 
 def measure_attention(args, folder, run, model, tokenizer, scored):
@@ -287,19 +232,19 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
     pictures, rows = [], []
     num_shown = 1 if args.user else args.num_users
     for k, name in enumerate(run.names):
-        sentences = sentences_of(k, run.split["train"], run.items)
-        users = [*scored[:num_shown], *np.sort(scored[num_shown:])]
-        users = [user for user in users if user in sentences]
+        noise, content = sentences_of(k, run.split["train"], run.items)
+        users = [user for user in [*scored[:num_shown], *np.sort(scored[num_shown:])] if user in content]
         if not users:
             continue
+        sentences = [noise + content[user] for user in users]
         soft, prefix = run.profiles[users, k], tokenizer(run.stored["texts"][k]).input_ids
         start = scale * torch.randn(soft.shape, generator=generator)
-        before, after = (attention_by_word(args, model, tokenizer, prefix, theta,
-                                           [sentences[user] for user in users]) for theta in (start, soft))
-        pictures.append(draw_attention(folder, name, before[:num_shown], after[:num_shown]))
-        shares = content_share(before), content_share(after)
-        rows.append((name, *(mean_with_interval(share, ".3f") for share in shares),
-                     mean_with_interval(shares[1] - shares[0], "+.4f"), f"{len(users):,}"))
+        attention = {when: attention_by_word(model, tokenizer, prefix, theta, sentences)
+                     for when, theta in (("before", start), ("after", soft))}
+        pictures.append(draw_attention(folder, name, len(noise), sentences[:num_shown], attention))
+        before, after = (content_share(weights, len(noise)) for weights in attention.values())
+        rows.append((name, mean_with_interval(before, ".3f"), mean_with_interval(after, ".3f"),
+                     mean_with_interval(after - before, "+.4f"), f"{len(users):,}"))
     return pictures, rows
 
 
@@ -309,7 +254,7 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
 
 
 def click_scores(run, users):
-    """Click probability of every item for the users, without codes and with them: {features: [B, M]}
+    """Click probability of every item for the users: {"without codes": [B, M], "with codes": [B, M]}
 
     By the first model of stage 4's table, trained once more with the options of its first row: stage 4 keeps
     figures, not weights.
@@ -320,7 +265,8 @@ def click_scores(run, users):
     asked = pd.DataFrame({"user": np.repeat(users, num_items),
                           "item": np.tile(np.arange(num_items), len(users))})
     split = {"train": run.split["train"], "valid": run.split["valid"], "asked": asked}
-    for feature, num_fields in (("none", 0), ("codes", len(run.names))):
+    labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid")}
+    for title, feature, num_fields in (("without codes", "none", 0), ("with codes", "codes", len(run.names))):
         rows = run.results.query("model == @options.models[0] and features == @feature")
         if not len(rows):
             continue
@@ -328,54 +274,50 @@ def click_scores(run, users):
         fields["train"] = run.train_codes[:, :num_fields]
         ids, size, unknown = table_rows(split, fields, [size + 1 for size in run.sizes[:num_fields]], is_warm,
                                         num_items, bool(options.id_dropout))
-        labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid")}
         inputs = Rows({name: part[None] for name, part in ids.items()}, labels, [size], unknown)
         row = rows.iloc[0]
         member = Member(0, int(row["seed"]), *row[["lr", "weight_decay", "start"]].map(float))
         _, stack = train_stack(options, options.models[0], [member], inputs)
-        scores[feature] = stack.predict(inputs, "asked")[0].reshape(len(users), num_items)
+        scores[title] = stack.predict(inputs, "asked")[0].reshape(len(users), num_items)
     return scores
 
 
-def user_sections(args, run, user, cards, words, clicks):
-    """One user's page, a list of Section: items they had, codes, words, held-out (valid) rows, best new items
+def user_tables(args, run, found, index):
+    """Page of user scored[index], {title: data frame}: items they had, codes, words, held-out rows, new items
 
-    cards: CodeCards by profile; words: see words_section; clicks: {features: click probabilities [M]}.
+    found: scored, words and clicks, see choose_users, words_of_profiles and click_scores; by profile the
+    meanings of its codes. The words stand beside those of the control.
     """
-    sections, user_facts = [], run.observations.user_facts
-    if facts := [(fact, values.iat[user]) for fact, values in user_facts.items() if values.iat[user]]:
-        sections.append(Section("What is known of this user (no model reads it)", ("fact", "value"), facts))
-    titles, is_new = run.items["title"], np.ones(len(run.items), dtype=bool)
-    for split, title in (("train", "Had (train rows)"), ("support", "Had (support rows: a cold user)")):
-        rows = run.split.get(split, run.split["train"][:0])
-        rows = rows[rows["user"] == user].sort_values("timestamp", kind="stable")
-        is_new[rows["item"]] = False
-        latest = rows[-12:]
-        title += f", the latest {len(latest)} of {len(rows)}" if len(rows) > len(latest) else ""
-        if len(rows):
-            sections.append(Section(title, ("item", "rating"), [(titles[row.item], f"{row.rating:g}")
-                                                                for row in latest.itertuples()]))
-    meanings = [profile.meanings[code] if code < len(profile.meanings) else "no evidence"
-                for profile, code in zip(cards, run.codes[user])]
-    sections.append(Section("Codes, and what their users have more often", ("profile", "code", "meaning"),
-                            list(zip(run.names, run.codes[user], meanings))))
-    sections.append(words)
+    user, control = found.scored[[index, index - 1]]
+    titles = run.items["title"].to_numpy()
+    of_user = {name: rows[rows["user"] == user] for name, rows in run.split.items()}
+    rated = lambda rows: {"item": titles[rows["item"]], "rating": rows["rating"].map("{:g}".format)}
+    facts = [(fact, values.iat[user]) for fact, values in run.user_facts.items() if values.iat[user]]
+    tables = {"What is known of the user (no model reads it)": pd.DataFrame(facts, columns=["fact", "value"])}
+    had = pd.concat([of_user[name] for name in ("train", "support") if name in of_user])
+    had = had.sort_values("timestamp", kind="stable")  # support rows: of a cold user
+    title = f"Had ({' '.join(had['split'].unique())} rows), the latest {len(had[-12:])} of {len(had)}"
+    tables[title] = pd.DataFrame(rated(had[-12:]))
+    tables["Codes, and what their users have more often"] = pd.DataFrame({
+        "profile": run.names, "code": run.codes[user],
+        "meaning": [texts[code] for texts, code in zip(found.meanings, run.codes[user])]})
+    words = [(name, method, ", ".join(own[index]), ", ".join(own[index - 1]))
+             for (name, method), own in found.words.items()
+             if run.has_evidence[user, run.names.index(name)]]
+    tables["Words of the profiles"] = pd.DataFrame(
+        words, columns=["profile", "method", "words", f"control: those of user {run.user_ids[control]}"])
 
-    features = {"none": "without codes", "codes": "with codes"}
-    order = {features[feature]: np.argsort(-np.where(is_new, score, -1), kind="stable")
-             for feature, score in clicks.items()}
-    ranks = [np.argsort(items) + 1 for items in order.values()]
-    valid = run.split["valid"]
-    held_out = [(titles[row.item], f"{row.rating:g}", *(f"{rank[row.item]:,}" for rank in ranks))
-                for row in valid[valid["user"] == user].itertuples() if is_new[row.item]]
-    if held_out:
-        title = f"Held-out items (valid rows), and their rank among the {is_new.sum():,} not had"
-        sections.append(Section(title, ("item", "rating", *(f"rank {name}" for name in order)), held_out))
-    if order:
-        best = zip(*(titles[items[:args.num_items]] for items in order.values()))
-        sections.append(Section(f"Recommended by {run.sidecars['results.parquet']['options']['models'][0]}",
-                                ("rank", *order), [(rank, *row) for rank, row in enumerate(best, 1)]))
-    return sections
+    is_new = ~np.isin(np.arange(len(titles)), had["item"])
+    order = {title: np.argsort(-np.where(is_new, score[index], -1), kind="stable")
+             for title, score in found.clicks.items()}
+    held_out = of_user["valid"][is_new[of_user["valid"]["item"]]]
+    tables[f"Held-out items (valid rows), and their rank among the {is_new.sum():,} not had"] = pd.DataFrame(
+        rated(held_out) | {f"rank {title}": 1 + np.argsort(items)[held_out["item"]]
+                           for title, items in order.items()})
+    best = pd.DataFrame({title: titles[items[:args.num_items]] for title, items in order.items()})
+    best.insert(0, "rank", range(1, len(best) + 1))
+    tables[f"Recommended by {run.sidecars['results.parquet']['options']['models'][0]}"] = best
+    return {title: table for title, table in tables.items() if len(table)}
 
 
 def main(args):
@@ -383,42 +325,39 @@ def main(args):
     started = time.time()
     run = read_run(args)
     chosen, scored = choose_users(args, run)
-    folder = Path(args.run_dir) / "report"
-    if args.user is not None:
-        folder = folder / f"user-{chosen[0]}"
-    model, tokenizer = load_eager_llm(args, run)
-    maps = draw_maps(folder, run, chosen, np.random.default_rng(args.seed))
-    cards = [code_cards(run, k, args.num_words, [args.seed, k]) for k in range(len(run.names))]
-    words = words_of_profiles(args, run, model, tokenizer, scored)
+    folder = Path(args.run_dir) / "report" / ("" if args.user is None else f"user-{chosen[0]}")
+    llm = run.stored["llm"]
+    if llm == "tiny" and tiny_stamp(args.run_dir) != run.stored["tiny_llm"]:
+        fail(f"{args.run_dir}/tiny_llm is not the LLM that profiles.pt was inferred with: run `python "
+             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
+    model, tokenizer = load_llm(args, llm, attn_implementation="eager")  # no other one returns attention
+    maps = draw_maps(folder, run, chosen)
     attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
-    clicks, pages = click_scores(run, chosen), []
-    for index, user in enumerate(chosen):
-        own_clicks = {feature: score[index] for feature, score in clicks.items()}
-        sections = user_sections(args, run, user, cards, words_section(run, words, scored, index), own_clicks)
-        pages.append(sections_as_html(f"User {run.user_ids[user]}", sections))
+    cards, meanings, num_names = zip(*[code_cards(run, k, args.num_words, [args.seed, k])
+                                       for k in range(len(run.names))])
+    words = words_of_profiles(args, run, model, tokenizer, scored)
+    found = SimpleNamespace(scored=scored, words=words, clicks=click_scores(run, chosen), meanings=meanings)
+    tables = [user_tables(args, run, found, index) for index in range(len(chosen))]
+    pages = [tables_as_html(f"User {run.user_ids[user]}", part) for user, part in zip(chosen, tables)]
     if args.user is not None:
         path = folder.with_name(f"{folder.name}.html")
         with whole_file(path) as file:
-            file.write(page(f"User {args.user}", [*pages, *maps, *attention]).encode())
-        print(f"User {args.user}\n\n{sections_as_text(sections)}\n\nwrote {path}: {len(sections)} tables, "
-              f"{len(maps) + len(attention)} pictures")
+            file.write(page(f"User {args.user}", {"What is known": [*pages, *maps, *attention]}).encode())
+        text = "\n\n".join(f"{title}\n{table.to_string(index=False, max_colwidth=60)}"
+                           for title, table in tables[0].items())
+        print(f"User {args.user}\n\n{text}\n\nwrote {path}: {len(tables[0])} tables, "
+              f"{len(maps + attention)} pictures")
         return
 
-    scores, curves = score_words(run, words, scored), read_curves(run)
-    pictures = {"codes": [draw_usage(folder, run.names, run.codes, run.sizes), *maps],
-                "attention": attention, "mask": [draw_mask(folder, run.names)]}
-    if curves:
-        pictures["codes"].append(draw_curves(folder, curves))
-    facts = {"words": scores, "attention": shares, "agreement": agreement(run),
-             "names_found": sum(profile.num_names for profile in cards)}
-    path = write_artifact(args, "report.html", report_page(run, cards, pages, pictures, facts), run.inputs,
-                          **facts, seconds=time.time() - started)
-    for name, method, auc, _ in scores:
+    facts = {"words": score_words(run, words, scored), "attention": shares, "agreement": agreement(run),
+             "names_found": sum(num_names)}
+    path = write_artifact(args, "report.html", report_page(run, maps, cards, pages, attention, facts),
+                          run.inputs, **facts, seconds=time.time() - started)
+    for name, method, auc, _ in facts["words"]:
         print(f"{name}: {method} words in held-out items, own against another user's: AUC {auc}")
     for name, *parts, _ in shares:
         print(f"{name}: share of attention on content words {parts[0]} before, {parts[1]} after tuning")
-    num_pictures = sum(map(len, pictures.values()))
-    print(f"wrote {path}: {len(chosen)} users, {sum(run.sizes)} codes, {num_pictures} pictures")
+    print(f"wrote {path}: {len(chosen)} users, {sum(run.sizes)} codes, {len(maps + attention)} pictures")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def fig4_mask(segment, is_soft, may_read, is_causal=False):
 class VectorQuantizer(nn.Module):
     """Codebook with straight-through estimator (eq. 5, 6): z [B, C] -> quantized [B, C], codes [B], loss [].
 
-    loss = ||sg[z] - e||² + beta ||z - sg[e]||², summed over C, mean over B: a mean over C would shrink the
-    terms by the width. quantized = z + sg[e - z]: its value is the codeword, its gradient goes to z.
+    loss = ||sg[z] - e||² + beta ||z - sg[e]||², summed over C, mean over B.
+    quantized = z + sg[e - z]: its value is the codeword, its gradient goes to z.
     """
 
     def __init__(self, codebook, beta=0.25):
@@ -55,34 +55,31 @@ class VectorQuantizer(nn.Module):
 
 
 class DCN(nn.Module):
-    """Deep & Cross Network (Wang et al., 2017) on embedded fields: x_0 [B, X] -> logits [B].
+    """Deep & Cross Network (Wang et al., 2017) on embedded fields: e [B, F, E] -> logits [B], e = x_0 [B, X]
 
     x_{l+1} = x_0 (w_lᵀ x_l) + b_l + x_l  beside an MLP on x_0;  logit = wᵀ [x_L ; MLP(x_0)].
     """
 
-    def __init__(self, input_dim, num_layers=3, hidden=(16, 16), dropout=0.2):
+    def __init__(self, num_fields, field_dim, num_layers=3, hidden=(16, 16), dropout=0.0):
         super().__init__()
+        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)  # see ctr_models.py
+        input_dim = num_fields * field_dim
         self.weights = nn.Parameter(torch.randn(num_layers, input_dim) / math.sqrt(input_dim))
         self.biases = nn.Parameter(torch.zeros(num_layers, input_dim))
         self.mlp = MLP(input_dim, hidden, dropout)
         self.head = nn.Linear(input_dim + hidden[-1], 1)
 
-    def cross(self, x_0):
-        """x_0 [B, X] -> x_L [B, X]"""
-        x = x_0
+    def forward(self, e, keep=None):
+        x = x_0 = e.flatten(1)  # [B, X]
         for weight, bias in zip(self.weights, self.biases):
             x = x_0 * (x @ weight)[:, None] + bias + x
-        return x
-
-    def forward(self, x_0, keep=None):
-        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0, keep)], 1)).squeeze(1)
+        return self.head(torch.cat([x, self.mlp(x_0, keep)], 1)).squeeze(1)
 
 
 class MLP(nn.Module):
     """Linear, ReLU, dropout for each width in `hidden`: [B, input_dim] -> [B, hidden[-1]]
 
-    keep [B, sum(hidden)]: the dropout's factors, 0 or 1 / (1 - p), where the caller draws them (many models
-    trained at once, each with its own noise); else they are drawn here, in training.
+    keep [B, sum(hidden)]: the dropout's factors, 0 or 1 / (1 - p), where the caller draws them.
     """
 
     def __init__(self, input_dim, hidden, dropout=0.0):

@@ -153,10 +153,10 @@ def run_pipeline(run_dir, raw, stages=5, run=run_stage, split=("random",), ratin
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A run of all five stages on a small table, by processes: (raw data, run directory). Read only."""
+    """A run of all five stages on a small table: (raw data, run directory). Read only."""
     folder = tmp_path_factory.mktemp("small")
     write_table(folder / "raw")
-    run_pipeline(folder / "run", folder / "raw", run=run_process)
+    run_pipeline(folder / "run", folder / "raw")
     return folder / "raw", folder / "run"
 
 

@@ -25,7 +25,7 @@ from sklearn.decomposition import TruncatedSVD
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from userip.probes import probe_auc  # noqa: E402  (needs the path)
+from userip.profiles import probe_auc  # noqa: E402  (needs the path)
 
 PAPER = ["--paper"]
 SHARED = [*PAPER, "--start", "shared"]

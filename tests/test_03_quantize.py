@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
@@ -79,21 +80,21 @@ def test_only_scores_come_with_the_size_of_their_noise(small_run, tmp_path, meth
     assert ("(noise 1, its edge" in printed) == is_known
 
 
-def test_dims_and_the_number_of_codes_bind_the_number_of_directions():
+def test_the_number_of_codes_binds_the_number_of_directions():
     deviation, noise, _ = clusters()
-    assert first_transform(deviation, noise, 4, ["--dims", "7"])[0].shape[1] == 7
     assert first_transform(deviation, noise, num_codes=3)[0].shape[1] == 2
     nothing = torch.randn(len(deviation), 24) @ torch.linalg.cholesky(noise).T
     assert first_transform(nothing, noise, num_codes=4)[0].shape[1] == 1  # never fewer than one
 
 
-def losses_with(**changes):
+def losses_with(far=0.0, **changes):
     """Train two small profiles for an epoch and return the weights that moved."""
     torch.manual_seed(0)
-    defaults = {"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0, "revive": False}
+    defaults = {"epochs": 1, "batch_size": 32, "lr": 0.01, "vq_weight": 1.0, "rec_weight": 1.0,
+                "init": "released"}
     options = argparse.Namespace(**defaults | changes)
     deviation = torch.randn(40, 5)
-    codebook = torch.randn(3, 2) + torch.tensor([[0.0], [0.0], [99.0]]) * (options.revive is not False)
+    codebook = torch.randn(3, 2) + torch.tensor([[0.0], [0.0], [far]])
     quantizer = quantize.Quantizer(torch.eye(5)[:, :2], codebook, changes.get("beta", 0.25))
     surrogate = quantize.Surrogate([2], 10)
     rows = rows_of(torch.randint(40, (100,)), torch.randint(10, (100,)), torch.randint(2, (100,)))
@@ -117,9 +118,9 @@ def test_without_rec_weight_the_surrogate_stands_still():
     assert torch.equal(losses_with(rec_weight=0.0)["item"], untouched)
 
 
-def test_a_dead_codeword_is_revived_at_a_user_and_only_if_so_wished():
-    far = lambda revive: float(losses_with(revive=revive)["codebook"][2].abs().max())
-    assert far(None) > 50 > 10 > far(True)
+def test_a_dead_codeword_is_revived_at_a_user_unless_the_start_is_the_released_one():
+    largest = lambda init: float(losses_with(far=99.0, init=init)["codebook"][2].abs().max())
+    assert largest("released") > 50 > 10 > largest("kmeans")
 
 
 def test_a_train_row_is_read_with_the_profile_that_has_not_seen_it():
@@ -134,7 +135,7 @@ def test_a_train_row_is_read_with_the_profile_that_has_not_seen_it():
             deviation[1, 4] += 5.0  # user 4's row is in fold 0
             deviation[2, 4] += 5.0
         options = argparse.Namespace(epochs=1, batch_size=8, lr=0.01, vq_weight=1.0, rec_weight=1.0,
-                                     revive=False)
+                                     init="released")
         quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.zeros(2, 2), 0.25)
         rows = rows_of(user, torch.arange(40) % 10, torch.arange(40) % 3 > 0, fold)
         quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10), [deviation],
@@ -155,7 +156,7 @@ def test_the_released_start_collapses_where_kmeans_finds_all_kinds():
     deviation = torch.tensor(3 * np.eye(64)[kind] + rng.standard_normal((200, 64)), dtype=torch.float32)
     rows = rows_of(torch.arange(200), torch.zeros(200, dtype=torch.long), torch.zeros(200))
     start, profile = torch.eye(64) / deviation.std(), profile_of(deviation - deviation.mean(0))
-    for options in (["--released"], ["--rec-weight", "0", "--no-revive"]):
+    for options in (["--released"], ["--rec-weight", "0"]):
         args = quantize.parse_args([*options, "--codes", "4", "--epochs", "25", "--batch-size", "16"])
         for seed in range(3):
             (part,), _ = quantize.fit(args, [profile], [start], rows, seed)
@@ -285,6 +286,18 @@ def test_the_bank_holds_one_code_per_user_and_unknown_for_those_without_evidence
         assert part["usage"].tolist() == np.bincount(nearest[mask], minlength=2 + k).tolist()
 
 
+def test_probes_of_movielens_users_find_what_profiles_hold_and_chance_elsewhere(capsys):
+    rng = np.random.default_rng(0)
+    users = pd.DataFrame({"gender": rng.choice(["F", "M"], 300), "age": rng.integers(10, 60, 300).astype(str)})
+    theta = rng.standard_normal((300, 4)).astype(np.float32)
+    theta[:, 2] += 3.0 * (users["gender"] == "M")
+    args, profiles = quantize.parse_args(["--no-whiten"]), [profile_of(torch.tensor(theta))]
+    facts = quantize.probe_profiles(args, profiles, users)
+    assert facts["probe_gender"] > 0.95 and facts["probe_age_over_30"] == pytest.approx(0.5, abs=0.1)
+    assert "gender AUC" in capsys.readouterr().out
+    assert quantize.probe_profiles(args, profiles, users[["age"]]) == {}
+
+
 def test_bad_input(small_run, tmp_path):
     line = run_stage("03_quantize.py", "--run-dir", small_run[1], "--codes", 4, ok=False)
     assert "--codes" in line and "hobby, background" in line
@@ -300,8 +313,7 @@ def test_the_edge_of_pure_noise():
 
 @pytest.mark.parametrize("options, complaint", [
     (["--paper", "--released"], "different recipes"), (["--apply", "--codes", "5"], "--codes"),
-    (["--apply", "--paper"], "--paper"), (["--no-whiten", "--dims", "3"], "--dims"),
-    (["--paper", "--dims", "3"], "--dims")])
+    (["--apply", "--paper"], "--paper")])
 def test_options_that_would_change_nothing_are_refused(options, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         quantize.parse_args(options)

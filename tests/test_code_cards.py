@@ -2,9 +2,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import torch
 
-from userip.code_cards import agreement, item_features, observe, overrepresented, typical_users, user_facts
+from userip.code_cards import agreement, code_cards, item_features, overrepresented, user_facts
 
 
 def test_overrepresented_finds_what_a_code_has_more_and_nothing_in_equal_codes():
@@ -34,7 +33,7 @@ def test_facts_are_groups_and_agree_with_codes_that_follow_them():
     assert list(facts) == ["age", "gender"]
     assert facts["age"].iloc[[0, 79]].tolist() == ["20 to 29", "50 to 59"] and facts["age"].nunique() == 4
     codes = np.stack([np.arange(80) // 20, np.random.default_rng(0).integers(4, size=80)], 1)
-    run = SimpleNamespace(observations=SimpleNamespace(user_facts=facts), codes=codes, names=["follows", "random"], sizes=[4, 4])
+    run = SimpleNamespace(user_facts=facts, codes=codes, names=["follows", "random"], sizes=[4, 4])
     agreed = {row[:2]: row[2:] for row in agreement(run)}
     assert float(agreed["follows", "age"][0]) > 0.99 and agreed["follows", "age"][1] == "below 1e-16"
     assert abs(float(agreed["random", "age"][0])) < 0.1 and float(agreed["random", "age"][1]) > 0.01
@@ -45,19 +44,25 @@ def test_facts_are_groups_and_agree_with_codes_that_follow_them():
 def test_items_fall_into_thirds_by_price():
     items = pd.DataFrame({"title": "a", "category": "b", "brand": None,
                           "price": [1.0, 2, 3, 4, 5, 6, np.nan]})
-    (_, counts, names), = [part for part in item_features(items) if part[0] == "price levels"]
+    counts, names = item_features(items)["price levels"]
     assert sorted(names) == ["$2.67 to $4.33", "above $4.33", "up to $2.67"]
     assert counts.sum(0).tolist() == [2, 2, 2] and counts[6].sum() == 0
 
 
-def test_habits_are_means_over_a_users_train_rows_and_typical_users_the_nearest_to_a_codeword():
-    items = pd.DataFrame({"title": ["red racer", "red pan"], "category": "b", "brand": None, "price": np.nan})
-    train = pd.DataFrame({"user": [0, 0, 2], "item": [0, 1, 1], "rating": [5.0, 2, 4], "label": [1, 0, 1]})
-    observations = observe(items, pd.DataFrame({"user": range(3), "user_id": "u"}), train)
-    assert observations.had.toarray().tolist() == [[1, 1], [0, 0], [0, 1]]
-    assert observations.habits.index.tolist() == [0, 2]
-    assert observations.habits.to_numpy().tolist() == [[0.5, -0.5], [1.0, 1.0]]
-    z = torch.tensor([[0.1], [9.0], [0.0], [-0.2], [8.0], [0.3], [5.0]])
-    run = SimpleNamespace(names=["hobby"], codebook={"hobby": {"codebook": torch.tensor([[0.0], [8.5]])}}, z=[z], sizes=[2],
-                          codes=np.array([[0], [1], [0], [0], [1], [0], [2]]), user_ids=pd.Series(list("abcdefg")))
-    assert typical_users(run, 0) == ["c, a, d", "b, e"]
+def test_cards_tell_habits_over_train_rows_and_what_a_codes_users_have_more_often():
+    """Code 0 has the racers and rates a half above the items' means, code 1 the pans; the last is unknown."""
+    items = pd.DataFrame({"title": ["red racer", "blue racer", "red pan", "blue pan"], "brand": None,
+                          "category": ["Games", "Games", "Kitchen", "Kitchen"], "price": np.nan})
+    rows = [(user, item, 5.0 - user // 20, 1 - user // 20) for user in range(40)
+            for item in ([0, 1, 2] if user < 20 else [2, 3, 0])]
+    train = pd.DataFrame(rows, columns=["user", "item", "rating", "label"])
+    run = SimpleNamespace(names=["hobby"], sizes=[2], codes=np.array([*[0] * 20, *[1] * 20, 2])[:, None],
+                          items=items, user_facts={}, split={"train": train})
+    cards, meanings, num_names = code_cards(run, 0, 6, seed=0)
+    card = cards.set_index("")
+    assert list(card.columns) == ["hobby 0", "hobby 1"] and card.loc["users"].tolist() == ["20", "20"]
+    assert card.loc["share rated positive"].tolist() == ["1.00 ± 0.00", "0.00 ± 0.00"]
+    assert card.loc["rating less the item's mean"].tolist() == ["0.33 ± 0.00", "-0.33 ± 0.00"]
+    assert card.loc["categories", "hobby 0"].startswith("Games ×")
+    assert card.loc["categories", "hobby 1"].startswith("Kitchen ×")
+    assert meanings == ["Games, racer", "Kitchen, pan", "no evidence"] and num_names[0] == 4

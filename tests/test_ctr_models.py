@@ -154,9 +154,9 @@ def naive_dcnv2(m, e):
 
 def naive_dcn(m, e):
     x_0 = x = concat(e)
-    for weight, bias in zip(m.net.weights.tolist(), m.net.biases.tolist()):
+    for weight, bias in zip(m.weights.tolist(), m.biases.tolist()):
         x = [start * dot(weight, x) + b + value for start, b, value in zip(x_0, bias, x)]
-    return affine(m.net.head, x + deep(m.net.mlp, x_0))[0]
+    return affine(m.head, x + deep(m.mlp, x_0))[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -217,12 +217,12 @@ def test_rows_do_not_see_each_other_at_evaluation(name):
 
 def test_dcnv2_with_equal_rows_and_no_bias_is_dcn():
     dcn, v2 = build("dcn"), build("dcnv2")
-    torch.nn.init.zeros_(dcn.net.biases)
-    for layer, weight in zip(v2.layers, dcn.net.weights):
+    torch.nn.init.zeros_(dcn.biases)
+    v2.mlp, v2.head = dcn.mlp, dcn.head
+    for layer, weight in zip(v2.layers, dcn.weights):
         layer.weight.data = weight.detach().expand(16, 16).clone()  # W = 1 wᵀ
         torch.nn.init.zeros_(layer.bias)
-    x = torch.randn(5, 16, dtype=torch.double)
-    assert torch.allclose(v2.cross(x), dcn.net.cross(x), atol=1e-12)
+    assert torch.allclose(v2(rows_for(v2)), dcn(rows_for(dcn)), atol=1e-10)
 
 
 def test_pnn_of_two_fields_without_its_mlp_is_the_dot_product_of_matrix_factorisation():
@@ -256,11 +256,12 @@ def test_afm_with_even_attention_is_the_mean_over_pairs():
     assert torch.allclose(model(rows), model.bias + rows[..., E].sum(1) + pairs, atol=1e-10)
 
 
-def test_dcn_without_weights_is_the_identity():
+def test_dcn_without_weights_reads_its_input_as_it_is():
     model = build("dcn")
-    torch.nn.init.zeros_(model.net.weights), torch.nn.init.zeros_(model.net.biases)
-    x = torch.randn(5, 16, dtype=torch.double)
-    assert torch.equal(model.net.cross(x), x)
+    torch.nn.init.zeros_(model.weights), torch.nn.init.zeros_(model.biases)
+    rows = rows_for(model)
+    x = rows.flatten(1)
+    assert torch.allclose(model(rows), model.head(torch.cat([x, model.mlp(x)], 1))[:, 0])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,8 +14,8 @@ from userip import ctr_report
 
 def test_the_papers_relative_improvements_come_out():
     """Eq. 10 and 11 on table 2's printed figures; tolerance: what rounding to four digits can do."""
-    figures = lambda *key: iter(ctr_report.PAPER_FIGURES[key])
-    pairs = lambda *key: dict(zip(ctr_report.PAPER_DATA, zip(*[figures(*key)] * 2)))
+    figures = ctr_report.paper_figures()
+    pairs = lambda *key: {data: tuple(figures.loc[data, *key]) for data in ctr_report.PAPER_DATA}
     ours, reference = pairs("dcn", "codes"), pairs("dcn", "none") | {"yelp": pairs("pnn", "none")["yelp"]}
     printed = {"clothing": (4.5548, 3.8199), "movies": (0.5336, 0.3482),
                "games": (3.2755, 6.2992), "yelp": (1.1937, 0.2879)}
@@ -81,4 +81,5 @@ def test_the_papers_tables_stand_beside_ours_where_it_is_the_papers_data():
     columns = dict.fromkeys(["lr", "weight_decay", "start"], 0.5)
     text, _ = ctr_report.summarize(args, results.assign(**columns), [run], {"none": "ids only"})
     assert "19,927 interactions; here are 27,024" in text and lines[2] in text
-    assert ctr_report.paper_name({"dataset": "nete", "interactions": 441_783}) == "movies"
+    run.prepared |= {"dataset": "nete", "interactions": 441_783}
+    assert "on movies, 441,783" in ctr_report.summarize(args, results.assign(**columns), [run], {})[0]

@@ -143,8 +143,7 @@ def test_the_penalty_of_a_single_step_is_the_rows_own(double):
             leaves[k].grad = None
     optimizer.step()
     with torch.no_grad():
-        start.train_step(Batch(ids[None], torch.ones(1, 8, 10, dtype=torch.bool),
-                               torch.zeros(1, dtype=torch.long), label[None], []))
+        start.train_step(Batch(ids[None], torch.ones(1, 8, 10, dtype=torch.bool), label[None], []))
     assert torch.allclose(start.state["table"][0, :, :4], torch.stack(leaves).detach(), atol=1e-9)
 
 

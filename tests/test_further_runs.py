@@ -1,4 +1,4 @@
-"""Further splits and codebook sizes: stages 1 to 3 repeated with the options of the run."""
+"""Finished rows; further splits and codebook sizes: stages 1 to 3 repeated with the options of the run."""
 
 import json
 import shutil
@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from conftest import STAGES, run_stage
+from conftest import STAGES, dies, run_stage
 from userip import further_runs
 from userip.artifacts import write_artifact
-from userip.further_runs import command_line
+from userip.further_runs import FinishedRows, command_line
 
 
 def test_runs_that_cannot_be_repeated_are_refused_before_anything_is_trained(small_run, tmp_path):
@@ -26,7 +26,7 @@ def test_runs_that_cannot_be_repeated_are_refused_before_anything_is_trained(sma
 
 def test_a_switch_that_is_off_stays_off_on_a_command_line():
     quantize = STAGES["03_quantize.py"]
-    for argv in ([], ["--no-whiten"], ["--released"], ["--no-revive", "--codes", "3", "4"]):
+    for argv in ([], ["--no-whiten"], ["--released"], ["--no-whiten", "--codes", "3", "4"]):
         options = vars(quantize.parse_args(argv))
         assert vars(quantize.parse_args(command_line(options))) == options
 
@@ -70,3 +70,16 @@ def test_further_splits_are_made_by_the_stages_with_the_same_options(small_run, 
     write_artifact(SimpleNamespace(**sidecar["options"]), path.name, pd.read_parquet(path).iloc[:-1], **facts)
     monkeypatch.setattr(further_runs.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
     assert "02_infer_profiles.py failed" in run_stage(*argv, ok=False)
+
+
+def test_finished_rows_are_on_disk_at_once_and_what_cannot_be_read_is_refused(tmp_path, capsys):
+    path = tmp_path / "finished.jsonl"
+    FinishedRows(path).add({"a": {"auc": 1}, "b": {"auc": 2}})
+    FinishedRows(path).add({"b": {"auc": 3}})
+    assert FinishedRows(path) == {"a": {"auc": 1}, "b": {"auc": 3}}
+    for line in (b"123", b"[1]", b'{"no": "key"}', b"\xff\xfe", b'{"key": "b"'):
+        path.write_bytes(b'\n{"key": "a", "auc": 1}\n' + line)
+        assert "move it away" in dies(capsys, FinishedRows, path)
+    path.unlink()
+    path.mkdir()
+    assert "cannot read" in dies(capsys, FinishedRows, path)

@@ -85,6 +85,7 @@ OPTIONS = ["--llm", "tiny", "--tiny-steps", 6, "--shared-steps", 4, "--map-steps
 
 
 FORKS = multiprocessing.get_context("forkserver")  # processes that need not import torch anew
+FORKS.set_forkserver_preload(["test_progress", "transformers.models.gpt2.modeling_gpt2"])
 
 
 def stage_in_child(run, options):

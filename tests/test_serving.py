@@ -20,7 +20,7 @@ def test_a_folded_dcn_is_the_dcn_with_the_bank():
     ids = [user, item, *codes[user].T]
     with torch.no_grad():
         expected = net(torch.stack([table[column] for table, column in zip(tables, ids)], 1))
-        assert torch.allclose(FoldedDCN(net.net, tables, codes)(user, item), expected, atol=1e-4)
+        assert torch.allclose(FoldedDCN(net, tables, codes)(user, item), expected, atol=1e-4)
 
 
 def test_table_6_tells_what_is_held_and_how_long_it_takes():

@@ -1,14 +1,11 @@
 """The eleven click models, from their formulas: rows of an embedding table [B, F, W] -> logits [B].
 
-All take (num_fields F, field_dim E, num_layers, hidden). In the formulas e_f [E] is the embedding of field f,
-e their concatenation, w_f a first-order weight, p < q a pair of fields, MLP the layers of widths `hidden`. A
-model says how wide an id's row must be: W = E, or F E where an id has one embedding per field, plus one
-number, the last, where the model has first-order weights. The table itself belongs to `userip.ctr_training`,
-which looks rows up for many models at once.
+e_f [E] is the embedding of field f, e their concatenation, w_f a first-order weight, p < q a pair of fields,
+MLP the layers of widths `hidden`; `num_layers` counts cross or attention layers. An id's row is W wide: E, or
+F E where an id has one embedding per field, and one more, the last, with first-order weights.
 
-keep [B, num_units]: factors of dropout, 0 or 1 / (1 - p). They are an argument so that each of the models
-that train together has noise of its own; None at evaluation. `num_layers` counts cross layers (DCN, DCNv2) or
-attention layers (AutoInt); the other models ignore it.
+keep [B, num_units]: factors of dropout, 0 or 1 / (1 - p), an argument so that each of the models that train
+side by side (userip/ctr_training.py) has noise of its own; None at evaluation.
 """
 
 import torch
@@ -16,25 +13,21 @@ from torch import nn
 
 from common import DCN, MLP
 
-# ----------------------------------------------------------------------------------------------------------
-# parts
-# ----------------------------------------------------------------------------------------------------------
 
-
-def _pairs(num_fields, device=None):
-    """Indices p < q of all pairs of fields: two of [F (F - 1) / 2]"""
-    return torch.triu_indices(num_fields, num_fields, offset=1, device=device)
+def pairs(x, y):
+    """x, y [B, F, …] -> x_p, y_q of all pairs p < q, two of [B, F (F - 1) / 2, …]"""
+    p, q = torch.triu_indices(x.shape[1], x.shape[1], offset=1, device=x.device)
+    return x[:, p], y[:, q]
 
 
 def inner_products(e):
     """e [B, F, E] -> <e_p, e_q> for all p < q [B, F (F - 1) / 2]"""
-    p, q = _pairs(e.shape[1], e.device)
-    return (e[:, p] * e[:, q]).sum(2)
+    return torch.mul(*pairs(e, e)).sum(2)
 
 
 def crossed_products(e):
     """e [B, F, F, E], e[:, p, q] = e_p^(q) -> <e_p^(q), e_q^(p)> for all p < q [B, F (F - 1) / 2]"""
-    p, q = _pairs(e.shape[1], e.device)
+    p, q = torch.triu_indices(e.shape[1], e.shape[1], offset=1, device=e.device)
     return (e[:, p, q] * e[:, q, p]).sum(2)
 
 
@@ -69,19 +62,12 @@ class FieldAttention(nn.Module):
         return (heads + self.residual(e)).relu()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# factorisation machines, networks on products, cross networks
-# ----------------------------------------------------------------------------------------------------------
-
-
 class FFM(nn.Module):
     """Field-aware factorisation machine (Juan et al., 2016): b + Σ w_f + Σ_{p<q} <e_p^(q), e_q^(p)>"""
 
-    num_units = 0
-
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order = num_fields * field_dim + 1, True
+        self.width, self.first_order, self.num_units = num_fields * field_dim + 1, True, 0
         self.field_dim = field_dim
         self.bias = nn.Parameter(torch.zeros(()))
 
@@ -106,8 +92,7 @@ class AFM(nn.Module):
 
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
-        p, q = _pairs(e.shape[1], e.device)
-        product = e[:, p] * e[:, q]  # [B, F (F - 1) / 2, E]
+        product = torch.mul(*pairs(e, e))  # [B, F (F - 1) / 2, E]
         attention = self.score(self.attention(product).relu()).softmax(1)
         pooled = (attention * product).sum(1)  # [B, E]
         pooled = pooled if keep is None else pooled * keep
@@ -145,10 +130,9 @@ class FiBiNET(nn.Module):
 
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
-        p, q = _pairs(e.shape[1], e.device)
         a = self.excite(self.squeeze(e.mean(2)).relu()).relu()  # [B, F]
-        pairs = [layer(x)[:, p] * x[:, q] for layer, x in zip(self.bilinear, (e, a[:, :, None] * e))]
-        return w.sum(1) + self.deep(torch.cat(pairs, 1).flatten(1), keep)
+        products = [torch.mul(*pairs(layer(x), x)) for layer, x in zip(self.bilinear, (e, a[:, :, None] * e))]
+        return w.sum(1) + self.deep(torch.cat(products, 1).flatten(1), keep)
 
 
 class DIFM(nn.Module):
@@ -175,14 +159,13 @@ class DIFM(nn.Module):
 class AFN(nn.Module):
     """Adaptive factorisation network (Cheng et al., 2020): MLP([u_1 ; u_2 ; …]), u_j = exp(Σ_f w_jf ln |e_f|)
 
-    u_j [E] is a product of the fields with learnt powers. There are hidden[0] of them, with batch norm before
-    and behind exp.
+    hidden[0] products u_j [E] of the fields with learnt powers; batch norm before and behind exp.
     """
 
-    def __init__(self, num_fields, field_dim, num_layers, hidden, smallest=1e-4):
+    def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
         self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
-        self.smallest, num_neurons = smallest, hidden[0]
+        self.smallest, num_neurons = 1e-4, hidden[0]
         self.powers = nn.Linear(num_fields, num_neurons, bias=False)
         self.before, self.behind = nn.BatchNorm1d(num_neurons), nn.BatchNorm1d(num_neurons)
         self.deep = DeepPart(num_neurons * field_dim, hidden)
@@ -196,11 +179,9 @@ class AFN(nn.Module):
 class AutoInt(nn.Module):
     """AutoInt (Song et al., 2019): wᵀ concat of the fields behind `num_layers` layers of FieldAttention"""
 
-    num_units = 0
-
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order = field_dim, False
+        self.width, self.first_order, self.num_units = field_dim, False, 0
         self.layers = nn.Sequential(*(FieldAttention(field_dim) for _ in range(num_layers)))
         self.head = nn.Linear(num_fields * field_dim, 1)
 
@@ -238,18 +219,6 @@ class ONN(nn.Module):
         return self.deep(torch.cat([raw, crossed_products(e)], 1), keep)
 
 
-class DCNModel(nn.Module):
-    """Deep & Cross Network (Wang et al., 2017): x_{l+1} = x_0 (w_lᵀ x_l) + b_l + x_l;  wᵀ [x_L ; MLP(x_0)]"""
-
-    def __init__(self, num_fields, field_dim, num_layers, hidden):
-        super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
-        self.net = DCN(num_fields * field_dim, num_layers, hidden, dropout=0.0)  # `keep` is the dropout
-
-    def forward(self, e, keep=None):
-        return self.net(e.flatten(1), keep)
-
-
 class DCNv2(nn.Module):
     """DCN V2 (Wang et al., 2021): x_{l+1} = x_0 ∘ (W_l x_l + b_l) + x_l;  wᵀ [x_L ; MLP(x_0)]"""
 
@@ -261,31 +230,19 @@ class DCNv2(nn.Module):
         self.mlp = MLP(input_dim, hidden)
         self.head = nn.Linear(input_dim + hidden[-1], 1)
 
-    def cross(self, x_0):
-        """x_0 [B, X] -> x_L [B, X]"""
-        x = x_0
+    def forward(self, e, keep=None):
+        x = x_0 = e.flatten(1)  # [B, X]
         for layer in self.layers:
             x = x_0 * layer(x) + x
-        return x
-
-    def forward(self, e, keep=None):
-        x_0 = e.flatten(1)  # [B, X]
-        return self.head(torch.cat([self.cross(x_0), self.mlp(x_0, keep)], 1)).squeeze(1)
+        return self.head(torch.cat([x, self.mlp(x_0, keep)], 1)).squeeze(1)
 
 
 MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, "deepfm": DeepFM,
-          "autoint": AutoInt, "onn": ONN, "pnn": PNN, "dcnv2": DCNv2, "dcn": DCNModel}
-
-# ----------------------------------------------------------------------------------------------------------
-# dense fields
-# ----------------------------------------------------------------------------------------------------------
+          "autoint": AutoInt, "onn": ONN, "pnn": PNN, "dcnv2": DCNv2, "dcn": DCN}
 
 
 class WithVectors(nn.Module):
-    """A model whose last P fields are vectors [B, C], not ids; a linear layer maps each to a row (table 3).
-
-    rows [B, F - P, W], vectors [B, ΣC] -> logits [B]
-    """
+    """The last P fields are vectors, each mapped to a row (table 3): rows [B, F - P, W], vectors [B, ΣC]"""
 
     def __init__(self, model, dims):
         super().__init__()
@@ -294,9 +251,8 @@ class WithVectors(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(dim, model.width) for dim in dims)
 
     def forward(self, rows, keep=None, vectors=None):
-        parts = vectors.split(self.dims, 1)
-        more = torch.stack([layer(part) for layer, part in zip(self.maps, parts)], 1)  # [B, P, W]
-        return self.model(torch.cat([rows, more], 1), keep)
+        fields = [layer(part) for layer, part in zip(self.maps, vectors.split(self.dims, 1))]
+        return self.model(torch.cat([rows, torch.stack(fields, 1)], 1), keep)  # [B, F, W]
 
 
 def build(name, num_fields, field_dim, num_layers, hidden, dims=()):

@@ -2,8 +2,7 @@
 
 A stack looks up the embedding rows that a batch needs, runs one vectorised step of all its models, and
 updates only those rows. Small models cost mostly overhead, so G of them take little longer than one. A step
-of a member is the step of the model alone to 1e-6. Over some hundred steps such rounding differences grow,
-and another epoch may become the best.
+of a member is the step of the model alone to 1e-6; over hundreds of steps such rounding differences grow.
 """
 
 import functools
@@ -21,37 +20,28 @@ from userip.ctr_models import build
 
 
 class Member(NamedTuple):
-    """One model of a stack: its set of fields (an index into Rows.ids), its seed, its options of training.
+    """One model of a stack."""
 
-    seed: of start, batches and dropout; weight_decay: L2 penalty of the embeddings; start: standard deviation
-    at which embeddings of frequent ids begin (see Stack.start).
-    """
-
-    fields: int
-    seed: int
+    fields: int  # index of its set of fields in Rows.ids
+    seed: int  # of start, batches and dropout
     lr: float
-    weight_decay: float
-    start: float = 0.5
+    weight_decay: float  # L2 penalty of the embeddings
+    start: float = 0.5  # standard deviation at which embeddings of frequent ids begin
 
 
 CHOICES = Member._fields[2:]  # what --tune chooses
 
 
 class Rows(NamedTuple):
-    """What the models read: by split, ids int64 [U, n, F] for U sets of fields, and labels, numpy [n].
+    """What the models read; the last fields may be vectors, not ids."""
 
-    The ids are rows of an embedding table, num_rows[u] of them, which all fields of a set share; row
-    `unknown` is the unknown user's. Where the last fields are vectors: `vectors` [N, ΣC], their widths
-    `dims`, and by split the row of `vectors` that each row reads, `users` [n].
-    """
-
-    ids: dict
-    labels: dict
-    num_rows: list
-    unknown: int = 0
-    vectors: torch.Tensor | None = None
-    dims: tuple = ()
-    users: dict | None = None
+    ids: dict  # by split int64 [U, n, F] for U sets of fields: rows of a table that all fields of a set share
+    labels: dict  # by split, numpy [n]
+    num_rows: list  # rows of the table, by set
+    unknown: int = 0  # the unknown user's row
+    vectors: torch.Tensor | None = None  # [N, ΣC]
+    dims: tuple = ()  # C of each
+    users: dict | None = None  # by split, the row of `vectors` that each row reads [n]
 
     def read_vectors(self, split, rows):
         """rows of the split [G, B] -> a list of their vectors [G, B, ΣC]; an empty one without vectors"""
@@ -59,24 +49,16 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """ids [G, B, F], keep bool [S, B, num_units] (units that dropout keeps, by seed), seed_index [G] into it,
-    label [G, B], vectors: a list of [G, B, ΣC] or empty
-    """
-
-    ids: torch.Tensor
-    keep: torch.Tensor
-    seed_index: torch.Tensor
-    label: torch.Tensor
-    vectors: list
+    ids: torch.Tensor  # [G, B, F]
+    keep: torch.Tensor  # bool [G, B, num_units], units that dropout keeps
+    label: torch.Tensor  # [G, B]
+    vectors: list  # of [G, B, ΣC], or empty
 
 
 def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
-    """Ids as rows of one table in which each field has rows of its own, user and item before all others.
-
-    split: by name a data frame with columns user and item [n]; fields: by name the further ids int64 [n, P],
-    of `sizes`. Users without a train row (not is_warm [N]) share one id behind the others, the unknown
-    user's; has_unknown adds this id in any case. -> {name: int64 [n, 2 + P]}, rows of the table, the unknown
-    user's.
+    """User, item and further `fields` {split: int64 [n, P]} of `sizes` as rows of one table, in which each
+    has rows of its own (eq. 8): {split: int64 [n, 2 + P]}, rows of the table, row of the unknown user, whom
+    users without a train row (not is_warm [N]) share; has_unknown adds it in any case
     """
     num_users = len(is_warm) + (has_unknown or not is_warm.all())
     user_id = np.where(is_warm, np.arange(len(is_warm)), len(is_warm))
@@ -86,16 +68,8 @@ def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
     return ids, int(first[-1]), num_users - 1
 
 
-# ----------------------------------------------------------------------------------------------------------
-# one step
-# ----------------------------------------------------------------------------------------------------------
-
-
 def adam_(averages, grad, lr, step, penalty=None):
-    """One step of Adam (Kingma and Ba, 2015) in place: averages = weight, mean, square, of one shape.
-
-    penalty: factor of an L2 penalty, if any; it broadcasts, as lr does.
-    """
+    """One step of Adam (Kingma and Ba, 2015) in place: averages = weight, mean, square; penalty: L2 factor"""
     weight, mean, square = averages
     grad = grad if penalty is None else grad + penalty * weight
     mean.lerp_(grad, 0.1)
@@ -105,9 +79,8 @@ def adam_(averages, grad, lr, step, penalty=None):
 
 @functools.lru_cache(maxsize=None)  # a compiled step serves all stacks of its shape
 def _functions(options, dropout, is_compiled):
-    """A model, its logits for G copies, and {is the batch full: (step of the models, Adam's step)}.
-
-    Only the steps of full batches are compiled: a batch cut short has a shape of its own.
+    """A model, its logits for G copies, and {is the batch full: (step of the models, Adam's step)}; a batch
+    that is cut short has a shape of its own and is not compiled
     """
     model = build(*options)
     named = dict(model.named_parameters())
@@ -119,19 +92,17 @@ def _functions(options, dropout, is_compiled):
         return functional_call(model, (parameters, buffers), (rows, keep, *vectors))
 
     def loss(flat, rows, buffers, keep, label, *vectors):
-        keep = keep.to(rows.dtype) / (1 - dropout)
-        logit = logits(flat, rows, buffers, *vectors, keep=keep)
+        logit = logits(flat, rows, buffers, *vectors, keep=keep.to(rows.dtype) / (1 - dropout))
         return F.binary_cross_entropy_with_logits(logit, label)  # eq. 9
 
     def step_models_(averages, rows, buffers, batch, lr, step):
         """One Adam step of the parameters [G, D], in place -> gradient of the rows [G, B, F, W]"""
         gradient = vmap(torch.func.grad(loss, argnums=(0, 1)))
-        grad, rows_grad = gradient(averages[0], rows, buffers, batch.keep[batch.seed_index], batch.label,
-                                   *batch.vectors)
+        grad, rows_grad = gradient(averages[0], rows, buffers, batch.keep, batch.label, *batch.vectors)
         adam_(averages, grad, lr, step)
         return rows_grad
 
-    steps = {False: (step_models_, adam_), True: (step_models_, adam_)}
+    steps = dict.fromkeys((False, True), (step_models_, adam_))
     if is_compiled:
         torch._dynamo.config.recompile_limit = 10_000  # one per model and shape is expected
         steps[True] = torch.compile(step_models_, dynamic=False), torch.compile(adam_, dynamic=True)
@@ -139,11 +110,9 @@ def _functions(options, dropout, is_compiled):
 
 
 class Stack:
-    """G models of one kind side by side, and their embedding tables; `options` as for `build`.
-
-    Its state is a dict of tensors [G, …]: `flat` [G, D], the parameters one behind the other, and Adam's
-    averages of them; `table` [G, num_rows, 3 W], the embeddings and Adam's averages; batch norm's statistics;
-    what `start` says of each member.
+    """G models of one kind side by side; `options` as for `build`. state, a dict of tensors [G, …]: `flat`
+    [G, D], the parameters one behind the other, and Adam's averages of them, `mean` and `square`; `table`
+    [G, num_rows, 3 W], the embeddings and Adam's averages; batch norm's statistics; options of the members
     """
 
     def __init__(self, options, members, rows, batch_size, dropout=0.0, is_compiled=False):
@@ -151,19 +120,24 @@ class Stack:
         self.device, self.width = rows.ids["train"].device, self.model.width
         self.batch_size, self.num_steps = batch_size, 0
         starts = [self.start(options, member, rows) for member in members]
-        self.state = {key: torch.stack([start[key] for start in starts]).to(self.device) for key in starts[0]}
-        self.total = torch.zeros_like(self.tables()[:, :self.width])
+        self.set_state({key: torch.stack([start[key] for start in starts]).to(self.device)
+                        for key in starts[0]})
+
+    def set_state(self, state):
+        """Also what derives from it: views of tables and buffers, room for gradients"""
+        self.state = state
+        self.tables = state["table"].view(-1, 3 * self.width)  # one behind the other [G num_rows, 3 W]
+        self.total = torch.zeros_like(self.tables[:, :self.width])  # gradients summed by row
+        self.buffers = {key: state[key] for key, _ in self.model.named_buffers()}  # of batch norm
 
     def start(self, options, member, rows):
-        """One member's state before the first step; it does not depend on the other members.
+        """One member's state before the first step, whatever the other members are.
 
-        An id of n train rows starts with standard deviation start · n / (n + 100). Products of small
-        embeddings start on a saddle, and codes, which thousands of rows share, must leave it; but the start
-        of a rare id is noise that its few rows never wash out (0.08 of AUC on sparse data).
-
-        interval: how many steps pass, on average, from one batch that has the id to the next. The L2 penalty
-        is due in every step, but only rows of the batch move: there it is as many times as large. Otherwise
-        rare ids, which are the least certain, would be the least penalised.
+        An id of n train rows starts with deviation start · n / (n + 100): products of small embeddings start
+        on a saddle, which codes must leave, but the start of a rare id is noise that its few rows never wash
+        out (0.08 of AUC on sparse data). interval: steps, on average, from one batch that has the id to the
+        next. The L2 penalty is due in every step, but only rows of the batch move: there it is as many times
+        as large. Otherwise rare ids, which are the least certain, would be the least penalised.
         """
         ids, num_rows = rows.ids["train"][member.fields], rows.num_rows[member.fields]
         count = ids.flatten().bincount(minlength=max(rows.num_rows)).cpu()  # train rows of each id
@@ -181,19 +155,6 @@ class Stack:
         return {"flat": flat, "mean": torch.zeros_like(flat), "square": torch.zeros_like(flat),
                 "table": table, "interval": interval, **numbers, **dict(model.named_buffers())}
 
-    def keep(self, members):
-        """Drop all but these members [bool G]."""
-        self.state = {key: part[members] for key, part in self.state.items()}
-        self.total = torch.zeros_like(self.tables()[:, :self.width])
-
-    def buffers(self):
-        """Batch norm's running statistics, where a model has any: dict of tensors [G, …]"""
-        return {key: self.state[key] for key, _ in self.model.named_buffers()}
-
-    def tables(self):
-        """The members' tables one behind the other [G num_rows, 3 W]"""
-        return self.state["table"].view(-1, 3 * self.width)
-
     def index(self, ids):
         """ids [G, B, F] of the members' own tables -> rows of `tables` [G B F]"""
         first = torch.arange(len(ids), device=self.device) * self.state["table"].shape[1]
@@ -205,17 +166,17 @@ class Stack:
         state, index, num_models = self.state, self.index(batch.ids), len(batch.ids)
         self.num_steps += 1
         lr, step = state["lr"], torch.tensor(float(self.num_steps), device=self.device)
-        read = self.tables().index_select(0, index).view(num_models, -1, 3 * self.width)  # [G, B F, 3 W]
+        read = self.tables.index_select(0, index).view(num_models, -1, 3 * self.width)  # [G, B F, 3 W]
         rows = read[..., :self.width].unflatten(1, batch.ids.shape[1:])  # [G, B, F, W]
-        grad = step_models_((state["flat"], state["mean"], state["square"]), rows, self.buffers(), batch, lr,
-                            step)
+        averages = state["flat"], state["mean"], state["square"]
+        grad = step_models_(averages, rows, self.buffers, batch, lr, step)
         self.total.index_put_((index,), grad.flatten(0, 2), accumulate=True)
         # an id that the batch has twice moves once, by the sum
         grad = self.total.index_select(0, index).view(num_models, -1, self.width)
         self.total.index_fill_(0, index, 0.0)
         interval = state["interval"].flatten().index_select(0, index).view(num_models, -1, 1)  # [G, B F, 1]
         adam_(read.chunk(3, 2), grad, lr[..., None], step, state["weight_decay"][..., None] * interval)
-        self.tables().index_copy_(0, index, read.flatten(0, 1))
+        self.tables.index_copy_(0, index, read.flatten(0, 1))
 
     @torch.no_grad()
     def predict(self, rows, split, max_numbers=2**21):
@@ -225,24 +186,17 @@ class Stack:
         size = max(1, max_numbers // (len(state["flat"]) * ids.shape[2] * self.width))
         for part in torch.arange(ids.shape[1], device=self.device).split(size):
             part_ids = ids[state["fields"], part]  # [G, b, F]
-            read = self.tables()[self.index(part_ids), :self.width].unflatten(0, part_ids.shape)
+            read = self.tables[self.index(part_ids), :self.width].unflatten(0, part_ids.shape)
             vectors = rows.read_vectors(split, part.expand(len(read), -1))
-            parts.append(self.logits(state["flat"], read, self.buffers(), *vectors).sigmoid())
+            parts.append(self.logits(state["flat"], read, self.buffers, *vectors).sigmoid())
         return torch.cat(parts, 1).double().cpu().numpy()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# many steps
-# ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def train_stack(args, name, members, rows, is_compiled=False):
-    """Train the members side by side: their figures on valid at the best epoch, and a stack of these weights.
-
-    args: stage 4's options. Every member sees the train rows in the order of its seed, with the dropout of
-    its seed, whatever it reads and whatever is trained beside it. A member without progress for `--patience`
-    epochs is done, even where its compiled companions keep it in the stack.
+    """Train side by side with stage 4's options: figures on valid at each one's best epoch, a stack of these
+    weights. Order of rows and dropout are those of a member's seed, whatever is trained beside it. A member
+    without progress for `--patience` epochs is done, even where compiled companions keep it in the stack.
     """
     options = (name, rows.ids["train"].shape[2] + len(rows.dims), args.field_dim, args.layers,
                tuple(args.hidden), rows.dims)
@@ -267,16 +221,16 @@ def train_stack(args, name, members, rows, is_compiled=False):
         if is_done.all():
             break
         if is_done[running].any() and not is_compiled:  # a compiled step holds for one G
-            stack.keep(torch.from_numpy(~is_done[running]))
-            running = running[~is_done[running]]
-    stack.state = saved
+            goes_on = ~is_done[running]
+            stack.set_state({key: part[torch.from_numpy(goes_on)] for key, part in stack.state.items()})
+            running = running[goes_on]
+    stack.set_state(saved)
     return best, stack
 
 
 def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
-    """One pass over the train rows; the rows of num_steps batches are gathered at once, then sliced.
-
-    generators: one per seed, S of them; seed_index [G]: each member's.
+    """One pass over the train rows, gathered for num_steps batches at once; generators: one per seed, S of
+    them; seed_index [G]: each member's
     """
     labels = torch.from_numpy(rows.labels["train"]).to(stack.state["flat"])
     fields, device = stack.state["fields"], stack.device
@@ -288,12 +242,12 @@ def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
         for k, generator in enumerate(generators):
             keep[k].bernoulli_(1 - args.dropout, generator=generator)
             is_dropped[k].bernoulli_(args.id_dropout, generator=generator)
-        chosen = part[seed_index].to(device)  # [G, n]
+        chosen, keep = part[seed_index].to(device), keep.to(device)[seed_index]  # [G, n], [G, n, num_units]
         ids = rows.ids["train"][fields, chosen]  # [G, n, F]
         if args.id_dropout:
             ids[..., 0].masked_fill_(is_dropped[seed_index].to(device), rows.unknown)
-        label, vectors, keep = labels[chosen], rows.read_vectors("train", chosen), keep.to(device)
+        label, vectors = labels[chosen], rows.read_vectors("train", chosen)
         for first in range(0, part.shape[1], args.batch_size):
             batch = slice(first, first + args.batch_size)
-            stack.train_step(Batch(ids[:, batch], keep[:, batch], seed_index, label[:, batch],
+            stack.train_step(Batch(ids[:, batch], keep[:, batch], label[:, batch],
                                    [vector[:, batch] for vector in vectors]))

@@ -1,7 +1,6 @@
 """Fields that need no LLM, the controls beside the codes: how a user rates, who had what; and the vectors.
 
-split: the interactions by name (train, valid, test, support), frames with columns user, item, rating. Only
-train and support rows are read.
+split: by name frames with columns user, item, rating, of which train and support are read.
 """
 
 import numpy as np
@@ -15,15 +14,13 @@ from sklearn.preprocessing import normalize
 
 def random_codes(codes, seed):
     """The same codes [N, P] dealt to users at random: sizes and usage stay, the meaning goes."""
-    columns = [np.random.default_rng([seed, k]).permutation(column) for k, column in enumerate(codes.T)]
-    return np.stack(columns, 1)
+    return np.stack([np.random.default_rng([seed, k]).permutation(code) for k, code in enumerate(codes.T)], 1)
 
 
 def cf_codes(split, num_users, sizes, seed, rank=8):
     """Collaborative filtering without a LLM: k-means of users' factors, one field per size: int64 [N, P]
 
-    Factors: truncated SVD of the user-item matrix of train rows; support rows of cold users are folded in. A
-    user without either has the code K.
+    Factors: truncated SVD of train rows; support rows of cold users are folded in. Neither: the code K.
     """
     num_items = 1 + max(int(frame["item"].max()) for frame in split.values() if len(frame))
     train, support = (sparse.csr_matrix((np.ones(len(rows)), (rows["user"], rows["item"])),
@@ -38,55 +35,49 @@ def cf_codes(split, num_users, sizes, seed, rank=8):
 
 
 def leniency_codes(split, seed, num_codes=4, num_folds=5):
-    """How generously a user rates, as quartiles of the mean residual: {name: int64 [n, 1]}; K is unknown.
+    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; K is unknown
 
-    The residual is a rating less the item's mean. A train row's code leaves out its own fold of the rows, or
-    it would contain its own label.
+    A train row's code leaves out its own fold of the rows, or it would contain its own label.
     """
-    rated = pd.concat([split["train"], split["support"]])
+    train = split["train"]
+    rated = pd.concat([train, split["support"]])
     fold = np.random.default_rng([seed, 3]).integers(num_folds, size=len(rated))
-    fold[len(split["train"]):] = num_folds  # support rows are in no fold: they are no train rows
+    fold[len(train):] = num_folds  # support rows are in no fold: they are no train rows
 
     def user_means(left_out):
         rows = rated[fold != left_out]
         residual = rows["rating"] - rows["item"].map(rows.groupby("item")["rating"].mean())
         return residual.groupby(rows["user"]).mean()
 
-    all_means = user_means(num_folds + 1)
-    edges = all_means[all_means.index.isin(split["train"]["user"])].quantile(
-        np.arange(1, num_codes) / num_codes)
+    all_means = user_means(left_out=-1)  # no fold
+    shares = np.arange(1, num_codes) / num_codes
+    edges = all_means[all_means.index.isin(train["user"])].quantile(shares)
 
     def quartile(means, user):
         mean = means.reindex(user)
-        return np.where(mean.isna(), num_codes, np.searchsorted(edges, mean))
+        return np.where(mean.isna(), num_codes, np.searchsorted(edges, mean))[:, None].astype(np.int64)
 
     codes = {name: quartile(all_means, frame["user"]) for name, frame in split.items()}
     for left_out in range(num_folds):
-        is_left_out = fold[:len(split["train"])] == left_out
-        codes["train"][is_left_out] = quartile(user_means(left_out), split["train"]["user"][is_left_out])
-    return {name: column[:, None].astype(np.int64) for name, column in codes.items()}
+        is_left_out = fold[:len(train)] == left_out
+        codes["train"][is_left_out] = quartile(user_means(left_out), train["user"][is_left_out])
+    return codes
 
 
 def profile_vectors(profiles, codebook, names):
-    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [(F + 1) N, C] per name
-
-    With F folds, the vectors of one fold stand behind the other; the last N have all evidence.
+    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [(F + 1) N, C] per name,
+    fold behind fold; the last N have all evidence
     """
     return [((profiles["profiles"][..., k, :] - codebook[name]["mean"]) @ codebook[name]["transform"])
             .flatten(0, -2) for k, name in enumerate(names)]
 
 
 def dense_fields(run, device):
-    """The profiles as the last fields of Rows: vectors, their widths, and by split which one a row reads.
-
-    With folds, run.vectors are those of fold after fold, [(folds + 1) N, C] per profile: a train row reads
-    those without its own fold, run.fold [n], and other rows the last, those with all evidence.
-    """
-    rows = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in run.labels}
+    """The profiles as the last fields of Rows; a train row reads those without its own fold, run.fold [n]"""
+    users = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in run.labels}
     if run.fold is not None:
         num_folds = len(run.vectors[0]) // len(run.users) - 1
-        rows = {name: user + len(run.users) * (run.fold if name == "train" else num_folds)
-                for name, user in rows.items()}
-    dims = tuple(part.shape[1] for part in run.vectors)
-    users = {name: user.to(device) for name, user in rows.items()}
-    return {"vectors": torch.cat(run.vectors, 1).to(device), "dims": dims, "users": users}
+        users = {name: user + len(run.users) * (run.fold if name == "train" else num_folds)
+                 for name, user in users.items()}
+    return {"vectors": torch.cat(run.vectors, 1).to(device), "dims": tuple(v.shape[1] for v in run.vectors),
+            "users": {name: user.to(device) for name, user in users.items()}}

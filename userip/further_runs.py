@@ -1,6 +1,6 @@
-"""Further runs: stages 1 to 3 once more, as processes, for another split or other codebook sizes.
-
-They lie in RUN_DIR/split-1, RUN_DIR/codes-16-3, …: no profile may have read the rows that it is judged by.
+"""Rows of stage 4 that are finished, and further runs: stages 1 to 3 once more, as processes, for another
+split or other codebook sizes, in RUN_DIR/split-1, RUN_DIR/codes-16-3, …: no profile may have read the rows
+that it is judged by.
 """
 
 import json
@@ -9,29 +9,66 @@ import subprocess
 import sys
 from pathlib import Path
 
-from userip.artifacts import fail, read_sidecar
+import torch
+
+from userip.artifacts import fail, read_sidecar, sha256_of, whole_file
 from userip.options import option_name
 
 _ROOT = Path(__file__).resolve().parent.parent
+_CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
+         "userip/features.py")
 _STAGES = {"01_prepare.py": ("interactions.parquet", "items.parquet", "users.parquet", "prepare.json"),
            "02_infer_profiles.py": ("profiles.pt", "scores.pt"),
            "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
-_SWITCHES = ("whiten", "revive")  # on unless switched off by --no-…
+
+
+def code_digests():
+    """What of the program decides a row's figures: the files that train it; torch's version, the device"""
+    digests = [sha256_of(_ROOT / file) for file in _CODE]
+    return [*digests, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu"]
+
+
+class FinishedRows(dict):
+    """finished.jsonl as {digest of all that decides a row: row}; what `add` gets is on disk at once."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            for line in filter(None, path.read_text().split("\n") if path.exists() else []):
+                row = json.loads(line)
+                self[row.pop("key")] = row
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+            fail(f"cannot read {path}: {error}; move it away")
+        self.add({})  # a file that cannot be written must be refused before the first model, not after it
+
+    def add(self, rows):
+        self.update(rows)
+        with whole_file(self.path) as file:
+            file.writelines(json.dumps({"key": key, **row}).encode() + b"\n" for key, row in self.items())
+
+
+def check_further_runs(args, split):
+    """Refuse --splits and --codebook-sizes where stages 1 to 3 cannot be repeated."""
+    if args.splits > 1 and split not in ("random", "cold-user"):
+        fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
+    if (args.splits > 1 or args.codebook_sizes) and read_sidecar(args, "profiles.pt")["options"].get("prior"):
+        option = "--splits" if args.splits > 1 else "--codebook-sizes"
+        fail(f"{option}: the profiles of {args.run_dir} come from a round of EM, which further runs do not "
+             f"repeat: run stages 2 and 3 without --prior, or leave {option} out")
 
 
 def further_run(args, name, first_stage, changes):
     """RUN_DIR/name: a run with this one's options, but for `changes` in first_stage. Returns its folder.
 
-    Artifacts of earlier stages are linked. A stage runs only if its artifact is missing, or was made with
-    other options or from other inputs; so a killed run continues.
+    Artifacts of earlier stages are linked. A stage is skipped if its artifact has these options and inputs.
     """
-    folder = Path(args.run_dir) / name
+    run_dir, folder = Path(args.run_dir), Path(args.run_dir) / name
     folder.mkdir(exist_ok=True)
     for stage, artifacts in _STAGES.items():
         if stage < first_stage:
             for file in (f"{artifact}{ending}" for artifact in artifacts for ending in ("", ".json")):
                 (folder / file).unlink(missing_ok=True)
-                if (Path(args.run_dir) / file).exists():  # some methods make no scores.pt
+                if (run_dir / file).exists():  # some methods make no scores.pt
                     (folder / file).symlink_to(Path("..") / file)
             continue
         options = read_sidecar(args, artifacts[0])["options"] | {"run_dir": str(folder)}
@@ -57,19 +94,9 @@ def command_line(options):
     """The options of a sidecar as a command line: {"paper": True, "codes": [4, 3]} -> --paper --codes 4 3"""
     words = []
     for key, option in options.items():
-        if key in _SWITCHES and option is False:
-            words.append(f"--no-{key}")
+        if (key, option) == ("whiten", False):  # on unless switched off
+            words.append("--no-whiten")
         elif key != "download" and option is not None and option is not False and option != []:  # 0 is kept
             values = [] if option is True else option if isinstance(option, list) else [option]
             words += [option_name(key), *map(str, values)]
     return words
-
-
-def check_further_runs(args, split):
-    """Refuse --splits and --codebook-sizes where stages 1 to 3 cannot be repeated."""
-    if args.splits > 1 and split not in ("random", "cold-user"):
-        fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
-    if (args.splits > 1 or args.codebook_sizes) and read_sidecar(args, "profiles.pt")["options"].get("prior"):
-        option = "--splits" if args.splits > 1 else "--codebook-sizes"
-        fail(f"{option}: the profiles of {args.run_dir} come from a round of EM, which further runs do not "
-             f"repeat: run stages 2 and 3 without --prior, or leave {option} out")

@@ -1,20 +1,27 @@
-"""What stage 3 reads: interactions, and for each profile name the θ that stage 2 inferred for all users."""
+"""Profiles as stage 3 reads them; checks of profiles and codes against known facts, which no model reads."""
 
+import itertools
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_rand_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from common import usage_of
 from userip.artifacts import fail, read_sidecar
 from userip.options import option_name
 
 
 class Rows(NamedTuple):
-    """Interactions: user, item, fold int64 [R], label float32 [R]"""
-
-    user: torch.Tensor
-    item: torch.Tensor
-    label: torch.Tensor
-    fold: torch.Tensor  # index of the profiles that were inferred without this row
+    user: torch.Tensor  # int64 [R]
+    item: torch.Tensor  # int64 [R]
+    label: torch.Tensor  # float32 [R]
+    fold: torch.Tensor  # int64 [R], index of the profiles that were inferred without this row
     num_items: int  # in the catalogue
 
 
@@ -26,39 +33,22 @@ def read_rows(interactions, split, fold=None):
     return Rows(user, item, label.float(), fold, int(interactions["item"].max()) + 1)
 
 
-class Profile:
-    """Profile name k of profiles.pt: θ of all users without each of the F folds and, last, with all evidence
-
-    options: those of stage 2. is_warm [N]: has train rows. Only warm users with evidence move a codeword.
-    """
-
-    def __init__(self, stored, k, options, is_warm):
-        self.name = stored["names"][k]
-        self.theta = stored["profiles"][:, :, k]  # [F + 1, N, D]
-        self.num_evidence = stored["num_evidence"][:, :, k]  # [F + 1, N]
-        self.gain, self.noise = stored["gain"][:, k], stored["noise"][k]  # [N], [D, D], see `whiten`
-        self.is_fitted = is_warm & (self.num_evidence[-1] > 0)  # [N]
-        self.mean = self.theta[-1, self.is_fitted].mean(0)  # [D]
-        self.deviation = self.theta - self.mean  # [F + 1, N, D]
-        self.has_noise_level = options.get("method", "score") == "score"
-        route = "rating" if options.get("route", ["none"]) == ["none"] else options["route"][k]
-        self.reads_ratings = options.get("ratings", "none") != "none" and "rating" in route.split("+")
-        self.num_codes = 8 if self.reads_ratings else 3 if k == 1 else 4  # K, unless --codes says otherwise
-
-
 def read_profiles(args, stored, rows, defaults):
-    """profiles.pt -> a Profile per name; sets args.codes; exit code 2 when the options do not fit
+    """profiles.pt -> a namespace per profile name; sets args.codes. defaults: of stage 3's options, see below
 
-    defaults: of all options of stage 3. After `02 --prior`, none of them may be changed.
+    It holds θ of all users without each of the F folds and, last, with all evidence.
     """
     if "fold" not in stored:
         stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
     is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
     is_warm[rows.user] = True
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
-    profiles = [Profile(stored, k, options, is_warm) for k in range(len(names))]
-    sizes = args.codes or [profile.num_codes for profile in profiles]
-    if "prior" in stored:
+    routes = options.get("route", ["none"])
+    routes = ["rating"] * len(names) if routes == ["none"] else routes
+    has_ratings = options.get("ratings", "none") != "none"
+    reads_ratings = [has_ratings and "rating" in route.split("+") for route in routes]
+    sizes = args.codes or [8 if reads else 3 if k == 1 else 4 for k, reads in enumerate(reads_ratings)]
+    if "prior" in stored:  # no option may be changed
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
         allowed = defaults | {"run_dir": args.run_dir, "seed": args.seed}
         for name, value in vars(args).items():
@@ -72,7 +62,56 @@ def read_profiles(args, stored, rows, defaults):
     if num_fitted < max(sizes):
         fail(f"only {num_fitted} users have evidence and train rows, fewer than the {max(sizes)} codes asked "
              f"for: lower --codes")
-    args.codes = sizes
-    for profile, num_codes in zip(profiles, sizes):
-        profile.num_codes = num_codes
+    args.codes, profiles = sizes, []
+    for k, name in enumerate(names):
+        theta, num_evidence = (stored[key][:, :, k] for key in ("profiles", "num_evidence"))  # [F + 1, N, …]
+        is_fitted = is_warm & (num_evidence[-1] > 0)  # [N], whose θ moves codewords
+        mean = theta[-1, is_fitted].mean(0)  # [D]
+        profiles.append(SimpleNamespace(
+            name=name, num_codes=sizes[k], theta=theta, num_evidence=num_evidence, is_fitted=is_fitted,
+            mean=mean, deviation=theta - mean, gain=stored["gain"][:, k], noise=stored["noise"][k],
+            has_noise_level=options.get("method", "score") == "score", reads_ratings=reads_ratings[k]))
     return profiles
+
+
+def describe_codes(name, codes, num_codes):
+    """Print usage and mean ARI between seeds of a profile's codes, a list of int [N] -> sidecar facts"""
+    usage, perplexity = usage_of(codes[0], num_codes)
+    known = [column[column < num_codes] for column in codes]
+    aris = [adjusted_rand_score(*pair) for pair in itertools.combinations(known, 2)]
+    share, stability = usage.min() / max(usage.sum(), 1), float(np.mean(aris)) if aris else None
+    between = f" | ARI between seeds {stability:.3f}" if aris else ""
+    warning = f"  <- below K/2 = {num_codes / 2:g}: the codebook is collapsing"
+    print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} "
+          f"| smallest share {share:.3f}{between}{warning if perplexity < num_codes / 2 else ''}")
+    return {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share,
+            f"{name}_stability": stability}
+
+
+def compare_with_truth(bank, names, users, bayes_ari):
+    """Planted data: print the adjusted Rand index (ARI) of codes with their own truth, beside that of the
+    Bayes-optimal classifier, and with another profile's (cross-ARI). bank, users: frames -> sidecar facts
+    """
+    facts = {}
+    for name in names:
+        ari = {f"{name}_vs_{truth}": adjusted_rand_score(users[truth], bank[name])
+               for truth in users if truth.startswith("true_")}
+        facts |= ari
+        own, best = ari.pop(f"{name}_vs_true_{name}", None), bayes_ari.get(name)
+        if own is not None and best:
+            facts[f"{name}_share_of_bayes"] = own / best
+            cross = ", ".join(f"{value:.3f} {key}" for key, value in ari.items())
+            print(f"{name}: ARI {own:.3f} of the Bayes-optimal {best:.3f} ({own / best:.0%}); "
+                  f"cross-ARI {cross}")
+    return facts
+
+
+def probe_auc(features, labels, num_repeats=3):
+    """AUC of a logistic regression on features [N, C] over 5 folds, mean of three random ways to fold"""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    aucs = []
+    for seed in range(num_repeats):
+        folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+        scores = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")[:, 1]
+        aucs.append(roc_auc_score(labels, scores))
+    return float(np.mean(aucs))

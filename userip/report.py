@@ -1,88 +1,197 @@
-"""The text of report.html: what each chapter says and shows."""
+"""report.html and its pictures. The page is one file that needs no network; all its text is escaped."""
 
-import json
+import base64
+import html
+import io
+import itertools
 
+import matplotlib
+import numpy as np
 import pandas as pd
+import torch
 
 from common import with_interval
-from userip.page import code_cards_as_html, markdown_tables, page, paragraph, table
+from userip.artifacts import whole_file
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
+    "td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}img{max-width:100%}"
+    "h2{margin-top:2.5rem;border-bottom:1px solid #ddd}h4{margin:1rem 0 0}"
+    "@media print{table{display:table}tr,img{break-inside:avoid}}")
 
 
-def read_curves(run):
-    """Losses by step: the tiny LLM and the shared start of stage 2, eq. 5 of stage 3. {title: list}"""
-    curves, path = {}, run.run_dir / "tiny_llm" / "curve.json"
-    if run.stored["llm"] == "tiny" and path.exists():
-        curves["tiny LLM: nats per token, by step"] = json.loads(path.read_text())
-    if curve := run.sidecars["profiles.pt"].get("curve"):
-        curves["shared θ: nats per row, by step"] = curve
-    for key, values in pd.DataFrame(run.sidecars["codebook.pt"].get("curve") or []).items():
-        curves[f"stage 3: {key.replace('_', ' ')}, by epoch"] = list(values)
-    return curves
+def mean_with_interval(values, form=".2f"):
+    """Mean ± half of its 95% interval as text, in a number format; "–" for fewer than two values"""
+    if len(values) < 2:
+        return "–"
+    half = 1.96 * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):{form}} ± {half:{form.strip('+')}}"
+
+
+def paragraph(text):
+    return f"<p>{html.escape(text)}</p>"
+
+
+def table(header, rows):
+    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><tr>{cells('th', header)}</tr>{body}</table>"
+
+
+def tables_as_html(title, tables):
+    """tables: {title: data frame}"""
+    parts = [f"<h4>{html.escape(name)}</h4>{table(frame, frame.itertuples(index=False))}"
+             for name, frame in tables.items()]
+    return f"<h3>{html.escape(title)}</h3>{''.join(parts)}"
+
+
+def markdown_as_html(text):
+    """results.md: its pipe tables as HTML tables, other lines as paragraphs, without headings"""
+    parts = []
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            header, _, *rows = [line.strip("|").split("|") for line in lines]
+            parts.append(table(header, rows))
+        else:
+            parts += [paragraph(line) for line in lines if line and not line.startswith("#")]
+    return "".join(parts)
+
+
+def page(title, chapters):
+    """One HTML file: title, table of contents, chapters {heading: list of HTML}"""
+    links, body = "", ""
+    for k, (heading, parts) in enumerate(chapters.items()):
+        links += f'<li><a href="#part{k}">{html.escape(heading)}</a></li>'
+        body += f'<h2 id="part{k}">{html.escape(heading)}</h2>{"".join(parts)}'
+    title = html.escape(title)
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>{title}</title><style>{STYLE}</style></head>"
+            f"<body><h1>{title}</h1><nav><ul>{links}</ul></nav>{body}</body></html>\n")
+
+
+def save(folder, name, figure, data, description):
+    """The figure as <img> with a description, and as folder/name.png, its data frame as folder/name.csv"""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    for suffix, content in ((".png", buffer.getvalue()), (".csv", data.to_csv(index=False).encode())):
+        with whole_file(folder / f"{name}{suffix}") as file:
+            file.write(content)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
+
+
+def draw_map(folder, title, plane, groups, labels, marked):
+    """Scatter plot of users: plane [N, 2], groups [N], each one of the labels; marked: {user id: index}"""
+    figure, axis = plt.subplots(figsize=(4.2, 3.6))
+    for index, label in enumerate(labels):
+        axis.scatter(*plane[groups == label].T, s=5, alpha=0.6, color=plt.cm.tab10(index % 10), label=label)
+    for user_id, index in marked.items():
+        axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
+        axis.annotate(user_id, plane[index], fontsize=6, xytext=(5, 5), textcoords="offset points",
+                      bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.legend(markerscale=3, fontsize=7, loc="best")
+    data = pd.DataFrame({"x": plane[:, 0], "y": plane[:, 1], "group": groups})
+    return save(folder, f"map-{title.replace(' ', '-')}", figure, data,
+                f"Scatter plot of users' profiles in two dimensions: {title}; the users shown are ringed")
+
+
+def draw_maps(folder, run, chosen):
+    """Profiles in two dimensions, by code and by truth; the users in `chosen` are ringed -> list of <img>"""
+    pictures, rng = [], np.random.default_rng(0)
+    for k, name in enumerate(run.names):
+        users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
+        z = ((run.profiles[:, k] - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
+        z = z - z.mean(0)
+        plane = (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).numpy()  # [N', 2]
+        if plane.shape[1] == 1:  # C = 1: a random height, so that users do not hide each other
+            plane = np.column_stack([plane, rng.random(len(plane))])
+        marked = {run.user_ids[user]: index for index, user in enumerate(users) if user in chosen}
+        pictures.append(draw_map(folder, f"{name} by code", plane, run.codes[users, k], range(run.sizes[k]),
+                                 marked))
+        if f"true_{name}" in run.users:
+            truth = run.users[f"true_{name}"].to_numpy()[users]
+            pictures.append(draw_map(folder, f"{name} by truth", plane, truth, np.unique(truth), marked))
+    return pictures
+
+
+def draw_attention(folder, name, num_noise, sentences, attention):
+    """Figure 7: a row per user, a column per word, colours from a user's least to most attention.
+
+    sentences: lists of words, the content behind num_noise; attention: {"before", "after": arrays [words]}
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(sentences) + 1.4), squeeze=False)
+    rows = []
+    for axis, (when, by_user) in zip(axes[0], attention.items()):
+        grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
+        for user, (words, weights) in enumerate(zip(sentences, by_user)):
+            grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
+            for column, word in enumerate(words):
+                axis.text(column, user, word, ha="center", va="center", fontsize=6,
+                          color="white" if grid[user, column] > 0.6 else "black")
+                rows.append((user, when, word, column >= num_noise, weights[column]))
+        axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axis.set(title=f"{name}: {when} tuning", xticks=[], yticks=range(len(sentences)), ylabel="user")
+    data = pd.DataFrame(rows, columns=["user", "when", "word", "is_content", "attention"])
+    return save(folder, f"attention-{name}", figure, data, f"Heat maps of the attention from the words of "
+                f"a sentence to the soft token of {name}, before and after tuning, scaled per user")
 
 
 def headline(sidecars):
     """Table: what was inferred, how much of the truth was found, and did it help?"""
     nll, quantized = sidecars["profiles.pt"]["heldout_nll"], sidecars["feature_bank.parquet"]
-    answer = "held-out NLL per token: "
-    answer += ", ".join(f"{key} {nll[key]:.4f}" for key in ("none", "shared", "shuffled", "own"))
-    shared, shuffled = nll["own_minus_shared"], nll["own_minus_shuffled"]
-    answer += f"; own - shared {shared[0]:+.4f} ± {shared[1]:.4f}"
-    answer += f", own - shuffled {shuffled[0]:+.4f} ± {shuffled[1]:.4f} (95%)"
-    rows = [("Do profiles predict the items of their users?", answer)]
+    parts = [f"{key} {nll[key]:.4f}" for key in ("none", "shared", "shuffled", "own")]
+    parts += [f"own - {key} {with_interval(*nll[f'own_minus_{key}'])}" for key in ("shared", "shuffled")]
+    rows = [("Do profiles predict the items of their users?", f"held-out NLL per token: {', '.join(parts)}")]
     for name, num_codes in zip(quantized["names"], quantized["codes"]):
-        answer = (f"perplexity {quantized[f'{name}_perplexity']:.2f} of {num_codes}, "
-                  f"smallest share {quantized[f'{name}_smallest_share']:.3f}")
+        answer = f"perplexity {quantized[f'{name}_perplexity']:.2f} of {num_codes}"
         if f"{name}_share_of_bayes" in quantized:
-            answer += (f"; ARI with the truth {quantized[f'{name}_vs_true_{name}']:.3f}, "
+            answer += (f", ARI {quantized[f'{name}_vs_true_{name}']:.3f} with the truth, "
                        f"{quantized[f'{name}_share_of_bayes']:.0%} of the Bayes-optimal")
         rows.append((f"How good are the codes of {name}?", answer))
     for model, gain in sidecars["results.parquet"]["gains"].items():
         answer = f"AUC of codes - random {with_interval(gain['auc_gain'], gain['auc_half_interval'])}"
         if "share_of_oracle" in gain:
-            answer += (f", {gain['share_of_oracle']:.0%} of what the truth itself gains "
-                       f"({gain['oracle_auc_gain']:+.4f})")
+            answer += f", {gain['share_of_oracle']:.0%} of what the truth itself gains"
         rows.append((f"Do they help {model}?", answer))
     return table(("question", "answer"), rows)
 
 
-def report_page(run, cards, pages, pictures, facts):
-    """report.html. cards: CodeCards by profile; pages: HTML by user shown; pictures: lists of <img> of codes,
-    attention and mask; facts: rows of words, attention and agreement, as in the sidecar
+def report_page(run, maps, cards, pages, attention, facts):
+    """report.html. maps, attention: pictures, lists of <img>; cards: a data frame by profile; pages: HTML by
+    user shown; facts: rows of words, attention and agreement, as in the sidecar
     """
-    agreement = [
-        paragraph("Agreement with what is known of users: adjusted mutual information (0: chance, 1: the "
-                  "same), p of the chi-squared test."),
-        table(("profile", "fact", "agreement", "p"), facts["agreement"])]
-    opening = "<h1>User inherent profiles: what was inferred, and is it true?</h1>"
-    return page("User inherent profiles", [opening], [
-        ("Summary", [headline(run.sidecars), paragraph(
+    names_found, names_by_chance = facts["names_found"]
+    return page("User inherent profiles", {
+        "Summary": [headline(run.sidecars), paragraph(
             f"{len(run.users):,} users, {len(run.items):,} items, {len(run.split['train']):,} train rows; "
-            f"LLM: {run.stored['llm']}.")]),
-        ("The codes", pictures["codes"]),
-        ("What each code stands for", [
-            paragraph(
-                "What the users of a code have more often than all others: odds ratio ×, 95% interval; only "
-                "names that are surely more frequent (one-sided 2.5% for each list as a whole). "
-                f"{facts['names_found'][0]:,} such names; {facts['names_found'][1]:,} with the codes "
-                "shuffled among users. Ratings: mean over users ± half of the 95% interval. Train rows."),
-            *(code_cards_as_html(name, profile.cards) for name, profile in zip(run.names, cards)),
-            *(agreement if facts["agreement"] else [])]),
-        ("Do words of profiles mean anything?", [
-            paragraph(
-                "Share of users whose own words occur more often in their held-out (valid) items than "
-                "another user's words do, ties counted half, ± half of the 95% interval; 0.5 is chance."),
-            table(("profile", "method", "AUC", "users"), facts["words"])]),
-        ("A few users", [
-            paragraph(
-                "Words of a soft prompt mean little alone; where the control reads as well, trust neither. "
-                "Nearest: to the profile less the mean profile. Lens: what the LLM expects more after it."),
-            *pages]),
-        ("Where the LLM looks", [
-            paragraph(
-                "Share of the attention to the soft token that content words pay, against words such as “The "
-                "user likes”, before (a random soft token) and after tuning; ± half of the 95% interval over "
-                "users."),
+            f"LLM: {run.stored['llm']}; ± is half of a 95% interval.")],
+        "The codes": maps,
+        "What each code stands for": [paragraph(
+            "What the users of a code have more often than all others, in train rows: odds ratio ×, 95% "
+            "interval; only names that are surely more frequent (one-sided 2.5% for each list as a whole). "
+            f"{names_found:,} such names; {names_by_chance:,} with the codes shuffled among users."),
+            *(table(card, card.itertuples(index=False)) for card in cards),
+            paragraph("Agreement of codes with what is known of users: adjusted mutual information (0: "
+                      "chance, 1: the same), p of the chi-squared test."),
+            table(("profile", "fact", "agreement", "p"), facts["agreement"])],
+        "Do words of profiles mean anything?": [paragraph(
+            "Share of users whose own words occur more often in their held-out (valid) items than another "
+            "user's words do, ties counted half; 0.5 is chance."),
+            table(("profile", "method", "AUC", "users"), facts["words"])],
+        "A few users": [paragraph(
+            "Words of a soft prompt mean little alone; where the control reads as well, trust neither. "
+            "Nearest: to the profile less the mean profile. Lens: what the LLM expects more after it."),
+            *pages],
+        "Where the LLM looks": [paragraph(
+            "Share of the attention to the soft token that content words pay, against words such as “The "
+            "user likes”, before (a random soft token) and after tuning."),
             table(("profile", "before", "after", "after - before", "users"), facts["attention"]),
-            *pictures["attention"]]),
-        ("Does it help click models?", [markdown_tables(run.results_text)]),
-        ("How profiles are kept apart", pictures["mask"])])
+            *attention],
+        "Does it help click models?": [markdown_as_html(run.results_text)]})

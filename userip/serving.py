@@ -1,9 +1,4 @@
-"""Table 6: seconds per 10,000 rows of a DCN that serves without codes, with the bank, and with vectors.
-
-The codes are a function of the user, and a DCN reads its input by a few linear maps. So what a user's codes
-add to these maps can be added once, when the bank is loaded (FoldedDCN); per request the codes then cost
-nothing.
-"""
+"""Table 6: seconds per 10,000 rows of a DCN that serves without codes, with the bank, and with vectors."""
 
 import itertools
 import time
@@ -52,10 +47,7 @@ class FoldedDCN:
 
 
 def _modes(args, num_items, codes, code_sizes, vectors):
-    """Modes of serving by name: a function of user and item [B] -> logits [B], and the tensors that it holds.
-
-    Weights are random: a DCN's time does not depend on them.
-    """
+    """Modes of serving by name: function of user and item [B] -> logits [B], tensors held; random weights"""
     torch.manual_seed(0)
     sizes = [len(codes), num_items, *code_sizes]
     tables = [torch.randn(size, args.field_dim) for size in sizes]
@@ -70,7 +62,7 @@ def _modes(args, num_items, codes, code_sizes, vectors):
         ids = torch.cat([torch.stack([user, item], 1), *more], 1)
         return table.index_select(0, (ids + first[:ids.shape[1]]).flatten()).view(*ids.shape, -1)
 
-    folded, folded_bank = FoldedDCN(plain.net, tables[:2], codes), FoldedDCN(with_bank.net, tables, codes)
+    folded, folded_bank = FoldedDCN(plain, tables[:2], codes), FoldedDCN(with_bank, tables, codes)
     return {
         "DCN": (lambda user, item: plain(rows(user, item)), [*tables[:2], *plain.parameters()]),
         "DCN + bank": (lambda user, item: with_bank(rows(user, item, bank[user])),
@@ -83,32 +75,28 @@ def _modes(args, num_items, codes, code_sizes, vectors):
 
 @torch.no_grad()
 def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
-    """Table 6: {mode of serving: megabytes held, and median and p99 seconds per 10,000 rows by batch size}.
-
-    codes int64 [N, P]; vectors [N, C], the profiles themselves. All modes answer the same requests in turn.
+    """codes int64 [N, P], vectors [N, C] (the profiles) -> {mode of serving: megabytes held, median and p99
+    seconds per 10,000 rows by batch size}. All modes answer the same requests in turn.
     """
     modes = _modes(args, num_items, codes, code_sizes, vectors)
     figures = {name: {"megabytes": sum(part.numel() * part.element_size() for part in held) / 2**20}
                for name, (_, held) in modes.items()}
-    generator = torch.Generator().manual_seed(0)
     for size, num_rounds in rounds.items():
         taken = {name: [] for name in modes}
         for _ in range(num_rounds):
-            user, item = (torch.randint(limit, (size,), generator=generator)
-                          for limit in (len(codes), num_items))
+            user, item = (torch.randint(limit, (size,)) for limit in (len(codes), num_items))
             for name, (serve, _) in modes.items():
                 started = time.perf_counter()
                 serve(user, item).sigmoid()
                 taken[name].append((time.perf_counter() - started) * 10_000 / size)
-        for name, seconds in taken.items():
-            seconds = seconds[num_rounds // 10:]  # the first ones warm the caches
-            figures[name] |= {f"median_{size}": float(np.median(seconds)),
-                              f"p99_{size}": float(np.quantile(seconds, 0.99))}
+        for name, seconds in taken.items():  # the first ones warm the caches
+            median, p99 = np.quantile(seconds[num_rounds // 10:], [0.5, 0.99])
+            figures[name] |= {f"median_{size}": median, f"p99_{size}": p99}
     return figures
 
 
 def serving_table(figures):
-    """Table 6 as text: list of lines"""
+    """Table 6 as a list of lines"""
     columns = ("median_1", "p99_1", "median_10000", "p99_10000")
     lines = [[name, *(f"{row[column]:.4f}" for column in columns),
               f"{row['median_10000'] / figures['DCN']['median_10000']:.2f}", f"{row['megabytes']:.2f}"]
