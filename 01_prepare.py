@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add.data("--max-bad", type=at_least(0, float), default=0.01,
              help="Amazon, Yelp: share of bad lines above which a file is refused")
     add.data("--max-line", type=at_least(1), default=16, help="longest line of a text file, in MiB")
-    add.data("--max-ratio", type=at_least(1), default=200, help="how many times its size a gzip file may hold")
+    add.data("--max-ratio", type=at_least(1), default=200, help="largest factor by which gzip files expand")
     add.method("--min-interactions", type=at_least(1), default=4,
                help="drop users and items with fewer, iterated")
     add.method("--threshold", type=float, default=3, help="a rating above this is a positive label")

@@ -19,7 +19,10 @@ def test_prices_become_numbers_and_junk_is_missing(published, price):
     ("<b>Bold</b> move", "Bold move"), ("&lt;i&gt;x&lt;/i&gt;", "x"), ("5 < 6 > 4", "5 < 6 > 4"),
     ("x<y and 3>2", "x<y and 3>2"),
     (" a\n\t b ", "a b"), ("caf\u00e9\u00a0noir", "café noir"), ("half \ud83d pair", "half pair"),
-    ("<span class=", ""), ("x function(){ y }", ""), (None, ""), (3, "")])
+    ("<span class=", ""), ("x function(){ y }", ""), (None, ""), (1984, "1984"),
+    ("Form & function (2nd edition)", "Form & function (2nd edition)"), ("Fate {stay: night}",) * 2,
+    ("Sing <a cappella>",) * 2, ('<a href="x">Link</a>', "Link"), (".a-box{color:#fff}", ""),
+    ("var t = (new Date()).getTime();", ""), ("red \x1b[31m alarm", "red [31m alarm")])
 def test_titles_are_plain_text(published, title):
     assert clean(published) == title == clean(title)
 

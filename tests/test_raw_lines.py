@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_blocks_hold_whole_lines_with_their_numbers(tmp_path, monkeypatch, size)
     for ending in (b"", b"\n"):
         (tmp_path / "lines").write_bytes(b"\n".join(lines) + ending)
         found = {}
-        for first, last, block in raw_lines._blocks(tmp_path / "lines"):
+        for first, last, block in raw_lines._blocks(tmp_path / "lines", SimpleNamespace(max_line=1, max_ratio=1)):
             found |= dict(enumerate(block.split(b"\n"), first))
             assert max(found) == last
         assert found == dict(enumerate(lines, 1))

@@ -1,7 +1,10 @@
+import decimal
 import gzip
+import os
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from conftest import dies, read_raw, write_ml_1m, write_ml_100k, write_table
@@ -28,7 +31,7 @@ def test_movielens_1m_as_published(tmp_path):
     assert users.loc["2", ["gender", "age"]].tolist() == ["F", 18]
     path = tmp_path / "raw/ml-1m/ratings.dat"
     path.write_text(path.read_text() + "1::2\n")
-    assert "without 4 columns" in read_raw(tmp_path, "ml-1m", ok=False)
+    assert "line 161 has 2 columns, not 4" in read_raw(tmp_path, "ml-1m", ok=False)
 
 
 # --- tables ---------------------------------------------------------------------------------------------
@@ -57,7 +60,7 @@ def test_tables_with_tabs_and_other_names(tmp_path):
     assert table["timestamp"].between(1_500_000_000, 1_500_001_000).all()
     refuse = lambda *columns: read_raw(tmp_path, "table", "--columns", *columns, ok=False)
     assert "no file has a column nowhere" in refuse(*columns, "brand=nowhere")
-    assert "two columns item_id" in refuse("item_id=reviewer")
+    assert "two columns of one name" in refuse("item_id=reviewer")
     (tmp_path / "raw/items.csv").write_text("item_id,title\n")
     assert "leave one of them" in refuse(*columns)
     assert "ours is one of" in refuse("stars=rating")
@@ -78,7 +81,7 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
     (tmp_path / "raw/items.csv").unlink()
     assert "items.csv" in read_raw(tmp_path, "table", ok=False)
     (tmp_path / "raw/items.csv").write_text("")
-    assert "items.csv cannot be read (No columns" in read_raw(tmp_path, "table", ok=False)
+    assert "items.csv has no rows" in read_raw(tmp_path, "table", ok=False)
     (tmp_path / "raw/items.csv").write_text("item_id,title\n")
     assert "no rows" in read_raw(tmp_path, "table", ok=False)
 
@@ -113,3 +116,130 @@ def test_a_broken_gzip(tmp_path):
     assert "interactions.csv.gz" in read_raw(tmp_path, "table", ok=False)
     path.write_bytes(gzip.compress(b"\xff\xfe\x00garbage\n\xff"))
     assert "interactions.csv.gz" in read_raw(tmp_path, "table", ok=False)
+
+
+# --- nothing is lost in silence -------------------------------------------------------------------------
+
+
+def with_items(folder, items, suffix=".csv", sep=","):
+    """A table with these lines of items behind the header; the complaint of stage 1, or its items"""
+    write_table(folder / "raw", suffix=suffix)
+    path = folder / f"raw/items{suffix}"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *items, *lines[1 + len(items):]]) + "\n")
+    return path
+
+
+def test_quotes_in_tab_separated_files_are_letters(tmp_path):
+    interactions, items = write_table(tmp_path / "raw", suffix=".csv")
+    items.loc[[5, 9], "title"] = ['"Blue racer 5', '"Blue racer 9']
+    for name, frame in (("interactions", interactions), ("items", items)):
+        (tmp_path / f"raw/{name}.csv").unlink()
+        frame.to_csv(tmp_path / f"raw/{name}.tsv", sep="\t", index=False, quoting=3)
+    table, stored, *_ = read_raw(tmp_path, "table")
+    assert len(table) == 60 * 14 and stored["title"].tolist() == items["title"].tolist()
+
+
+@pytest.mark.parametrize("lines, complaint", [
+    (['i000,"Blue racer,Games,Acme,3', 'i001,"Blue racer,Games,Acme,3'], "lines 2 to 3: ',' expected"),
+    (['i000,"Blue racer,Games,Acme,3', 'i001,red,Games,Acme,3', 'i002,Blue racer",Games,Acme,3'],
+     "line 2: title goes on with 'i001,red,Games,Acme,3'"),
+    (['i000,"Blue \\"racer\\"",Games,Acme,3'], "lines 2 to 2: ',' expected"),
+    (['i000,"Blue racer,Games,Acme,3'], "unexpected end of data"),
+    (["i000,Blue racer, the game,Games,Acme,3"], "line 2 has 6 fields between commas, but the header has 5"),
+    (["", "", "i000,red,Games"], "line 4 has 3 fields"), (["i000,red,Games,Acme,3\x00\xff"], "")])
+def test_csv_files_that_do_not_add_up_are_refused_with_the_line(tmp_path, lines, complaint):
+    path = with_items(tmp_path, lines)
+    if not complaint:
+        path.write_bytes(path.read_bytes().replace("\xff".encode(), b"\xff"))
+        complaint = "line 2: b'\\xff' is not UTF-8"
+    assert f"items.csv, {complaint}" in read_raw(tmp_path, "table", ok=False).replace("lines 2 to 41: ", "")
+
+
+def test_well_formed_quotes_line_breaks_spaces_and_delimiters_at_the_end_are_read(tmp_path):
+    path = with_items(tmp_path, ['i000,"Blue, ""the"" racer\nof 1999",Games,\\N,3', "", "i001,red,Games,Acme,3"])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_text().replace("\n", ",\r\n").replace(
+        "1999\",", "1999\",").replace("racer,\r\n", "racer\r\n").replace("\r\n,\r\n", "\r\n\r\n").encode())
+    _, items, *_ = read_raw(tmp_path, "table")
+    assert items.loc["i000", "title"] == 'Blue, "the" racer of 1999' and items["brand"].isna()["i000"]
+    assert len(items) == 40 and items.loc["i001", "title"] == "red"
+    path.write_text(path.read_text("utf-8-sig").replace(",\n", "\n").replace(",", ", "))
+    assert read_raw(tmp_path, "table")[1].loc["i001", "category"] == "Games"
+
+
+@pytest.mark.parametrize("convert, seconds", [
+    (lambda s: pd.to_datetime(s, unit="s").astype("datetime64[ns]"), 1),
+    (lambda s: pd.to_datetime(s, unit="s").dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo"), 1), (lambda s: s * 10**6, 1),
+    (lambda s: s * 10**9, 1), (lambda s: s * 1000.0, 1),
+    (lambda s: pd.to_datetime(s, unit="s").dt.date, 86_400)])
+def test_times_are_seconds_whatever_their_type_and_unit(tmp_path, convert, seconds):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".parquet")
+    times = interactions["timestamp"].to_numpy() // seconds * seconds
+    interactions.assign(timestamp=convert(interactions["timestamp"])).to_parquet(
+        tmp_path / "raw/interactions.parquet")
+    assert sorted(read_raw(tmp_path, "table")[0]["timestamp"]) == sorted(times)
+
+
+@pytest.mark.parametrize("column, value, complaint", [
+    ("timestamp", pd.NaT, "timestamp 'nan' is not a number"), ("rating", 1e39, "is beyond 3e+38"),
+    ("timestamp", 1e300, "is beyond 1e+20"), ("rating", None, "is not a number"),
+    ("user_id", None, "user_id is"), ("user_id", "a\x1b[31m", "user_id is")])
+def test_a_value_that_cannot_be_is_refused_with_its_row(tmp_path, column, value, complaint):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".parquet")
+    values = interactions[column].astype(object)
+    if value is pd.NaT:
+        values = pd.to_datetime(interactions[column], unit="s")
+    values[7] = value
+    interactions.assign(**{column: values}).to_parquet(tmp_path / "raw/interactions.parquet")
+    line = read_raw(tmp_path, "table", ok=False)
+    assert "interactions.parquet, row 8: " in line and complaint in line
+
+
+def test_numbers_and_lists_in_parquet_are_text_or_refused(tmp_path):
+    interactions, items = write_table(tmp_path / "raw", suffix=".parquet")
+    path = tmp_path / "raw/items.parquet"
+    number = np.arange(40)
+    items = items.assign(title=1950 + number, category=[["Games", "PC", "Chess"]] * 40,
+                         brand=np.where(number % 2, 7.0, np.nan), price=[decimal.Decimal("3.50")] * 40)
+    items["title"] = items["title"].astype("category")
+    items.to_parquet(path)
+    stored = read_raw(tmp_path, "table")[1]
+    assert stored["title"].iloc[3] == "1953" and set(stored["category"]) == {"Chess"}
+    assert stored["brand"].iloc[:2].tolist()[1] == "7" and stored["brand"].isna().sum() == 20
+    assert stored["price"].iloc[0] == 3.5
+    for column in ("item_id", "title", "price"):
+        items.assign(**{column: [[1]] * 40}).to_parquet(path)
+        assert f"column {column}: list<" in read_raw(tmp_path, "table", ok=False)
+
+
+def test_ids_that_never_match_are_shown_one_of_each_side(tmp_path):
+    interactions, items = write_table(tmp_path / "raw", suffix=".csv")
+    items.assign(item_id=items["item_id"] + ".0").to_csv(tmp_path / "raw/items.csv", index=False)
+    line = read_raw(tmp_path, "table", ok=False)
+    assert "'i000'" in line and "'i000.0'" in line
+
+
+def test_movielens_files_saved_again_as_utf_8(tmp_path):
+    write_ml_1m(tmp_path / "raw")
+    path = tmp_path / "raw/movies.dat"
+    path.write_text(path.read_text("latin-1"), "utf-8")
+    assert read_raw(tmp_path, "ml-1m")[1].loc["3", "title"] == "Amélie: Part 2 (2001)"
+
+
+def test_a_column_of_users_may_have_any_name(tmp_path):
+    write_table(tmp_path / "raw", suffix=".csv")
+    (tmp_path / "raw/users.csv").write_text("user_id,user,mood\nu000,5,glad\n")
+    _, _, users, printed = read_raw(tmp_path, "table")
+    assert users.loc["u000", "mood"] == "glad" and "the column user of users is left out" in printed
+
+
+def test_sizes_have_limits(tmp_path):
+    write_table(tmp_path / "raw")
+    path = tmp_path / "raw/items.csv.gz"
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content + b"i1," + b"x" * (3 << 20) + b",,,\n"))
+    assert "is longer than 2 MiB" in read_raw(tmp_path, "table", "--max-line", 2, ok=False)
+    assert "expands to more than 3 times" in read_raw(tmp_path, "table", "--max-ratio", 3, ok=False)
+    path.unlink()
+    os.mkfifo(path)
+    assert "is no regular file" in read_raw(tmp_path, "table", ok=False)

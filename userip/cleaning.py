@@ -7,7 +7,7 @@ from itertools import takewhile
 import numpy as np
 import pandas as pd
 
-TAG = re.compile(  # a comment, a tag alone or with attributes, also one that was cut short; no "<a cappella>"
+TAG = re.compile(  # a comment, a tag, with attributes, also one that was cut short; no "<a cappella>"
     r"<(?:!--[^<>]*|/?(?:a|b|big|br|center|code|div|em|font|h[1-6]|hr|i|img|li|ol|p|pre|script|small|span|"
     r"strong|style|sub|sup|table|tbody|td|th|tr|u|ul)(?:\s[^<>]*=[^<>]*)?\s*/?)(?:>|$)", re.I)
 SCRIPT = re.compile(  # of the page, not a title: no "Form & function (2nd edition)", no "{a: b}"
@@ -74,7 +74,8 @@ def clean_items(items):
     items["price"] = np.array([to_price(price) for price in items["price"]], dtype="float64")
     counts = {"untitled_items": int(items["title"].isna().sum()),
               "junk_prices": int((has_price & items["price"].isna()).sum())}
-    cut = [(before, after) for before, after in zip(plain, items["title"].fillna("")) if len(after) < len(before)]
+    cut = [(before, after) for before, after in zip(plain, items["title"].fillna(""))
+           if len(after) < len(before)]
     counts |= {"cut_titles": len(cut), "first_cut_title": cut[0] if cut else None}
     items["title"] = items["title"].fillna(items["item_id"])
     return items, counts

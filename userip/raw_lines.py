@@ -1,4 +1,4 @@
-"""Lines of raw files, plain or gzip, read as a stream: memory holds a few blocks; damage is counted or refused."""
+"""Lines of raw files, plain or gzip, as a stream of a few blocks; damage is counted or refused."""
 
 import ast
 import zlib
@@ -18,20 +18,23 @@ def read_lines(path, args, decode):
     decode(lines) gives a list of records. Exit code 2 when more than args.max_bad of the lines are bad.
     """
     bad, num_lines = {}, 0  # kind -> line numbers
-    for first, last, block in _blocks(path):
-        num_lines = last
-        try:
-            records = decode(block)
-        except BAD_LINE:  # one by one, to find the bad lines
-            records = []
-            for number, line in enumerate(block.split(b"\n"), first):
-                try:
-                    records += decode(line)
-                except BAD_LINE as error:
-                    kind = str(error).split(" (byte ")[0].replace("$[0]", "$")
-                    kind = "not UTF-8" if isinstance(error, UnicodeError) else kind
-                    bad.setdefault(kind, []).append(number)
-        yield from records
+    try:
+        for first, num_lines, block in _blocks(path, args):
+            try:
+                records = decode(block)
+            except BAD_LINE:  # one by one, to find the bad lines
+                records = []
+                for number, line in enumerate(block.split(b"\n"), first):
+                    try:
+                        records += decode(line)
+                    except BAD_LINE as error:
+                        kind = str(error).split(" (byte ")[0].replace("$[0]", "$")
+                        kind = "not UTF-8" if isinstance(error, UnicodeError) else kind
+                        bad.setdefault(kind, []).append(number)
+            yield from records
+    except DAMAGE as error:
+        damage = "is truncated" if isinstance(error, EOFError) else f"is damaged ({error})"
+        warn(f"{path} {damage}: the {num_lines:,} whole lines before are used")
     if bad:
         num_bad = sum(map(len, bad.values()))
         kinds = "; ".join(f"{len(numbers):,} × {kind} (first: line {numbers[0]:,})"
@@ -51,8 +54,7 @@ def text_lines(path, args):
                 lines = block.decode().split("\n")
             except UnicodeDecodeError as error:
                 number = first + block.count(b"\n", 0, error.start)
-                fail(f"{path}, line {number}: {block[error.start:error.end]!r} is not UTF-8: save the file as "
-                     f"UTF-8")
+                fail(f"{path}, line {number}: {block[error.start:error.end]!r} is not UTF-8: save the file so")
             yield from (line + "\n" for line in lines)
     except DAMAGE as error:
         fail(f"{path} is no whole gzip file ({error}): download or export it again")

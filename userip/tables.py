@@ -31,13 +31,14 @@ def _fail_at(frame, path, row, problem):
 
 
 def check_columns(frame, path):
-    """Make numbers of ratings and times (s), in place; exit code 2 with the first line that has none, or an id
-    that is missing or not printable.
+    """Make numbers of ratings and times (s), in place; exit code 2 with the first line that has none, or
+    whose id is missing or not printable.
     """
     for column in frame.columns.intersection(["user_id", "item_id"]):
         is_bad = frame[column].isna() | frame[column].str.contains(CONTROL)
         if is_bad.any():
-            _fail_at(frame, path, row := int(is_bad.argmax()), f"{column} is {str(frame[column].iloc[row])!r}")
+            row = int(is_bad.argmax())
+            _fail_at(frame, path, row, f"{column} is {str(frame[column].iloc[row])!r}")
     for column in frame.columns.intersection(LARGEST):
         numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
         is_good = np.abs(numbers) <= LARGEST[column]  # false for nan, too
@@ -181,10 +182,10 @@ def _read_text(path, args):
                 tables.append(_texts(header, records))
                 records = []
     except csv.Error as error:
-        fail(f"{path}, lines {num_blank + end + 1} to {num_blank + reader.line_num}: {error}; a quote within a "
-             f"field must be doubled, and the field be in quotes: export the file again")
+        fail(f"{path}, lines {num_blank + end + 1} to {num_blank + reader.line_num}: {error}; a quote within "
+             f"a field must be doubled, and the field be in quotes: export the file again")
     table = pa.concat_tables([*tables, _texts(header, records)])
-    if header[-1] == "" and table.columns[-1].null_count == len(table):  # a delimiter behind the header, too
+    if header[-1:] == [""] and table.columns[-1].null_count == len(table):  # a delimiter ends the header
         table = table.remove_column(len(header) - 1)
     return table, pd.Index(numbers, name="line")
 
