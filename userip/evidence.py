@@ -1,19 +1,17 @@
 """Evidence: what users had and how they rated it, as texts that are routed to profiles."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 
 from userip.artifacts import fail
 from userip.texts import FIELDS, Texts, item_pieces, join, tokenize
 
-REVIEW_TOKENS = 15  # of a review's first sentence, at most, as in the released code
 VISIBLE = ("train", "valid", "support")  # splits whose items and reviews may become texts
 
 
@@ -23,7 +21,7 @@ VISIBLE = ("train", "valid", "support")  # splits whose items and reviews may be
 
 
 class Events(NamedTuple):
-    """Rows of interactions, int64 [R] each: user, item, rating level, row number, fold (-1: in none)"""
+    """Rows of interactions, int64 [R] each; level: 1 for liked, 0 without --ratings; fold -1: in none"""
 
     user: torch.Tensor
     item: torch.Tensor
@@ -39,30 +37,16 @@ class Events(NamedTuple):
 class Observed(NamedTuple):
     """What is known of N users before anything is inferred.
 
-    train: events of train rows; own: these and cold users' support rows, which are evidence of their user's
-    profile and of nothing else; is_warm bool [N]: who has train rows; level int64 [rows]: the rating level of
-    each row of interactions; words: how each level is said, [""] without ratings.
+    rows: all interactions; train: train rows; own: these and cold users' support rows, which are evidence of
+    their user's profile and of nothing else; is_warm bool [N]: who has train rows; words: how each rating
+    level is said, [""] without ratings.
     """
 
+    rows: Events
     train: Events
     own: Events
     is_warm: torch.Tensor
-    level: np.ndarray
     words: list
-
-
-def rating_levels(args, interactions, train):
-    """How each row is rated: level int64 [rows], words by level. Stars without a train row: the nearest."""
-    if args.ratings == "none":
-        return np.zeros(len(interactions), dtype=np.int64), [""]
-    if args.ratings == "liked":
-        return interactions["label"].to_numpy().astype(np.int64), ["disliked", "liked"]
-    stars = np.sort(train["rating"].unique())
-    if len(stars) > 10:
-        fail(f"--ratings stars: the train rows hold {len(stars)} different ratings, too many for a word "
-             f"each: take --ratings liked")
-    distance = np.abs(interactions["rating"].to_numpy()[:, None] - stars)
-    return distance.argmin(1), [f"rated {star:g}" for star in stars]
 
 
 def assign_folds(train, num_folds, seed):
@@ -79,29 +63,20 @@ def assign_folds(train, num_folds, seed):
     return fold
 
 
-def select_events(interactions, mask, level, fold=None):
-    """The rows of interactions in mask (bool [rows]) as Events; fold int64 [R] (default: -1)"""
-    row = np.flatnonzero(mask)
-    fold = np.full(len(row), -1) if fold is None else fold
-    columns = (interactions["user"].to_numpy()[row], interactions["item"].to_numpy()[row], level[row])
-    return Events(*(torch.tensor(column) for column in (*columns, row, fold)))
-
-
 def observe(args, interactions, num_users):
     """What train and support rows say -> Observed"""
+    user, item, label = (interactions[name].to_numpy() for name in ("user", "item", "label"))
     split = interactions["split"].to_numpy()
-    train = interactions[split == "train"]
-    level, words = rating_levels(args, interactions, train)
+    is_train, is_own = split == "train", np.isin(split, ["train", "support"])
     fold = np.full(len(interactions), -1)
-    fold[split == "train"] = assign_folds(train, args.folds, args.seed)
-    is_own = np.isin(split, ["train", "support"])
-    own = select_events(interactions, is_own, level, fold[is_own])
-    is_warm = torch.zeros(num_users, dtype=torch.bool)
-    is_warm[torch.tensor(train["user"].unique())] = True
+    fold[is_train] = assign_folds(interactions[is_train], args.folds, args.seed)
+    level = label.astype(np.int64) * args.ratings
+    rows = Events(*map(torch.tensor, (user, item, level, np.arange(len(interactions)), fold)))
+    train, own = (rows.select(torch.tensor(mask)) for mask in (is_train, is_own))
+    is_warm = torch.bincount(train.user, minlength=num_users) > 0
     if num_cold := len(own.user.unique()) - int(is_warm.sum()):
         print(f"{num_cold:,} users have support rows only: these move their own profile and nothing else")
-    is_train = torch.tensor((split == "train")[is_own])
-    return Observed(own.select(is_train), own, is_warm, level, words)
+    return Observed(rows, train, own, is_warm, ["disliked", "liked"] if args.ratings else [""])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -138,10 +113,6 @@ class Route:
         """Does the event's text have a token that is scored? bool [R]"""
         return self.texts.num_scored_tokens()[self.text_index(events)] > 0
 
-    def with_texts(self, texts):
-        """The same route with other texts"""
-        return replace(self, texts=texts)
-
     def text_counts(self, events):
         """How many of the events are each text: float32 [texts]"""
         return torch.bincount(self.text_index(events), minlength=len(self.texts.ids)).float()
@@ -157,11 +128,10 @@ def route_fields(args, items, names):
     if args.evidence == "review":
         return [(("review",), torch.ones(len(names), dtype=torch.bool))]
     present = [field for field in FIELDS[:4] if items[field].notna().any()]
-    rating = ["rating"] * (args.ratings != "none")
     routes = {}
     for index, name in enumerate(names):
         wanted = FIELDS if args.route == ["none"] else args.route[index].split("+")
-        fields = tuple(field for field in present + rating if field in wanted)
+        fields = tuple(field for field in present + ["rating"] * args.ratings if field in wanted)
         if not fields:
             print(f"route: the data hold no {' or '.join(wanted)}, so {name} reads {'+'.join(present)}")
             fields = tuple(present)
@@ -172,11 +142,10 @@ def route_fields(args, items, names):
 def _first_sentences(run_dir, is_visible):
     """The first sentence of each review as pieces; none where the row is not visible (bool [rows])"""
     path = Path(run_dir) / "interactions.parquet"
-    reviews = pd.read_parquet(path, columns=["review"])["review"]
-    if not reviews[is_visible].notna().any():
+    reviews = pd.read_parquet(path, columns=["review"])["review"].where(is_visible)
+    if not reviews.notna().any():
         fail(f"--evidence review: {path} holds no reviews; take --evidence items")
-    first = [re.split(r"(?<=[.!?])\s", text.strip())[0] if visible and isinstance(text, str) else ""
-             for text, visible in zip(reviews, is_visible)]
+    first = [re.split(r"(?<=[.!?])\s", text.strip())[0] for text in reviews.fillna("")]
     return [[("review", f" {text}")] if text else [] for text in first]
 
 
@@ -198,20 +167,10 @@ def make_routes(args, interactions, items, observed, names):
     return routes
 
 
-def tokenize_routes(args, tokenizer, routes):
-    """Give each route its texts as tokens, in place."""
-    for route in routes:
-        route.texts = tokenize(tokenizer, route.pieces, REVIEW_TOKENS if args.evidence == "review" else None)
-
-
-def user_texts(routes, events):
-    """What each user had, as a list of texts per user and route: what the tiny LLM is pretrained on"""
-    histories = []
-    for route in routes:
-        frame = pd.DataFrame({"user": events.user.numpy(), "text": route.text_index(events).numpy()})
-        histories += [[join(route.pieces[index]) for index in indices if route.pieces[index]]
-                      for indices in frame.groupby("user")["text"].agg(list)]
-    return histories
+def texts_by_user(route, events):
+    """The indices of the texts of each user's events, in their order: Series of lists, by user"""
+    frame = pd.DataFrame({"user": events.user.numpy(), "text": route.text_index(events).numpy()})
+    return frame.groupby("user")["text"].agg(list)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -219,22 +178,16 @@ def user_texts(routes, events):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Pairs(NamedTuple):
-    """The texts of a route that are evidence of a user: user, index of the text, int64 [R] each"""
-
-    user: torch.Tensor
-    text: torch.Tensor
-
-
 class Evidence:
     """The events of N users, read by blocks of users: histories are tokenized when they are read.
 
-    Texts are a list of (route, pairs). --evidence items, review: each event is a text of its own, so that
-    p(H | θ) = Π p(item | θ) as in Fig. 2. --evidence history: a user's latest items are one text.
+    Read as a list of (route, user, text): text int64 [R] of that route is evidence of user int64 [R].
+    --evidence items, review: each event is a text of its own, so that p(H | θ) = Π p(item | θ) as in Fig. 2.
+    --evidence history: a user's latest items are one text.
     """
 
     def __init__(self, args, tokenizer, routes, events, num_users):
-        self.args, self.tokenizer, self.routes = args, tokenizer, routes
+        self.args, self.tokenizer, self.routes, self.num_users = args, tokenizer, routes, num_users
         self.events = events.select(torch.argsort(events.user, stable=True))
         self.first = torch.searchsorted(self.events.user, torch.arange(num_users + 1))  # [N + 1]
 
@@ -242,37 +195,30 @@ class Evidence:
         """The evidence of the users first … last - 1"""
         return self.of_events(self.events.select(slice(self.first[first], self.first[last])))
 
-    def of_selected(self, users):
-        """The evidence of these users: int64 [U]"""
-        return self.of_events(self.events.select(torch.isin(self.events.user, users)))
-
     def of_events(self, events):
         if self.args.evidence == "history":
             return [self._histories(route, events) for route in self.routes]
         evidence = []
         for route in self.routes:
-            has_text = route.has_text(events)
-            pairs = Pairs(events.user[has_text], route.text_index(events)[has_text])
-            evidence.append((route, pairs))
+            routed = events.select(route.has_text(events))
+            evidence.append((route, routed.user, route.text_index(routed)))
         return evidence
 
     def _histories(self, route, events):
-        """A route whose texts are the users' histories, one each, and the pairs"""
-        frame = pd.DataFrame({"user": events.user.numpy(), "text": route.text_index(events).numpy()})
-        latest = frame.groupby("user")["text"].agg(lambda texts: list(texts)[-self.args.max_history:])
-        pieces = [sum((route.pieces[index] for index in history), []) for history in latest]
-        texts, user = tokenize(self.tokenizer, pieces), torch.tensor(latest.index.to_numpy())
-        has_text = texts.num_scored_tokens() > 0
-        pairs = Pairs(user[has_text], torch.arange(len(user))[has_text])
-        return Route(route.fields, route.may_read, route.num_levels, pieces, texts), pairs
+        """The same with a route whose texts are the users' histories, one each"""
+        histories = texts_by_user(route, events)
+        pieces = [sum((route.pieces[index] for index in history[-self.args.max_history:]), [])
+                  for history in histories]
+        texts, user = tokenize(self.tokenizer, pieces), torch.tensor(histories.index.to_numpy())
+        text = (texts.num_scored_tokens() > 0).nonzero()[:, 0]
+        return Route(route.fields, route.may_read, route.num_levels, pieces, texts), user[text], text
 
     def counts(self):
         """How many texts are evidence of each user's profiles: int64 [N, P]; a history is one text"""
-        num_users = len(self.first) - 1
         counts = 0
         for route in self.routes:
             user = self.events.user[route.has_text(self.events)]
-            num_texts = torch.bincount(user, minlength=num_users)
+            num_texts = torch.bincount(user, minlength=self.num_users)
             if self.args.evidence == "history":
                 num_texts = num_texts.clamp(max=1)
             counts = counts + num_texts[:, None] * route.may_read
@@ -280,25 +226,16 @@ class Evidence:
 
     def check_lengths(self, prompt):
         """Exit when a text and its prompt are longer than the LLM's context; say what histories leave out."""
-        most = self.args.max_history
         for route in self.routes:
             prompt.check_context(route.texts.length, "text",
                                  "shorten it or take a LLM with a longer context")
-            if self.args.evidence == "history":
-                length = pd.Series(route.texts.length[route.text_index(self.events)].numpy())
-                history = length.groupby(self.events.user.numpy()).agg(lambda rows: rows[-most:].sum())
-                prompt.check_context(torch.tensor(history.to_numpy()), "history",
-                                     "lower --max-history or take a LLM with a longer context")
-        if self.args.evidence == "history":
-            num_longer = int((torch.bincount(self.events.user) > most).sum())
-            print(f"history: the latest {most} rows of each user; {num_longer:,} users had more")
-
-
-def incidence(user, text, shape):
-    """How often each user has each text, in the order of texts: sparse matrix of `shape` [N, texts]
-
-    So a user's sum over their texts has the same bits whoever else is in it.
-    """
-    matrix = sparse.coo_matrix((np.ones(len(user)), (user.numpy(), text.numpy())), shape=shape).tocsr()
-    matrix.sum_duplicates()
-    return matrix
+        if self.args.evidence != "history":
+            return
+        most = self.args.max_history
+        for route in self.routes:
+            length = [int(route.texts.length[history[-most:]].sum())
+                      for history in texts_by_user(route, self.events)]
+            prompt.check_context(torch.tensor(length), "history",
+                                 "lower --max-history or take a LLM with a longer context")
+        num_longer = int((torch.bincount(self.events.user) > most).sum())
+        print(f"history: the latest {most} rows of each user; {num_longer:,} users had more")

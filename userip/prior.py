@@ -34,12 +34,12 @@ def make_prior(args, codebook, names, shared):
     if codebook and list(codebook) != list(names):
         fail(f"--prior {args.prior} has the profiles {', '.join(codebook)}, not {', '.join(names)}")
     prior = []
-    for k, part in enumerate(codebook.values()):
+    for part, shared_k in zip(codebook.values(), shared):
         transform, mean = part["transform"], part["mean"]
-        if len(transform) != shared.shape[1]:
-            fail(f"--prior {args.prior} is of profiles {len(transform)} wide, not {shared.shape[1]}: "
+        if len(transform) != len(shared_k):
+            fail(f"--prior {args.prior} is of profiles {len(transform)} wide, not {len(shared_k)}: "
                  f"take the same --llm and --soft-tokens as before")
-        prior.append(Prior(part["codebook"], transform, mean, (shared[k] - mean) @ transform))
+        prior.append(Prior(part["codebook"], transform, mean, (shared_k - mean) @ transform))
     return prior
 
 

@@ -28,9 +28,9 @@ def join_processes():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they only wait for each other
-        if rank:
-            sys.stdout = open(os.devnull, "w")
-            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     return rank, world
 
 
@@ -52,8 +52,7 @@ class Progress:
 
     recipe: all that decides the numbers; pieces of another recipe are deleted. The generator goes on behind a
     piece that was read as if it had just been computed. Of several processes the first computes what all
-    need; blocks are dealt out. When memory does not suffice, a piece is begun again with half the tokens per
-    batch.
+    need; blocks are dealt out.
     """
 
     def __init__(self, args, recipe, generator, rank=0, world=1):
@@ -61,42 +60,43 @@ class Progress:
         self.folder = Path(args.run_dir) / "progress"
         manifest = self.folder / "recipe.json"
         if rank == 0:
-            recipe = json.loads(json.dumps(recipe, default=str))
-            before = json.loads(manifest.read_text()) if manifest.exists() else None
-            changed = [key for key in recipe if before and recipe[key] != before["recipe"].get(key)]
-            if changed:
-                print(f"unfinished work in {self.folder} had another {changed[0]} "
-                      f"({before['recipe'].get(changed[0])}, now {recipe[changed[0]]}): it starts anew")
-            if before and not changed:
-                num_done = len(list(self.folder.glob("*.pt")))
-                print(f"going on with the unfinished run in {self.folder}: {num_done} pieces are done")
-            else:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
-                with whole_file(manifest) as file:
-                    file.write(json.dumps({"recipe": recipe,
-                                           "tokens_per_batch": args.tokens_per_batch}).encode())
+            self._go_on_or_start(json.loads(json.dumps(recipe, default=str)), manifest)
         self._wait()
         args.tokens_per_batch = json.loads(manifest.read_text())["tokens_per_batch"]
+
+    def _go_on_or_start(self, recipe, manifest):
+        before = json.loads(manifest.read_text())["recipe"] if manifest.exists() else None
+        if before == recipe:
+            num_done = len(list(self.folder.glob("*.pt")))
+            print(f"going on with the unfinished run in {self.folder}: {num_done} pieces are done")
+            return
+        if before:
+            key = next(key for key in recipe | before if recipe.get(key) != before.get(key))
+            print(f"unfinished work in {self.folder} had another {key} ({before.get(key)}, now "
+                  f"{recipe.get(key)}): it starts anew")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        with whole_file(manifest) as file:
+            file.write(json.dumps({"recipe": recipe, "tokens_per_batch": self.args.tokens_per_batch}).encode())
 
     def _wait(self):
         if self.world > 1:
             dist.barrier()
 
-    def _path(self, name):
-        return self.folder / f"{name}.pt"
+    def _load(self, name):
+        return torch.load(self.folder / f"{name}.pt", weights_only=True)
 
     def read(self, name):
         """A finished piece"""
-        return torch.load(self._path(name), weights_only=True)["value"]
+        return self._load(name)["value"]
 
     def _write(self, name, function):
         """Compute and write the piece, unless it is there."""
-        if self._path(name).exists():
-            return
-        piece = {"value": self._with_less_memory(function), "generator": self.generator.get_state()}
-        with whole_file(self._path(name)) as file:
-            torch.save(piece, file)
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            piece = {"value": self._with_less_memory(function), "generator": self.generator.get_state()}
+            with whole_file(path) as file:
+                torch.save(piece, file)
 
     def _with_less_memory(self, function):
         """function(); when memory does not suffice, again with half the tokens per batch."""
@@ -107,7 +107,7 @@ class Progress:
             except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
                 if not re.search(r"out of memory|not enough memory|can't allocate", str(error), re.I):
                     raise
-                self.args.tokens_per_batch //= 2
+            self.args.tokens_per_batch //= 2  # here the error is gone, and with it all that it held
             if self.args.tokens_per_batch < 16:
                 fail("memory does not suffice for 16 tokens: take a smaller LLM or a larger machine")
             print(f"out of memory: going on with --tokens-per-batch {self.args.tokens_per_batch}")
@@ -120,7 +120,7 @@ class Progress:
         if self.rank == 0:
             self._write(name, function)
         self._wait()
-        piece = torch.load(self._path(name), weights_only=True)
+        piece = self._load(name)
         self.generator.set_state(piece["generator"])
         return piece["value"]
 
@@ -155,6 +155,3 @@ class Profiles(NamedTuple):
         for fold in range(self.shape[0]):
             for users in torch.arange(self.shape[1]).split(size):
                 yield self.read(fold, users)
-
-    def all(self):
-        return torch.cat(list(self.blocks())).view(self.shape)

@@ -1,21 +1,48 @@
 """Scores: the gradient of each text's log-likelihood at θ̄, whitened and summed over the texts of a user.
 
-One backward pass per text of the catalogue serves all users. `run` is what stage 2 fixes before it fits
-anything: args, prompt, routes, observed, progress.
+One backward pass per text of the catalogue serves all users.
 """
 
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from userip.evidence import Route, incidence
+from userip.evidence import Route
 from userip.texts import FIELDS
 
 BLOCK = 2048  # texts whose scores are one piece of progress
 USERS_AT_ONCE = 2**12  # their sums fit the processor's cache
+
+
+class TextScores(NamedTuple):
+    """The texts of a route in the space of one profile's scores, all of it or C directions [R, S D or C].
+
+    train: what a text adds for a user of the train rows; new: for any other; is_scored bool [R]; noise
+    [S D, S D]: the covariance of one train row's score.
+    """
+
+    route: Route
+    train: torch.Tensor
+    new: torch.Tensor
+    is_scored: torch.Tensor
+    noise: torch.Tensor
+
+
+class Shared(NamedTuple):
+    """What all users share: soft float32 [P, S D] (θ̄), weights [len(FIELDS)], scores {k: TextScores}, noise
+    [P, S D, S D] (covariance of one text's score), prior (list of Prior; empty without --prior)
+    """
+
+    soft: torch.Tensor
+    weights: torch.Tensor
+    scores: dict
+    noise: torch.Tensor
+    prior: list
 
 
 def text_scores(prompt, route, index, shared, weights, max_tokens):
@@ -85,32 +112,18 @@ def audience(counts, weight=3.0):
     return others / others.sum(2, keepdim=True), all_raters
 
 
-class TextScores(NamedTuple):
-    """The centred scores of a route's texts [R, S D] for one profile, and their noise.
-
-    train: what a text adds for a user of the train rows; new: for any other; is_scored bool [R]; noise
-    [S D, S D]: the covariance of one train row's score.
-    """
-
-    route: Route
-    train: torch.Tensor
-    new: torch.Tensor
-    is_scored: torch.Tensor
-    noise: torch.Tensor
-
-
 def centred_scores(run, route, shared, weights, shrinkage=1e-3):
     """Score the texts of a route that any user had: {k: TextScores} for the profiles k that may be read.
 
     Which item a user had is centred by popularity. How a user rated it is centred by how the others rated it
     (for train rows without the user's own rating), so that the user's own deviation remains. If users did not
-    differ, a user's n rows would be n draws, and the sum of their scores would have n times the noise. The
-    noise is also the Fisher information that one row brings.
+    differ, a user's n rows would be n draws, and the sum of their scores would have n times the noise.
     """
     counts, levels = route.text_counts(run.observed.train), route.num_levels
     # all levels of an item are scored where one occurs: the others are those of its audience
     occurs = (route.text_counts(run.observed.own).view(-1, levels).sum(1) > 0).repeat_interleave(levels)
-    index = (occurs & (route.texts.num_scored_tokens() > 0)).nonzero()[:, 0]
+    is_scored = occurs & (route.texts.num_scored_tokens() > 0)
+    index = is_scored.nonzero()[:, 0]
     share = (counts[index] / counts[index].sum()).double()[:, None]
     is_rating = only("rating").bool()
     parts = []
@@ -135,22 +148,9 @@ def centred_scores(run, route, shared, weights, shrinkage=1e-3):
             new = new + (by_item - all_shares.double()[:, None] @ by_item).flatten(0, 1)
         covariance = (share * train[index]).T @ train[index]
         ridge = shrinkage * covariance.diagonal().mean().clamp(min=1e-20)
-        is_scored = torch.zeros(len(counts), dtype=torch.bool).index_fill(0, index, True)
         noise = (covariance + ridge * torch.eye(len(covariance))).float()
         result[k] = TextScores(route, train.float(), new.float(), is_scored, noise)
     return result
-
-
-class Shared(NamedTuple):
-    """What all users share: soft float32 [P, S D] (θ̄), weights [len(FIELDS)], scores {k: TextScores}, noise
-    [P, S D, S D] (covariance of one text's score), prior (list of Prior; empty without --prior)
-    """
-
-    soft: torch.Tensor
-    weights: torch.Tensor
-    scores: dict
-    noise: torch.Tensor
-    prior: list
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -158,28 +158,24 @@ class Shared(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Coordinates(NamedTuple):
-    """One profile's texts and users in C directions: train, new float32 [R, C] and is_scored [R] as in
-    TextScores, whitened and projected; pull: the prior's weight in texts.
-    """
+def incidence(user, text, shape):
+    """How often each user has each text, in the order of texts: sparse matrix of `shape` [N, texts]
 
-    route: Route
-    train: torch.Tensor
-    new: torch.Tensor
-    is_scored: torch.Tensor
-    pull: float
+    So a user's sum over their texts has the same bits whoever else is in it.
+    """
+    matrix = sparse.coo_matrix((np.ones(len(user)), (user.numpy(), text.numpy())), shape=shape).tocsr()
+    matrix.sum_duplicates()
+    return matrix
 
 
 def _user_texts(route, events, is_warm):
     """Which texts each user has, sparse [N, 2 R], and how many [N]: the first R columns are for users with
     train rows (is_warm [N]), the last R for others.
     """
-    num_users, num_texts = len(is_warm), len(route.texts.ids)
-    has_text, text = route.has_text(events), route.text_index(events)
-    user = events.user[has_text]
-    column = torch.where(is_warm[events.user], text, text + num_texts)[has_text]
-    count = torch.bincount(user, minlength=num_users).float()
-    return incidence(user, column, (num_users, 2 * num_texts)), count
+    events = events.select(route.has_text(events))
+    column = route.text_index(events) + len(route.texts.ids) * ~is_warm[events.user]
+    matrix = incidence(events.user, column, (len(is_warm), 2 * len(route.texts.ids)))
+    return matrix, torch.bincount(events.user, minlength=len(is_warm)).float()
 
 
 def project_scores(user_texts, table, count, noise, is_warm, rank):
@@ -205,13 +201,14 @@ def project_scores(user_texts, table, count, noise, is_warm, rank):
 
 
 def find_coordinates(run, scores):
-    """The coordinates of all profiles: scores {k: TextScores} -> list of Coordinates
+    """The leading C directions of each profile: scores {k: TextScores} -> list of TextScores in these, pull [P]
 
-    What is estimated over users is estimated over warm ones (with train rows): cold ones are only placed.
+    What is estimated over users is estimated over warm ones (with train rows): cold ones are only placed. pull
+    is the prior's weight in texts.
     """
-    is_warm, result = run.observed.is_warm, []
+    is_warm, coordinates, pulls = run.observed.is_warm, [], []
     for k, name in enumerate(run.prompt.names):
-        route, train, new, is_scored, noise = scores[k]
+        route, train, new, _, noise = scores[k]
         user_texts, count = _user_texts(route, run.observed.own, is_warm)
         projection, eigenvalues = project_scores(user_texts, torch.cat([train, new]), count, noise, is_warm,
                                                  run.args.rank)
@@ -219,22 +216,21 @@ def find_coordinates(run, scores):
         edge = (1 + math.sqrt(len(noise) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
         above = eigenvalues[eigenvalues > edge]
         excess = float(above.mean()) - 1 if len(above) else 0.1
-        pull = float(count[is_warm].mean()) / excess if run.args.pull is None else run.args.pull
-        projected = ((table.double() @ projection).float() for table in (train, new))
-        result.append(Coordinates(route, *projected, is_scored, pull))
+        pulls.append(float(count[is_warm].mean()) / excess if run.args.pull is None else run.args.pull)
+        train, new = ((table.double() @ projection).float() for table in (train, new))
+        coordinates.append(scores[k]._replace(train=train, new=new))
         leading = " ".join(f"{eigenvalue:.2f}" for eigenvalue in eigenvalues[:8])
-        print(f"{name}: pull {pull:.1f} items; "
+        print(f"{name}: pull {pulls[-1]:.1f} items; "
               f"eigenvalues of the whitened scores (noise 1, its edge {edge:.2f}): {leading}")
-    return result
+    return coordinates, torch.tensor(pulls)
 
 
 def user_sums(coordinates, events, is_warm):
     """Σ_i g_i over the texts of each user, and their number: float32 [N, P, C], [N, P]"""
-    user_texts = {c.route.name: _user_texts(c.route, events, is_warm) for c in coordinates}
     sums, counts = [], []
-    for c in coordinates:
-        matrix, count = user_texts[c.route.name]
-        sums.append(torch.from_numpy(matrix @ torch.cat([c.train, c.new]).double().numpy()).float())
+    for part in coordinates:
+        user_texts, count = _user_texts(part.route, events, is_warm)
+        sums.append(torch.from_numpy(user_texts @ torch.cat([part.train, part.new]).double().numpy()).float())
         counts.append(count)
     return torch.stack(sums, 1), torch.stack(counts, 1)
 

@@ -1,4 +1,4 @@
-"""Texts as tokens that know which field of an item they come from, and rows of such texts."""
+"""Texts as tokens that know which field of an item they come from."""
 
 from typing import NamedTuple
 
@@ -10,27 +10,21 @@ FIELDS = ("title", "category", "brand", "price", "rating", "review")
 
 
 class Texts(NamedTuple):
-    """R texts, padded on the right to T tokens.
-
-    ids int64 [R, T]; field int64 [R, T]: index in FIELDS of a token that is scored, -1 at context (read, not
-    scored) and at pads; length int64 [R]; part int64 [R, T] or None: where several texts share a row
-    (pack_by_user), the text that a token belongs to, -1 at pads.
+    """R texts, padded on the right to T tokens: ids int64 [R, T]; field int64 [R, T], the index in FIELDS of a
+    token that is scored, -1 at context (read, not scored) and at pads; length int64 [R].
     """
 
     ids: torch.Tensor
     field: torch.Tensor
     length: torch.Tensor
-    part: torch.Tensor | None = None
 
     def num_scored_tokens(self):
-        """How many tokens of each text are scored, without context and pads: int64 [R]"""
-        return (self.field >= 0).sum(1)
+        return (self.field >= 0).sum(1)  # [R]
 
     def select(self, rows):
         """These rows, without the columns that are padding in all of them"""
         length = int(self.length[rows].max())
-        part = None if self.part is None else self.part[rows, :length]
-        return Texts(self.ids[rows, :length], self.field[rows, :length], self.length[rows], part)
+        return Texts(self.ids[rows, :length], self.field[rows, :length], self.length[rows])
 
 
 def is_present(value):
@@ -41,9 +35,8 @@ def is_present(value):
 def item_pieces(item, fields, rating=""):
     """These fields of an item as (field, text) pieces: " Hiking: Rustic Boots One by Frugo for $22 liked."
 
-    A missing field is left out. A rating says nothing without the item: if the title is not among the fields,
-    it stands there as `context`, read but not scored. Prices are cut to two digits: the LLM would spend its
-    likelihood on cents.
+    A rating says nothing without the item: if the title is not among the fields, it is `context`, read but not
+    scored. Prices are cut to two digits: the LLM would spend its likelihood on cents.
     """
     price = f"{float(f'{item.price:.2g}'):g}" if is_present(item.price) else ""
     texts = {"category": f" {item.category}:" if is_present(item.category) else "", "title": f" {item.title}",
@@ -56,12 +49,11 @@ def item_pieces(item, fields, rating=""):
 
 
 def join(pieces):
-    """The text of some pieces"""
     return "".join(text for _, text in pieces)
 
 
 def tokenize(tokenizer, rows, max_tokens=None):
-    """rows: a list of (field, text) pieces per text, maybe empty -> Texts of at most `max_tokens` tokens."""
+    """rows: a list of (field, text) pieces per text, maybe empty -> Texts of at most `max_tokens` tokens"""
     # a tokenizer of the Llama kind puts its own space before a text; GPT-2's needs it there
     first_token = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0]
     shift = 1 if first_token.startswith("▁") else 0
@@ -77,29 +69,3 @@ def tokenize(tokenizer, rows, max_tokens=None):
         field.append(torch.tensor([index.get(pieces[p][0], -1) for p in piece], dtype=torch.long))
     pad = lambda rows, padding: pad_sequence(rows, batch_first=True, padding_value=padding)
     return Texts(pad(ids, 0), pad(field, -1), torch.tensor([len(row) for row in ids]))
-
-
-def pack_by_user(texts, owner, max_tokens):
-    """Put the texts [R] of a user side by side, in as few rows as `max_tokens` each allow.
-
-    owner int64 [R], sorted: the user of each text -> Texts [R'] with `part`, owner of each row [R']. A longer
-    text has a row of its own. Each text is read as if it were alone (Prompt.hidden_cached), but what precedes
-    a text (names, θ and task) is joined to it once a row.
-    """
-    row, start = [], []  # of each text: its row, and where it begins there
-    end, previous = 0, None
-    for user, num_tokens in zip(owner.tolist(), texts.length.tolist()):
-        fits = user == previous and end + num_tokens <= max_tokens
-        row.append((row[-1] if row else -1) + (not fits))
-        start.append(end if fits else 0)
-        end, previous = start[-1] + num_tokens, user
-    row, start, step = torch.tensor(row), torch.tensor(start), torch.arange(texts.ids.shape[1])
-    is_token = step < texts.length[:, None]  # [R, T]
-    flat = lambda tensor: tensor.expand_as(is_token)[is_token]
-    target = flat(row[:, None]), flat(start[:, None] + step)  # each token's new row and column
-    length = torch.zeros(int(row[-1]) + 1, dtype=torch.long).index_add_(0, row, texts.length)
-    shape = len(length), int(length.max())
-    spread = lambda tensor, padding: torch.full(shape, padding).index_put_(target, flat(tensor))
-    part = spread(torch.arange(len(row))[:, None], -1)
-    packed = Texts(spread(texts.ids, 0), spread(texts.field, -1), length, part)
-    return packed, torch.empty_like(length).index_put_((row,), owner)
