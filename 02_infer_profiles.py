@@ -9,13 +9,12 @@ report.
 --method score (default) fits one θ̄ for all users, takes the score (the gradient of the log-likelihood at θ̄)
 of each catalogue item once, and moves each user along the whitened sum of their items' scores: the cost grows
 with the catalogue, not with the users. --method gradient is the paper's: AdamW on each user's own θ
-(Algorithm 1). With --route each field of an item is evidence of one profile; with --ratings evidence says how
-items were rated. It then holds labels, so that --folds F infers each user F times more, without each fold of
-the train rows. --prior pulls each user to their codeword instead of θ̄ (eq. 7): a round of EM. --only-users
-infers new users from what the run has fitted. A killed run goes on where it stood; torchrun shares the users.
+(Algorithm 1). With --route each field of an item is evidence of one profile; with --ratings evidence says
+whether items were liked. It then holds labels, so that --folds F infers each user F times more, without each
+fold of the train rows. --prior pulls each user to their codeword instead of θ̄ (eq. 7): a round of EM.
+--only-users infers new users from scores.pt. A killed run goes on where it stood; torchrun shares the users.
 
-Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, profiles.pt
-        and, of a run with --method score, scores.pt
+Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
         shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did
         not differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N],
@@ -31,46 +30,44 @@ Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it 
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from userip.artifacts import lock, read_artifacts, read_sidecar, write_artifact
-from userip.cost import estimate, tokens_that_fit
-from userip.heldout import heldout_events, heldout_nll, print_heldout
+from userip.artifacts import lock, read_sidecar, write_artifact
+from userip.cost import estimate
+from userip.heldout import heldout_nll, print_heldout
 from userip.llm import tiny_stamp
 from userip.new_users import infer_new_users
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             stage_parser, start_stage)
 from userip.prior import (codeword_coordinates, codeword_soft_tokens, descend, make_prior,
-                          nearest_coordinates, nearest_soft_tokens, read_codebook)
-from userip.progress import Profiles, Progress, join_processes, recipe_of
-from userip.score import (Shared, centred_scores, field_weights, find_coordinates, user_steps, user_sums)
+                          nearest_coordinates, nearest_soft_tokens)
+from userip.progress import Profiles, join_processes
+from userip.score import Shared, centred_scores, field_weights, find_coordinates, user_steps, user_sums
 from userip.setup import set_up
-from userip.texts import FIELDS, pack_by_user
+from userip.texts import FIELDS
 
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
 DEFAULT_ROUTE = ["title+category", "brand+price"]
 JUDGEMENT = "judgement=his judgement is"  # a third profile, which reads ratings
 PAPER = {"method": "gradient", "evidence": "history", "route": ["none"], "start": "random", "lr": 0.001,
-         "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none"}
+         "steps": 10, "pull": 0.0, "field_weights": "none"}
 # differs from the released code: its texts name the brand and the price of the item that is scored ("The user
 # likes {brand}"), and θ starts at U(-.1, .1), not at the scale of the LLM's embeddings
 RELEASED = {"method": "gradient", "evidence": "review", "route": ["none"], "mask": "causal",
-            "start": "random", "lr": 0.01, "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none",
-            "batch_size": 8, "task_text": "The user says",
+            "start": "random", "lr": 0.01, "steps": 10, "pull": 0.0, "field_weights": "none", "batch_size": 8,
+            "task_text": "The user says",
             "profiles": ["likes=The user likes", "level=The consumption level of this user is"]}
-ROW = 128  # tokens of a user's texts that stand side by side, at most
 
 
 def parse_args(argv=None):
     parser, add = stage_parser(__doc__)
     add.data("--evidence", choices=["items", "history", "review"], default="items",
              help="each item alone, a user's items as one sequence (gradient only), or reviews")
-    add.data("--ratings", choices=["none", "liked", "stars"], nargs="?", const="liked", default="none",
-             help="say how an item was rated: liked or disliked, or in stars (a third profile reads it)")
+    add.data("--ratings", action="store_true",
+             help="say whether an item was liked or disliked (a third profile reads it)")
     add.data("--folds", type=at_least(0), metavar="F",
              help="infer also without each of F folds of the train rows (default: 5 with --ratings, else 0)")
     add.data("--route", nargs="+", metavar="FIELDS",
@@ -96,9 +93,7 @@ def parse_args(argv=None):
     add.training("--seed", type=at_least(0), default=0, help="seed of everything random in this stage")
     add.training("--start", choices=["shared", "random"], default="shared",
                  help="gradient: start at θ̄ or at random")
-    add.training("--steps", type=at_least(1), default=40, help="gradient: AdamW steps per user at most")
-    add.training("--stop", choices=["heldout", "none"], default="heldout",
-                 help="gradient: number of steps chosen on held-out rows, or all")
+    add.training("--steps", type=at_least(1), default=40, help="gradient: AdamW steps per user")
     add.training("--lr", type=at_least(0, float),
                  help="gradient: learning rate (default: 0.1 of embeddings' scale)")
     add.training("--pull", type=at_least(0, float),
@@ -133,12 +128,11 @@ def check_evidence(parser, args):
         parser.error("--lr must be above 0")
     if args.method == "score" and args.evidence == "history":
         parser.error("--evidence history needs --method gradient: a history's score is no sum over items")
-    has_ratings = args.ratings != "none"
-    if has_ratings and args.evidence == "review":
+    if args.ratings and args.evidence == "review":
         parser.error("--ratings go with items: leave out --evidence review")
-    if has_ratings and args.profiles == DEFAULT_PROFILES and args.route is None:
+    if args.ratings and args.profiles == DEFAULT_PROFILES and args.route is None:
         args.profiles, args.route = [*DEFAULT_PROFILES, JUDGEMENT], [*DEFAULT_ROUTE, "rating"]
-    args.folds = (5 if has_ratings else 0) if args.folds is None else args.folds
+    args.folds = (5 if args.ratings else 0) if args.folds is None else args.folds
     if args.folds == 1:
         parser.error("--folds 1 leaves no evidence: 0 for none, or 2 and more")
     if not args.task_text.strip():
@@ -161,8 +155,7 @@ def check_profiles(parser, args):
         args.route = DEFAULT_ROUTE if is_default else ["none"]
     if args.route == ["none"]:
         return
-    has_ratings = args.ratings != "none"
-    allowed = [*FIELDS[:4], *["rating"] * has_ratings]
+    allowed = [*FIELDS[:4], *["rating"] * args.ratings]
     fields = set("+".join(args.route).split("+"))
     unknown = sorted(fields - set(allowed))
     if len(args.route) != len(names) or unknown:
@@ -171,7 +164,7 @@ def check_profiles(parser, args):
                      + "; rating needs --ratings" * ("rating" in unknown))
     if args.evidence == "review":
         parser.error("--evidence review is the same for all profiles: --route none")
-    if has_ratings and "rating" not in fields:
+    if args.ratings and "rating" not in fields:
         parser.error("--ratings are evidence of no profile: name rating in --route")
 
 
@@ -190,8 +183,8 @@ def fit_shared_start(run, evidence, weights, batch_size=64):
     for _ in tqdm(range(args.shared_steps), desc="shared start", unit="step", mininterval=2):
         optimizer.zero_grad()
         curve.append(0.0)
-        for route, pairs in evidence:
-            index = pairs.text[torch.randint(len(pairs.text), (batch_size,), generator=generator)]
+        for route, text, _ in evidence:
+            index = text[torch.randint(len(text), (batch_size,), generator=generator)]
             for batch in prompt.batches(route.texts, index, args.tokens_per_batch):
                 loss = prompt.loss(soft, route, index[batch], weights)
                 (loss / batch_size).backward()
@@ -201,23 +194,23 @@ def fit_shared_start(run, evidence, weights, batch_size=64):
     return soft.detach()[0].float().cpu(), curve
 
 
-def fit_shared(run, codebook, max_histories=4096):
+def fit_shared(run, max_histories=4096):
     """Fit θ̄, bring the fields to equal noise, score each text once -> Shared, curve of θ̄"""
-    args, progress = run.args, run.progress
+    args, progress, evidence = run.args, run.progress, run.evidence[-1]
     warm = run.observed.is_warm.nonzero()[:, 0]
     if args.evidence == "history":  # these texts are made for the purpose: not of all users
         warm = warm[torch.randperm(len(warm), generator=progress.generator)[:max_histories]]
+    warm_events = evidence.events.select(torch.isin(evidence.events.user, warm))
     weights = torch.ones(len(FIELDS))
     soft, curve = progress.compute("shared", lambda: fit_shared_start(
-        run, run.evidence[-1].of_selected(warm), weights))
+        run, evidence.of_events(warm_events), weights))
     if args.field_weights == "noise":
         weights = progress.compute("weights", lambda: field_weights(run, soft))
     scores = {}
     for route in run.routes:
         scores |= centred_scores(run, route, soft, weights)
     noise = torch.stack([scores[k].noise for k in range(run.prompt.num_profiles)])
-    prior = make_prior(args, codebook, run.prompt.names, soft)
-    return Shared(soft, weights, scores, noise, prior), curve
+    return Shared(soft, weights, scores, noise, make_prior(args, run.codebook, run.prompt.names, soft)), curve
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -225,14 +218,13 @@ def fit_shared(run, codebook, max_histories=4096):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def fit_map(run, soft, coordinates, batch_size=64):
+def fit_map(run, soft, coordinates, pull, batch_size=64):
     """The map B [P, C, S D] from coordinates to soft tokens, one for all users, by Adam on their train rows.
 
     Minimises -log P(text | θ̄ + B y_u) with the text itself left out of y_u: a profile must predict others.
     """
     args, prompt, train, is_warm = run.args, run.prompt, run.observed.train, run.observed.is_warm
     sums, counts = user_sums(coordinates, train, is_warm)  # [N, P, C], [N, P]
-    pull = torch.tensor([c.pull for c in coordinates])
     y = sums / (counts + pull)[:, :, None]
     unit = y[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)  # [P]
     shape = len(soft), sums.shape[2], soft.shape[1]
@@ -248,8 +240,7 @@ def fit_map(run, soft, coordinates, batch_size=64):
             index, user = route.text_index(train)[rows], train.user[rows]
             own = torch.stack([c.train[index] if c.route is route else torch.zeros(batch_size, shape[1])
                                for c in coordinates], 1)  # [B, P, C]
-            is_counted = torch.tensor([float(c.route is route) for c in coordinates])
-            y = (sums[user] - own) / (counts[user] - is_counted + pull).clamp(min=1e-6)[:, :, None]
+            y = (sums[user] - own) / (counts[user] - route.may_read.float() + pull).clamp(min=1e-6)[:, :, None]
             y = y / unit[:, None]
             for batch in prompt.batches(route.texts, index, args.tokens_per_batch):
                 step = torch.einsum("bpc,pcd->bpd", y[batch].to(prompt.device), lift)
@@ -285,9 +276,8 @@ def infer_by_score(run, shared):
     # length tried.
     """
     soft, is_warm = shared.soft, run.observed.is_warm
-    coordinates = find_coordinates(run, shared.scores)
-    pull = torch.tensor([c.pull for c in coordinates])
-    lift = run.progress.compute("map", lambda: fit_map(run, soft, coordinates))
+    coordinates, pull = find_coordinates(run, shared.scores)
+    lift = run.progress.compute("map", lambda: fit_map(run, soft, coordinates, pull))
     sums = [user_sums(coordinates, evidence.events, is_warm) for evidence in run.evidence]
     full_sums, full_counts = sums[-1]
     step = user_steps(full_sums[run.tune.user], full_counts[run.tune.user], pull, lift)
@@ -311,14 +301,6 @@ def infer_by_score(run, shared):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """Users int64 [U], ascending, their evidence (list of route, pairs), where each θ starts [U, P, S D]"""
-
-    users: torch.Tensor
-    evidence: list
-    start: torch.Tensor
-
-
 def start_of(args, prompt, soft, users):
     """θ̄, or a random point for each user, the same in whatever block they are: [U, P, S D]"""
     if args.start == "shared":
@@ -327,78 +309,41 @@ def start_of(args, prompt, soft, users):
     return torch.cat([prompt.random_soft(1, torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
-def infer_block(run, shared, block, pull, num_steps, snapshots=()):
-    """AdamW on the θ of a block of users (Algorithm 1, line 4) -> [U, P, S D]
+def infer_block(run, shared, evidence, start, pull):
+    """AdamW on the θ of a block of users (Algorithm 1, line 4) from their evidence (see Evidence.of_users) and
+    start [U, P, S D] -> [U, P, S D]
 
     The loss of a user is Σ -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ (θ - θ̄): the prior weighs as much as `pull`
-    items. With a codebook as prior, θ̄ gives way to the codeword nearest at each step, as a soft token
-    (eq. 7). snapshots: return the profiles after these numbers of steps instead, [snapshots, U, P, S D].
+    items. With a codebook as prior, θ̄ gives way to the codeword nearest at each step, as a soft token (eq. 7).
     """
     args, prompt = run.args, run.prompt
     anchors = [codeword_soft_tokens(prior, shared.soft[k], shared.noise[k])
                for k, prior in enumerate(shared.prior)]
     center, noise = shared.soft.to(prompt.device), shared.noise.to(prompt.device)
-    work = []
-    for route, pairs in block.evidence:
-        if len(pairs.text):
-            texts, owner = route.texts.select(pairs.text), torch.searchsorted(block.users, pairs.user)
-            if prompt.mask == "fig4":
-                texts, owner = pack_by_user(texts, owner, min(ROW, args.tokens_per_batch))
-            work.append((route.with_texts(texts), owner.to(prompt.device)))
-    soft = block.start.clone().to(prompt.device).requires_grad_()
+    soft = start.clone().to(prompt.device).requires_grad_()
     # the optimizer's state is the block's: users are independent
     optimizer = torch.optim.AdamW([soft], lr=args.lr or 0.1 * prompt.scale, weight_decay=0.0)
-    history = []
-    for step in range(1, num_steps + 1):
+    for _ in range(args.steps):
         anchor = nearest_soft_tokens(soft.detach(), shared.prior, anchors) if shared.prior else center
         soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
-        for route, owner in work:
-            prompt.add_gradient(soft, route, owner, shared.weights, args.tokens_per_batch)
+        for route, text, owner in evidence:
+            prompt.add_gradient(soft, route, text, owner, shared.weights, args.tokens_per_batch)
         optimizer.step()
-        if step in snapshots:
-            history.append(soft.detach().float().cpu())
-    return torch.stack(history) if snapshots else soft.detach().float().cpu()
-
-
-def infer_new_user(run, shared, evidence, number, sidecar):
-    """One new user by the run's AdamW steps from its θ̄ -> [P, S D]; a random start is drawn for `number`"""
-    start = start_of(run.args, run.prompt, shared.soft, torch.tensor([number]))
-    user = torch.cat([pairs.user for _, pairs in evidence])[:1]
-    return infer_block(run, shared, Block(user, evidence, start), sidecar["pull"][0], sidecar["num_steps"])[0]
-
-
-def choose_steps(run, shared, pull):
-    """The number of AdamW steps under which held-out rows are likeliest, on at most 256 users with some"""
-    args = run.args
-    pilot = run.tune.user.unique()[:256]
-    events = run.tune.select(torch.isin(run.tune.user, pilot))
-    grid = (1, 2, 4, 7, 10, 15, 20, 30, 40, 60, 80, 100)
-    snapshots = sorted({step for step in grid if step < args.steps} | {args.steps})
-    block = Block(pilot, run.evidence[-1].of_selected(pilot), start_of(args, run.prompt, shared.soft, pilot))
-    history = infer_block(run, shared._replace(prior=[]), block, pull, args.steps, snapshots)
-    row = torch.searchsorted(pilot, events.user)
-    nats = [float(heldout_nll(run, soft[row], events)[0].sum()) for soft in history]
-    best = snapshots[int(np.argmin(nats))]
-    print(f"steps chosen on {len(events.user):,} held-out rows of {len(pilot)} users: "
-          f"{best} (out of {snapshots})")
-    return best
+    return soft.detach().float().cpu()
 
 
 def infer_by_gradient(run, shared, pull):
-    """AdamW for all users, a block at a time, fold by fold -> Profiles, number of steps; blocks on disk"""
-    args, progress = run.args, run.progress
-    num_users, size, num_steps = len(run.observed.is_warm), args.batch_size, args.steps
-    if args.stop == "heldout":
-        num_steps = progress.compute("steps", lambda: choose_steps(run, shared, pull))
+    """AdamW for all users, a block at a time, fold by fold -> Profiles; blocks on disk"""
+    progress, num_users, size = run.progress, len(run.observed.is_warm), run.args.batch_size
     blocks = torch.arange(num_users).split(size)
     with tqdm(total=len(run.evidence) * num_users, desc="gradient", unit="user", mininterval=2) as bar:
         for fold, evidence in enumerate(run.evidence):
 
             def infer(index):
                 users = blocks[index]
-                block = Block(users, evidence.of_users(int(users[0]), int(users[-1]) + 1),
-                              start_of(args, run.prompt, shared.soft, users))
-                profiles = infer_block(run, shared, block, pull, num_steps)
+                texts = evidence.of_users(int(users[0]), int(users[-1]) + 1)
+                start = start_of(run.args, run.prompt, shared.soft, users)
+                profiles = infer_block(run, shared, texts, start, pull)
                 bar.update(len(users))
                 return profiles
 
@@ -411,7 +356,7 @@ def infer_by_gradient(run, shared, pull):
             result[mask] = progress.read(f"fold-{fold}-{index}")[users[mask] - index * size]
         return result
 
-    return Profiles((len(run.evidence), num_users, *shared.soft.shape), read), num_steps
+    return Profiles((len(run.evidence), num_users, *shared.soft.shape), read)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -438,49 +383,23 @@ def report_heldout(run, profiles, soft):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def write_profiles(run, tensors, fitted, facts, figures):
+def write_profiles(run, tensors, fitted, figures):
     """scores.pt (of --method score) and profiles.pt; without folds, profiles have no axis for them."""
-    args, inputs = run.args, ["interactions.parquet", "items.parquet"]
-    profiles = tensors["profiles"]
+    args, inputs, profiles = run.args, ["interactions.parquet", "items.parquet"], tensors["profiles"]
     shape = profiles.shape if args.folds else profiles.shape[1:]
     tensors["profiles"] = SimpleNamespace(shape=shape, blocks=profiles.blocks)
     if not args.folds:
         tensors["num_evidence"] = tensors["num_evidence"][0]
+    names, has_evidence = tensors["names"], tensors["has_evidence"]
+    facts = {"names": names, "llm": run.llm, "users": len(has_evidence),
+             "users_with_evidence": int(has_evidence.sum())}
     if fitted:
-        scores = fitted | {"names": tensors["names"], "words": run.observed.words}
+        scores = fitted | {"names": names, "words": run.observed.words}
         write_artifact(args, "scores.pt", scores, inputs, **facts)
         inputs.append("scores.pt")
     path = write_artifact(args, "profiles.pt", tensors, inputs, **facts, **figures)
-    print(f"wrote {path}: {facts['users']:,} users x {len(tensors['names'])} profiles x "
-          f"{shape[-1]} | held-out NLL own {figures['heldout_nll']['own']:.4f}, "
-          f"shared {figures['heldout_nll']['shared']:.4f}")
-
-
-def prepare(args, rank, world):
-    """Read the artifacts, set up the run, go on with unfinished work -> Run, codebook of --prior"""
-    interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
-    codebook, inputs = read_codebook(args), ["interactions.parquet", "items.parquet"]
-    run = set_up(args, interactions, items, int(interactions["user"].max()) + 1, rank)
-    # a GPU wants large batches of texts of one length, which a large block has; profiles are the same
-    args.batch_size = args.batch_size or (1024 if run.prompt.device.type == "cuda" else 128)
-    run.evidence[-1].check_lengths(run.prompt)
-    # before tokens_per_batch is set: how much memory is free must not decide whether a run goes on
-    recipe = recipe_of(args, run.prompt, inputs + ["codebook.pt"] * bool(args.prior))
-    args.tokens_per_batch = args.tokens_per_batch or tokens_that_fit(run.prompt)
-    if not args.estimate:
-        run.tune, run.report = heldout_events(interactions, run.observed.level, run.routes, args.heldout,
-                                              args.seed)
-        run.progress = Progress(args, recipe, torch.Generator().manual_seed(args.seed), rank, world)
-    return run, codebook
-
-
-def estimate_run(run):
-    """--estimate"""
-    soft = run.prompt.random_soft(1, torch.Generator().manual_seed(run.args.seed))[0]
-    noise = torch.zeros(len(soft), soft.shape[1], soft.shape[1])
-    shared = Shared(soft, torch.ones(len(FIELDS)), {}, noise, [])
-    estimate(run, run.evidence[-1], lambda users, evidence: infer_block(
-        run, shared, Block(users, evidence, soft.expand(len(users), -1, -1)), 0.0, 1))
+    print(f"wrote {path}: {len(has_evidence):,} users x {len(names)} profiles x {shape[-1]} | held-out NLL "
+          f"own {figures['heldout_nll']['own']:.4f}, shared {figures['heldout_nll']['shared']:.4f}")
 
 
 def main(args):
@@ -490,17 +409,17 @@ def main(args):
         args = SimpleNamespace(only_users=args.only_users, run_dir=args.run_dir, seed=args.seed)
     start_stage(args)
     if args.only_users:
-        return None if rank else infer_new_users(args, infer_new_user)
+        return None if rank else infer_new_users(args)
     read_sidecar(args, "interactions.parquet")  # before a lock is put into the folder
     locked = lock(args.run_dir) if rank == 0 else None
-    run, codebook = prepare(args, rank, world)
+    run = set_up(args, rank, world)
     if args.estimate:
-        return estimate_run(run)
+        return estimate(run)
 
     inference_started = time.time()
-    shared, curve = fit_shared(run, codebook)
+    shared, curve = fit_shared(run)
     counts = torch.stack([evidence.counts() for evidence in run.evidence])  # [F + 1, N, P]
-    noise, fitted, objective, num_steps = shared.noise, None, None, None
+    noise, fitted, objective = shared.noise, None, None
     if args.method == "score":
         profiles, fitted = infer_by_score(run, shared)
         noise = torch.einsum("pcd,pce->pde", fitted["lift"], fitted["lift"])  # whitened sums: 1 per text
@@ -508,7 +427,7 @@ def main(args):
         pull = fitted["pull"].tolist()
     else:
         gain, pull = torch.ones(counts.shape[1:]), 10.0 if args.pull is None else args.pull
-        profiles, num_steps = infer_by_gradient(run, shared, pull)
+        profiles = infer_by_gradient(run, shared, pull)
         pull = [pull] * len(run.profiles)
     if rank:  # the first process writes
         return run.progress.clear()
@@ -517,25 +436,20 @@ def main(args):
     num_users, seconds = counts.shape[1], time.time() - inference_started
     print(f"inferred {num_users:,} users in {seconds:.1f} s, the shared start included: "
           f"{num_users / seconds:,.0f} users per second")
-    has_evidence = (counts[-1] > 0).any(1)
     heldout = report_heldout(run, profiles, shared.soft)
 
-    names = run.prompt.names
     tensors = {"profiles": profiles, "shared": shared.soft, "noise": noise, "gain": gain,
-               "num_evidence": counts, "has_evidence": has_evidence, "names": names, "llm": run.llm,
-               "num_soft": args.soft_tokens, "texts": list(run.profiles.values()),
+               "num_evidence": counts, "has_evidence": (counts[-1] > 0).any(1), "names": run.prompt.names,
+               "llm": run.llm, "num_soft": args.soft_tokens, "texts": list(run.profiles.values()),
                "tiny_llm": tiny_stamp(args.run_dir) if run.llm == "tiny" else ""}
     if args.folds:
         tensors["fold"] = run.observed.train.fold  # of each train row, in the order of interactions.parquet
     if shared.prior:  # stage 3 goes on from it
         tensors["prior"] = {name: {"codebook": prior.codebook, "transform": prior.transform,
-                                   "mean": prior.mean} for name, prior in zip(names, shared.prior)}
-    facts = {"names": names, "llm": run.llm, "users": num_users,
-             "users_with_evidence": int(has_evidence.sum())}
-    write_profiles(run, tensors, fitted, facts, {
+                                   "mean": prior.mean} for name, prior in zip(run.prompt.names, shared.prior)}
+    write_profiles(run, tensors, fitted, {
         "pull": pull, "field_weights": dict(zip(FIELDS, shared.weights.tolist())), "heldout_nll": heldout,
-        "objective": objective, "curve": curve, "num_steps": num_steps, "seconds": time.time() - started,
-        "inference_seconds": seconds})
+        "objective": objective, "curve": curve, "seconds": time.time() - started, "inference_seconds": seconds})
     run.progress.clear()
     locked.close()
 

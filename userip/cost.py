@@ -29,7 +29,7 @@ def _sample(run, size=512):
     if args.method == "gradient":  # one step of a block of users
         first = max(0, evidence.num_users // 2 - args.batch_size // 2)
         last = min(evidence.num_users, first + args.batch_size)
-        sample = [(route, text, user - first) for route, user, text in evidence.of_users(first, last)]
+        sample = evidence.of_users(first, last)
         tokens = sum(int(route.texts.length[text].sum()) for route, text, _ in sample)
         num_rows = int(evidence.first[last] - evidence.first[first])
         return tokens / max(1, num_rows) * len(evidence.events.user) * args.steps * (args.folds + 1), sample
@@ -49,8 +49,7 @@ def _seconds(prompt, sample, soft, max_tokens):
         started = time.time()
         for route, index, owner in sample:
             thetas = soft.repeat(int(owner.max()) + 1, 1, 1).to(prompt.device).requires_grad_()
-            prompt.add_gradient(thetas, (route, index, owner.to(prompt.device)), torch.ones(len(FIELDS)),
-                                max_tokens)
+            prompt.add_gradient(thetas, route, index, owner, torch.ones(len(FIELDS)), max_tokens)
             thetas.grad.cpu()  # waits for the GPU
     return time.time() - started
 

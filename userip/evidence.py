@@ -181,7 +181,7 @@ def texts_by_user(route, events):
 class Evidence:
     """The events of N users, read by blocks of users: histories are tokenized when they are read.
 
-    Read as a list of (route, user, text): text int64 [R] of that route is evidence of user int64 [R].
+    Read as a list of (route, text, user): text int64 [R] of that route is evidence of user int64 [R].
     --evidence items, review: each event is a text of its own, so that p(H | θ) = Π p(item | θ) as in Fig. 2.
     --evidence history: a user's latest items are one text.
     """
@@ -192,17 +192,18 @@ class Evidence:
         self.first = torch.searchsorted(self.events.user, torch.arange(num_users + 1))  # [N + 1]
 
     def of_users(self, first, last):
-        """The evidence of the users first … last - 1"""
-        return self.of_events(self.events.select(slice(self.first[first], self.first[last])))
+        """The evidence of the users first … last - 1, who are counted from 0"""
+        events = self.events.select(slice(self.first[first], self.first[last]))
+        return self.of_events(events._replace(user=events.user - first))
 
     def of_events(self, events):
-        if self.args.evidence == "history":
-            return [self._histories(route, events) for route in self.routes]
-        evidence = []
-        for route in self.routes:
-            routed = events.select(route.has_text(events))
-            evidence.append((route, routed.user, route.text_index(routed)))
-        return evidence
+        read = self._histories if self.args.evidence == "history" else self._single_texts
+        evidence = [read(route, events) for route in self.routes if len(events.user)]
+        return [part for part in evidence if len(part[1])]
+
+    def _single_texts(self, route, events):
+        events = events.select(route.has_text(events))
+        return route, route.text_index(events), events.user
 
     def _histories(self, route, events):
         """The same with a route whose texts are the users' histories, one each"""
@@ -211,7 +212,7 @@ class Evidence:
                   for history in histories]
         texts, user = tokenize(self.tokenizer, pieces), torch.tensor(histories.index.to_numpy())
         text = (texts.num_scored_tokens() > 0).nonzero()[:, 0]
-        return Route(route.fields, route.may_read, route.num_levels, pieces, texts), user[text], text
+        return Route(route.fields, route.may_read, route.num_levels, pieces, texts), text, user[text]
 
     def counts(self):
         """How many texts are evidence of each user's profiles: int64 [N, P]; a history is one text"""

@@ -221,11 +221,12 @@ class Prompt:
         weight = weights[texts.field].to(self.device)  # [B, T]
         return (self.nll(soft, texts, route.may_read, owner, keys) * weight).sum()
 
-    def add_gradient(self, soft, evidence, weights, max_tokens):
-        """soft.grad += ∇ of the loss of the texts in evidence: (route, index [R], owner [R]), the row of `soft`
-        of each. The keys and values of each θ are computed once for all batches.
+    def add_gradient(self, soft, route, index, owner, weights, max_tokens):
+        """soft.grad += ∇ of the loss of the texts `index` [R], whose rows of `soft` are owner [R]
+
+        The keys and values of each θ are computed once for all batches.
         """
-        route, index, owner = evidence
+        owner = owner.to(self.device)
         keys = self.soft_keys(soft, route.may_read)
         leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in keys]
         for batch in self.batches(route.texts, index, max_tokens):
