@@ -45,7 +45,7 @@ from userip.options import (at_least, changed_options, option_name, options_text
 from userip.prior import (codeword_coordinates, codeword_soft_tokens, descend, make_prior,
                           nearest_coordinates, nearest_soft_tokens)
 from userip.progress import Profiles, join_processes
-from userip.score import Shared, centred_scores, field_weights, find_coordinates, user_steps, user_sums
+from userip.score import centred_scores, field_weights, find_coordinates, user_steps, user_sums
 from userip.setup import set_up
 from userip.texts import FIELDS
 
@@ -195,7 +195,9 @@ def fit_shared_start(run, evidence, weights, batch_size=64):
 
 
 def fit_shared(run, max_histories=4096):
-    """Fit θ̄, bring the fields to equal noise, score each text once -> Shared, curve of θ̄"""
+    """Fit θ̄, bring the fields to equal noise, score each text once -> namespace of soft [P, S D] (θ̄), curve of
+    its fit, weights [len(FIELDS)], scores {k: TextScores}, noise [P, S D, S D] of a text's score, prior
+    """
     args, progress, evidence = run.args, run.progress, run.evidence[-1]
     warm = run.observed.is_warm.nonzero()[:, 0]
     if args.evidence == "history":  # these texts are made for the purpose: not of all users
@@ -210,7 +212,8 @@ def fit_shared(run, max_histories=4096):
     for route in run.routes:
         scores |= centred_scores(run, route, soft, weights)
     noise = torch.stack([scores[k].noise for k in range(run.prompt.num_profiles)])
-    return Shared(soft, weights, scores, noise, make_prior(args, run.codebook, run.prompt.names, soft)), curve
+    prior = make_prior(args, run.codebook, run.prompt.names, soft)
+    return SimpleNamespace(soft=soft, curve=curve, weights=weights, scores=scores, noise=noise, prior=prior)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -417,7 +420,7 @@ def main(args):
         return estimate(run)
 
     inference_started = time.time()
-    shared, curve = fit_shared(run)
+    shared = fit_shared(run)
     counts = torch.stack([evidence.counts() for evidence in run.evidence])  # [F + 1, N, P]
     noise, fitted, objective = shared.noise, None, None
     if args.method == "score":
@@ -449,7 +452,8 @@ def main(args):
                                    "mean": prior.mean} for name, prior in zip(run.prompt.names, shared.prior)}
     write_profiles(run, tensors, fitted, {
         "pull": pull, "field_weights": dict(zip(FIELDS, shared.weights.tolist())), "heldout_nll": heldout,
-        "objective": objective, "curve": curve, "seconds": time.time() - started, "inference_seconds": seconds})
+        "objective": objective, "curve": shared.curve, "seconds": time.time() - started,
+        "inference_seconds": seconds})
     run.progress.clear()
     locked.close()
 

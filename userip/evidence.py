@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,7 @@ import pandas as pd
 import torch
 
 from userip.artifacts import fail
-from userip.texts import FIELDS, Texts, item_pieces, join, tokenize
-
-VISIBLE = ("train", "valid", "support")  # splits whose items and reviews may become texts
-
+from userip.texts import FIELDS, Texts, item_pieces, tokenize
 
 # ----------------------------------------------------------------------------------------------------------
 # events: the rows of interactions that are evidence
@@ -21,7 +19,7 @@ VISIBLE = ("train", "valid", "support")  # splits whose items and reviews may be
 
 
 class Events(NamedTuple):
-    """Rows of interactions, int64 [R] each; level: 1 for liked, 0 without --ratings; fold -1: in none"""
+    """Rows of interactions, int64 [R] each. level: 1 if liked, always 0 without --ratings; fold: -1 if in none"""
 
     user: torch.Tensor
     item: torch.Tensor
@@ -32,21 +30,6 @@ class Events(NamedTuple):
     def select(self, rows):
         """These events: rows int64, or bool [R]"""
         return Events(*(column[rows] for column in self))
-
-
-class Observed(NamedTuple):
-    """What is known of N users before anything is inferred.
-
-    rows: all interactions; train: train rows; own: these and cold users' support rows, which are evidence of
-    their user's profile and of nothing else; is_warm bool [N]: who has train rows; words: how each rating
-    level is said, [""] without ratings.
-    """
-
-    rows: Events
-    train: Events
-    own: Events
-    is_warm: torch.Tensor
-    words: list
 
 
 def assign_folds(train, num_folds, seed):
@@ -64,19 +47,22 @@ def assign_folds(train, num_folds, seed):
 
 
 def observe(args, interactions, num_users):
-    """What train and support rows say -> Observed"""
-    user, item, label = (interactions[name].to_numpy() for name in ("user", "item", "label"))
-    split = interactions["split"].to_numpy()
-    is_train, is_own = split == "train", np.isin(split, ["train", "support"])
-    fold = np.full(len(interactions), -1)
+    """What is known of N users -> namespace of Events: rows (all), train, own (train rows and cold users' support
+    rows, which are evidence of their user's profile and of nothing else); is_warm bool [N]: who has train rows;
+    words: how each rating level is said, [""] without ratings
+    """
+    user, item, label, split = (interactions[name].to_numpy() for name in ("user", "item", "label", "split"))
+    is_train = split == "train"
+    fold = np.full(len(user), -1)
     fold[is_train] = assign_folds(interactions[is_train], args.folds, args.seed)
     level = label.astype(np.int64) * args.ratings
-    rows = Events(*map(torch.tensor, (user, item, level, np.arange(len(interactions)), fold)))
-    train, own = (rows.select(torch.tensor(mask)) for mask in (is_train, is_own))
+    rows = Events(*map(torch.tensor, (user, item, level, np.arange(len(user)), fold)))
+    train, own = (rows.select(torch.tensor(mask)) for mask in (is_train, is_train | (split == "support")))
     is_warm = torch.bincount(train.user, minlength=num_users) > 0
     if num_cold := len(own.user.unique()) - int(is_warm.sum()):
         print(f"{num_cold:,} users have support rows only: these move their own profile and nothing else")
-    return Observed(rows, train, own, is_warm, ["disliked", "liked"] if args.ratings else [""])
+    words = ["disliked", "liked"] if args.ratings else [""]
+    return SimpleNamespace(rows=rows, train=train, own=own, is_warm=is_warm, words=words)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -117,6 +103,11 @@ class Route:
         """How many of the events are each text: float32 [texts]"""
         return torch.bincount(self.text_index(events), minlength=len(self.texts.ids)).float()
 
+    def texts_by_user(self, events):
+        """The indices of the texts of each user's events, in their order: Series of lists, by user"""
+        frame = pd.DataFrame({"user": events.user.numpy(), "text": self.text_index(events).numpy()})
+        return frame.groupby("user")["text"].agg(list)
+
 
 def route_fields(args, items, names):
     """Which fields are evidence of which profiles: list of (fields, may_read bool [P])
@@ -150,11 +141,10 @@ def _first_sentences(run_dir, is_visible):
 
 
 def make_routes(args, interactions, items, observed, names):
-    """A Route for each set of fields; its texts are not tokenized yet.
-
-    Items that only test rows have get no text, nor do test rows' reviews.
+    """A Route for each set of fields, not tokenized yet. Items that only test rows have get no text, nor do test
+    rows' reviews.
     """
-    is_visible = interactions["split"].isin(VISIBLE)
+    is_visible = interactions["split"].isin(["train", "valid", "support"])
     visible_items = set(interactions.loc[is_visible, "item"])
     train_items = items.iloc[observed.train.item.unique().numpy()]
     routes = []
@@ -165,12 +155,6 @@ def make_routes(args, interactions, items, observed, names):
              for item in items.itertuples() for word in words]
         routes.append(Route(fields, may_read, len(words), pieces))
     return routes
-
-
-def texts_by_user(route, events):
-    """The indices of the texts of each user's events, in their order: Series of lists, by user"""
-    frame = pd.DataFrame({"user": events.user.numpy(), "text": route.text_index(events).numpy()})
-    return frame.groupby("user")["text"].agg(list)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -187,9 +171,15 @@ class Evidence:
     """
 
     def __init__(self, args, tokenizer, routes, events, num_users):
-        self.args, self.tokenizer, self.routes, self.num_users = args, tokenizer, routes, num_users
-        self.events = events.select(torch.argsort(events.user, stable=True))
-        self.first = torch.searchsorted(self.events.user, torch.arange(num_users + 1))  # [N + 1]
+        self.tokenizer, self.routes, self.num_users = tokenizer, routes, num_users
+        self.is_history = args.evidence == "history"
+        events = events.select(torch.argsort(events.user, stable=True))
+        if self.is_history:
+            user = pd.Series(events.user.numpy())
+            is_latest = user.groupby(user).cumcount(ascending=False) < args.max_history
+            events = events.select(torch.tensor(is_latest.to_numpy()))
+        self.events = events
+        self.first = torch.searchsorted(events.user, torch.arange(num_users + 1))  # [N + 1]
 
     def of_users(self, first, last):
         """The evidence of the users first … last - 1, who are counted from 0"""
@@ -197,7 +187,7 @@ class Evidence:
         return self.of_events(events._replace(user=events.user - first))
 
     def of_events(self, events):
-        read = self._histories if self.args.evidence == "history" else self._single_texts
+        read = self._histories if self.is_history else self._single_texts
         evidence = [read(route, events) for route in self.routes if len(events.user)]
         return [part for part in evidence if len(part[1])]
 
@@ -207,9 +197,8 @@ class Evidence:
 
     def _histories(self, route, events):
         """The same with a route whose texts are the users' histories, one each"""
-        histories = texts_by_user(route, events)
-        pieces = [sum((route.pieces[index] for index in history[-self.args.max_history:]), [])
-                  for history in histories]
+        histories = route.texts_by_user(events)
+        pieces = [sum((route.pieces[index] for index in history), []) for history in histories]
         texts, user = tokenize(self.tokenizer, pieces), torch.tensor(histories.index.to_numpy())
         text = (texts.num_scored_tokens() > 0).nonzero()[:, 0]
         return Route(route.fields, route.may_read, route.num_levels, pieces, texts), text, user[text]
@@ -219,24 +208,15 @@ class Evidence:
         counts = 0
         for route in self.routes:
             user = self.events.user[route.has_text(self.events)]
-            num_texts = torch.bincount(user, minlength=self.num_users)
-            if self.args.evidence == "history":
-                num_texts = num_texts.clamp(max=1)
-            counts = counts + num_texts[:, None] * route.may_read
+            num_texts = torch.bincount(user, minlength=self.num_users)[:, None]
+            counts = counts + (num_texts.clamp(max=1) if self.is_history else num_texts) * route.may_read
         return counts
 
     def check_lengths(self, prompt):
-        """Exit when a text and its prompt are longer than the LLM's context; say what histories leave out."""
+        """Exit when a text and its prompt are longer than the LLM's context."""
         for route in self.routes:
-            prompt.check_context(route.texts.length, "text",
-                                 "shorten it or take a LLM with a longer context")
-        if self.args.evidence != "history":
-            return
-        most = self.args.max_history
-        for route in self.routes:
-            length = [int(route.texts.length[history[-most:]].sum())
-                      for history in texts_by_user(route, self.events)]
-            prompt.check_context(torch.tensor(length), "history",
-                                 "lower --max-history or take a LLM with a longer context")
-        num_longer = int((torch.bincount(self.events.user) > most).sum())
-        print(f"history: the latest {most} rows of each user; {num_longer:,} users had more")
+            prompt.check_context(route.texts.length, "text", "shorten it or take a LLM with a longer context")
+            if self.is_history:
+                length = route.texts.length[route.text_index(self.events)]
+                prompt.check_context(torch.bincount(self.events.user, length).long(), "history",
+                                     "lower --max-history or take a LLM with a longer context")

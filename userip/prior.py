@@ -1,22 +1,13 @@
 """The codebook as a prior of the profiles (eq. 7): EM, one round per turn of stages 2 and 3."""
 
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 
 from userip.artifacts import fail, read_artifacts
 from userip.heldout import heldout_nll
 from userip.progress import Profiles
-
-
-class Prior(NamedTuple):
-    """One profile's codebook [K, C'], transform [S D, C'] and mean [S D]; shared [C']: θ̄ transformed"""
-
-    codebook: torch.Tensor
-    transform: torch.Tensor
-    mean: torch.Tensor
-    shared: torch.Tensor
 
 
 def read_codebook(args):
@@ -30,7 +21,9 @@ def read_codebook(args):
 
 
 def make_prior(args, codebook, names, shared):
-    """The codebook as a list of Prior, shared [P, S D]; empty without --prior"""
+    """The codebook and θ̄, shared [P, S D] -> a list of namespaces of codebook [K, C'], transform [S D, C'], mean
+    [S D], shared [C'] (θ̄ transformed); empty without --prior
+    """
     if codebook and list(codebook) != list(names):
         fail(f"--prior {args.prior} has the profiles {', '.join(codebook)}, not {', '.join(names)}")
     prior = []
@@ -39,7 +32,8 @@ def make_prior(args, codebook, names, shared):
         if len(transform) != len(shared_k):
             fail(f"--prior {args.prior} is of profiles {len(transform)} wide, not {len(shared_k)}: "
                  f"take the same --llm and --soft-tokens as before")
-        prior.append(Prior(part["codebook"], transform, mean, (shared_k - mean) @ transform))
+        prior.append(SimpleNamespace(codebook=part["codebook"], transform=transform, mean=mean,
+                                     shared=(shared_k - mean) @ transform))
     return prior
 
 
@@ -92,9 +86,7 @@ def prior_loss(profiles, prior, pull, noise):
 
 def descend(run, prior, profiles, pull, noise, num_sample=3000):
     """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
-    far as it falls -> Profiles, (L_LM, λ L_Q) per train row
-
-    L_LM is measured with the LLM on the same sample of train rows in every round.
+    far as it falls -> Profiles, (L_LM, λ L_Q) per train row. L_LM is of the same sample of rows in every round.
     """
     path, train = Path(run.args.run_dir) / "profiles.pt", run.observed.train
     if not path.exists():
@@ -113,8 +105,9 @@ def descend(run, prior, profiles, pull, noise, num_sample=3000):
 
     objective = {}
     for length in (1.0, 0.5, 0.25, 0.0):
-        nats, _ = heldout_nll(run, between(length).full(events.user), events)
-        penalty = sum(float(prior_loss(between(length).full(users), prior, pull, noise))
+        moved = between(length)
+        nats, _ = heldout_nll(run, moved.full(events.user), events)
+        penalty = sum(float(prior_loss(moved.full(users), prior, pull, noise))
                       for users in torch.arange(profiles.shape[1]).split(2**14))
         objective[length] = float(nats.sum() / len(events.user)), penalty / len(train.user)
     best = min(objective, key=lambda length: sum(objective[length]))

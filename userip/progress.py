@@ -51,8 +51,7 @@ class Progress:
     """Finished pieces of a run in RUN_DIR/progress, so that a killed run goes on where it stood.
 
     recipe: all that decides the numbers; pieces of another recipe are deleted. The generator goes on behind a
-    piece that was read as if it had just been computed. Of several processes the first computes what all
-    need; blocks are dealt out.
+    piece that was read as if it had just been computed.
     """
 
     def __init__(self, args, recipe, generator, rank=0, world=1):
@@ -65,6 +64,7 @@ class Progress:
         args.tokens_per_batch = json.loads(manifest.read_text())["tokens_per_batch"]
 
     def _go_on_or_start(self, recipe, manifest):
+        """Keep the pieces of the same recipe, or begin with none."""
         before = json.loads(manifest.read_text())["recipe"] if manifest.exists() else None
         if before == recipe:
             num_done = len(list(self.folder.glob("*.pt")))
@@ -83,12 +83,9 @@ class Progress:
         if self.world > 1:
             dist.barrier()
 
-    def _load(self, name):
-        return torch.load(self.folder / f"{name}.pt", weights_only=True)
-
-    def read(self, name):
-        """A finished piece"""
-        return self._load(name)["value"]
+    def read(self, name, key="value"):
+        """A finished piece, or the state of the generator behind it"""
+        return torch.load(self.folder / f"{name}.pt", weights_only=True)[key]
 
     def _write(self, name, function):
         """Compute and write the piece, unless it is there."""
@@ -100,8 +97,8 @@ class Progress:
 
     def _with_less_memory(self, function):
         """function(); when memory does not suffice, again with half the tokens per batch."""
+        state = self.generator.get_state()
         while True:
-            state = self.generator.get_state()
             try:
                 return function()
             except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
@@ -112,17 +109,15 @@ class Progress:
                 fail("memory does not suffice for 16 tokens: take a smaller LLM or a larger machine")
             print(f"out of memory: going on with --tokens-per-batch {self.args.tokens_per_batch}")
             self.generator.set_state(state)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def compute(self, name, function):
         """What function() returns, computed once, by the first process"""
         if self.rank == 0:
             self._write(name, function)
         self._wait()
-        piece = self._load(name)
-        self.generator.set_state(piece["generator"])
-        return piece["value"]
+        self.generator.set_state(self.read(name, "generator"))
+        return self.read(name)
 
     def compute_blocks(self, name, num_blocks, function):
         """function(i) for each block i, dealt to the processes; block i is then read as name-i"""
@@ -138,8 +133,7 @@ class Progress:
 
 
 class Profiles(NamedTuple):
-    """Profiles that need not fit into memory: shape (F + 1, N, P, S D), read(fold, users [U]) -> [U, P, S D]
-
+    """Profiles that need not fit into memory: shape (F + 1, N, P, S D), read(fold, users [U]) -> [U, P, S D].
     Fold f has all evidence but that of fold f; the last one has all.
     """
 

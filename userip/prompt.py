@@ -62,11 +62,10 @@ class HeadNLL(torch.autograd.Function):
 
 
 class Prompt:
-    """[N_1 θ_1 N_2 θ_2 … D] H around a frozen LLM, with the mask of Fig. 4; S soft tokens per θ_k.
+    """llm: (model, tokenizer); profiles: {name: its text N_k}; task_text: D. L is the length without H.
 
-    llm: (model, tokenizer); profiles: {name: its text N_k}; task_text: D. L is the length of the prompt
-    without H. Under the mask no θ reaches the names nor the task text but its last token: their keys and
-    values are computed once, and those of a user's θ once for all texts of the user.
+    Under the mask of Fig. 4 no θ reaches the names nor the task text but its last token: their keys and values
+    are computed once, and those of a user's θ once for all texts of the user.
     """
 
     def __init__(self, llm, profiles, task_text, num_soft=1, mask="fig4"):
@@ -84,7 +83,7 @@ class Prompt:
             everyone = torch.ones(1, self.num_profiles, dtype=torch.bool, device=self.device)
             self.allowed = fig4_mask(self.segment, self.is_soft, everyone)[0, 0]  # [L, L]
             with torch.no_grad():
-                self.fixed_keys = self._run(self.embedding[None, self.fixed], self.fixed, self.fixed)
+                self.fixed_keys = self._keys(self.embedding[None, self.fixed], self.fixed, self.fixed)
 
     def _lay_out(self, tokenizer, profiles, task_text):
         """The tokens of the prompt: segment, position, is_soft [L], soft_positions [P S], embedding [L, D]"""
@@ -154,29 +153,26 @@ class Prompt:
 
     # -- the short way, under the mask of Fig. 4: what texts share is computed once -----------------------
 
-    def _run(self, embeddings, positions, keys, *parts):
-        """Some tokens of the prompt through the LLM: embeddings [B, T, D] of `positions` [T], which attend to
-        the tokens `keys` [T'] as Fig. 4 allows -> keys and values by layer
-
-        parts: the keys and values of all of `keys` but the last T, which are the tokens themselves.
+    def _keys(self, embeddings, positions, visible, *parts):
+        """Keys and values by layer of the tokens at `positions` [T], embedded [B, T, D], which attend to those
+        at `visible` [T'] as Fig. 4 allows. parts: the keys and values of all of `visible` but the last T.
         """
-        mask = self.allowed[positions][:, keys].expand(len(embeddings), 1, -1, -1)
+        mask = self.allowed[positions][:, visible].expand(len(embeddings), 1, -1, -1)
         cache = PrefixCache(self.model.config, *parts)
         self.body(inputs_embeds=embeddings, attention_mask=mask, use_cache=False,
                   position_ids=self.position[positions][None], past_key_values=cache)
         return cache.new
 
     def soft_keys(self, soft, may_read):
-        """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width]
-
-        An empty list where none is read, or where they depend on other tokens (plain causal mask).
+        """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width]; none
+        under a plain causal mask, where they depend on other tokens
         """
         may_read, soft = may_read.to(self.device), soft.to(self.device)
         if self.mask != "fig4" or not may_read.any():
             return []
         readable = self.soft_positions.view(-1, self.num_soft)[may_read].flatten()  # [P' S]
         theta = soft[:, may_read].to(self.embedding.dtype).reshape(len(soft), len(readable), -1)
-        return self._run(theta, readable, torch.cat([self.fixed, readable]), self.fixed_keys)
+        return self._keys(theta, readable, torch.cat([self.fixed, readable]), self.fixed_keys)
 
     def hidden_cached(self, ids, owner, keys):
         """The same as hidden_full, from keys = soft_keys(soft, may_read) -> [B, T, D]"""
@@ -196,10 +192,10 @@ class Prompt:
 
     def nll(self, soft, texts, may_read, owner=None, keys=None):
         """-log P(h_t | h_<t, N, θ, D) of each evidence token (eq. 4): soft [U, P, S D], texts [B, T],
-        may_read [P] -> float32 [B, T]
+        may_read [P] -> float32 [B, T], 0 at pads and context
 
-        0 at pads and context. owner [B]: the row of `soft` of each text (default: one after the other, or all of
-        the only one). keys: soft_keys of `soft`, if known.
+        owner [B]: the row of `soft` of each text (default: one after the other, or all of the only one). keys:
+        soft_keys of `soft`, if known.
         """
         ids, field = texts.ids.to(self.device), texts.field.to(self.device)
         may_read = may_read.to(self.device)
@@ -217,14 +213,12 @@ class Prompt:
     def loss(self, soft, route, index, weights, owner=None, keys=None):
         """NLL of these texts of a route [B], tokens weighted by field: weights [len(FIELDS)] -> []"""
         texts = route.texts.select(index)
-        weights = F.pad(weights, (0, 1))  # the field -1 of context and pads reads the last one, 0
-        weight = weights[texts.field].to(self.device)  # [B, T]
+        weight = F.pad(weights, (0, 1))[texts.field].to(self.device)  # [B, T]; field -1 reads the last one, 0
         return (self.nll(soft, texts, route.may_read, owner, keys) * weight).sum()
 
     def add_gradient(self, soft, route, index, owner, weights, max_tokens):
-        """soft.grad += ∇ of the loss of the texts `index` [R], whose rows of `soft` are owner [R]
-
-        The keys and values of each θ are computed once for all batches.
+        """soft.grad += ∇ of the loss of the texts `index` [R], whose rows of `soft` are owner [R]. The keys and
+        values of each θ are computed once for all batches.
         """
         owner = owner.to(self.device)
         keys = self.soft_keys(soft, route.may_read)

@@ -20,10 +20,8 @@ USERS_AT_ONCE = 2**12  # their sums fit the processor's cache
 
 
 class TextScores(NamedTuple):
-    """The texts of a route in the space of one profile's scores, all of it or C directions [R, S D or C].
-
-    train: what a text adds for a user of the train rows; new: for any other; is_scored bool [R]; noise
-    [S D, S D]: the covariance of one train row's score.
+    """The scores of a route's texts for one profile, [R, S D] or in C directions [R, C]. train: what a text adds
+    for a user of the train rows; new: for any other. noise [S D, S D]: covariance of one train row's score
     """
 
     route: Route
@@ -31,18 +29,6 @@ class TextScores(NamedTuple):
     new: torch.Tensor
     is_scored: torch.Tensor
     noise: torch.Tensor
-
-
-class Shared(NamedTuple):
-    """What all users share: soft float32 [P, S D] (θ̄), weights [len(FIELDS)], scores {k: TextScores}, noise
-    [P, S D, S D] (covariance of one text's score), prior (list of Prior; empty without --prior)
-    """
-
-    soft: torch.Tensor
-    weights: torch.Tensor
-    scores: dict
-    noise: torch.Tensor
-    prior: list
 
 
 def text_scores(prompt, route, index, shared, weights, max_tokens):
@@ -79,8 +65,7 @@ def only(field):
 
 
 def field_weights(run, shared, num_sample=512):
-    """Bring every field to the same noise: 1 / (root mean square of its score at θ̄ over a sample of texts)
-    -> [len(FIELDS)]
+    """1 / (root mean square of a field's score at θ̄ over a sample of texts): [len(FIELDS)]
 
     # differs from the paper: the scores of fields have variances that depend on the LLM and say nothing about
     # what they know: a title's has more than a category's and knows less of the hobby. In a plain sum the
@@ -159,9 +144,8 @@ def centred_scores(run, route, shared, weights, shrinkage=1e-3):
 
 
 def incidence(user, text, shape):
-    """How often each user has each text, in the order of texts: sparse matrix of `shape` [N, texts]
-
-    So a user's sum over their texts has the same bits whoever else is in it.
+    """How often each user has each text: sparse matrix of `shape` [N, texts], in the order of texts, so that a
+    user's sum over their texts has the same bits in any company
     """
     matrix = sparse.coo_matrix((np.ones(len(user)), (user.numpy(), text.numpy())), shape=shape).tocsr()
     matrix.sum_duplicates()
@@ -169,8 +153,8 @@ def incidence(user, text, shape):
 
 
 def _user_texts(route, events, is_warm):
-    """Which texts each user has, sparse [N, 2 R], and how many [N]: the first R columns are for users with
-    train rows (is_warm [N]), the last R for others.
+    """Which texts each user has, sparse [N, 2 R], the last R columns for users without train rows, and how many
+    [N]
     """
     events = events.select(route.has_text(events))
     column = route.text_index(events) + len(route.texts.ids) * ~is_warm[events.user]
@@ -202,9 +186,7 @@ def project_scores(user_texts, table, count, noise, is_warm, rank):
 
 def find_coordinates(run, scores):
     """The leading C directions of each profile: scores {k: TextScores} -> list of TextScores in these, pull [P]
-
-    What is estimated over users is estimated over warm ones (with train rows): cold ones are only placed. pull
-    is the prior's weight in texts.
+    (the prior's weight in texts). All is estimated over warm users: cold ones are only placed.
     """
     is_warm, coordinates, pulls = run.observed.is_warm, [], []
     for k, name in enumerate(run.prompt.names):
