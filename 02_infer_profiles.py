@@ -3,8 +3,7 @@
 The prompt of user u is "This user's hobby is [θ] his background is [θ] The user has bought" and then what
 they had (paper, section 2.3, eq. 3). The LLM is frozen. Only the θ are fitted, so that the user's behaviour
 becomes likely (eq. 4), under the attention mask of Fig. 4. Only train rows are evidence, and a cold user's
-support rows for their own profile. Half of the users' validation rows choose step lengths, the other half
-report.
+support rows for their own profile. Half of the users' validation rows choose step lengths, half report.
 
 --method score (default) fits one θ̄ for all users, takes the score (the gradient of the log-likelihood at θ̄)
 of each catalogue item once, and moves each user along the whitened sum of their items' scores: the cost grows
@@ -36,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from userip.artifacts import lock, read_sidecar, write_artifact
-from userip.cost import estimate
+from userip.evidence import FIELDS
 from userip.heldout import heldout_nll, print_heldout
 from userip.llm import tiny_stamp
 from userip.new_users import infer_new_users
@@ -46,8 +45,7 @@ from userip.prior import (codeword_coordinates, codeword_soft_tokens, descend, m
                           nearest_coordinates, nearest_soft_tokens)
 from userip.progress import Profiles, join_processes
 from userip.score import centred_scores, field_weights, find_coordinates, user_steps, user_sums
-from userip.setup import set_up
-from userip.texts import FIELDS
+from userip.setup import estimate, set_up
 
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
 DEFAULT_ROUTE = ["title+category", "brand+price"]
@@ -124,6 +122,8 @@ def check_evidence(parser, args):
     """Refuse evidence and folds that contradict each other; set the profiles that --ratings adds."""
     if args.method == "score" and args.pull == 0:
         parser.error("--pull 0 leaves users without evidence nowhere: --method score needs a pull above 0")
+    if args.method == "gradient" and args.pull is None:
+        args.pull = 10.0
     if args.lr == 0:
         parser.error("--lr must be above 0")
     if args.method == "score" and args.evidence == "history":
@@ -144,10 +144,9 @@ def check_profiles(parser, args):
     if any("=" not in text or not all(text.split("=", 1)) for text in args.profiles):
         parser.error(f"--profiles takes NAME=TEXT, such as {DEFAULT_PROFILES[0]!r}, not {args.profiles}")
     names = [text.split("=", 1)[0] for text in args.profiles]
-    if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
-        parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _")
-    if {"user", "user_id"} & set(names):
-        parser.error("--profiles: user and user_id are columns of the feature bank; take another name")
+    if len({*names, "user", "user_id"}) < len(names) + 2 or not all(name.isidentifier() for name in names):
+        parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _, but "
+                     f"not user or user_id, which are columns of the feature bank")
     if any("{" in text for text in args.profiles):
         parser.error("--profiles: placeholders such as {brand} are not filled in; give plain texts")
     if args.route is None:
@@ -195,8 +194,8 @@ def fit_shared_start(run, evidence, weights, batch_size=64):
 
 
 def fit_shared(run, max_histories=4096):
-    """Fit θ̄, bring the fields to equal noise, score each text once -> namespace of soft [P, S D] (θ̄), curve of
-    its fit, weights [len(FIELDS)], scores {k: TextScores}, noise [P, S D, S D] of a text's score, prior
+    """Fit θ̄, bring the fields to equal noise, score each text once -> namespace of soft [P, S D] (θ̄), curve
+    of its fit, weights [len(FIELDS)], scores {k: TextScores}, noise [P, S D, S D] of a text's score, prior
     """
     args, progress, evidence = run.args, run.progress, run.evidence[-1]
     warm = run.observed.is_warm.nonzero()[:, 0]
@@ -204,8 +203,8 @@ def fit_shared(run, max_histories=4096):
         warm = warm[torch.randperm(len(warm), generator=progress.generator)[:max_histories]]
     warm_events = evidence.events.select(torch.isin(evidence.events.user, warm))
     weights = torch.ones(len(FIELDS))
-    soft, curve = progress.compute("shared", lambda: fit_shared_start(
-        run, evidence.of_events(warm_events), weights))
+    soft, curve = progress.compute(
+        "shared", lambda: fit_shared_start(run, evidence.of_events(warm_events), weights))
     if args.field_weights == "noise":
         weights = progress.compute("weights", lambda: field_weights(run, soft))
     scores = {}
@@ -230,25 +229,25 @@ def fit_map(run, soft, coordinates, pull, batch_size=64):
     sums, counts = user_sums(coordinates, train, is_warm)  # [N, P, C], [N, P]
     y = sums / (counts + pull)[:, :, None]
     unit = y[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)  # [P]
-    shape = len(soft), sums.shape[2], soft.shape[1]
-    lift = torch.zeros(shape, device=prompt.device, requires_grad=True)
+    num_directions = sums.shape[2]
+    lift = torch.zeros(len(soft), num_directions, soft.shape[1], device=prompt.device, requires_grad=True)
     optimizer = torch.optim.Adam([lift], lr=0.1 * prompt.scale)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.map_steps)
-    ones = torch.ones(len(FIELDS))
     for _ in tqdm(range(args.map_steps), desc="map to soft tokens", unit="step", mininterval=2):
         optimizer.zero_grad()
         for route in run.routes:
             rows = route.has_text(train).nonzero()[:, 0]
             rows = rows[torch.randint(len(rows), (batch_size,), generator=run.progress.generator)]
             index, user = route.text_index(train)[rows], train.user[rows]
-            own = torch.stack([c.train[index] if c.route is route else torch.zeros(batch_size, shape[1])
+            own = torch.stack([c.train[index] if c.route is route else torch.zeros(batch_size, num_directions)
                                for c in coordinates], 1)  # [B, P, C]
-            y = (sums[user] - own) / (counts[user] - route.may_read.float() + pull).clamp(min=1e-6)[:, :, None]
-            y = y / unit[:, None]
+            num_others = counts[user] - route.may_read.float()  # [B, P]
+            y = (sums[user] - own) / (num_others + pull).clamp(min=1e-6)[:, :, None] / unit[:, None]
             for batch in prompt.batches(route.texts, index, args.tokens_per_batch):
                 step = torch.einsum("bpc,pcd->bpd", y[batch].to(prompt.device), lift)
                 theta = soft.to(prompt.device) + step
-                (prompt.loss(theta, route, index[batch], ones) / batch_size).backward()
+                loss = prompt.loss(theta, route, index[batch], torch.ones(len(FIELDS)))
+                (loss / batch_size).backward()
         optimizer.step()
         schedule.step()
     return lift.detach().cpu() / unit[:, None, None]
@@ -271,9 +270,8 @@ def infer_by_score(run, shared):
     """One step from θ̄ for all users at once -> Profiles, and what the profile of a new user needs (dict)
 
     θ_u = θ̄ + length · B y_u with y_u = Σ_i g_i / (n_u + pull), whitened: a natural-gradient step, shrunk by
-    a prior. With folds, the sum leaves out each fold in turn; the last profile has all of it. With a codebook
-    as prior, y_u = (Σ_i g_i + pull · y_c) / (n_u + pull): the E step takes the codeword c nearest to the
-    user's plain mean, the M step pulls to it (eq. 7).
+    a prior. With a codebook as prior, y_u = (Σ_i g_i + pull · y_c) / (n_u + pull): the E step takes the
+    codeword c nearest to the user's plain mean, the M step pulls to it (eq. 7).
     # differs from the paper: B is not the inverse Fisher information but fitted (fit_map). Between users the
     # LLM is far from linear: the plain natural-gradient step made held-out items less likely than θ̄ at every
     # length tried.
@@ -312,12 +310,13 @@ def start_of(args, prompt, soft, users):
     return torch.cat([prompt.random_soft(1, torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
-def infer_block(run, shared, evidence, start, pull):
-    """AdamW on the θ of a block of users (Algorithm 1, line 4) from their evidence (see Evidence.of_users) and
-    start [U, P, S D] -> [U, P, S D]
+def infer_block(run, shared, evidence, start):
+    """AdamW on the θ of a block of users (Algorithm 1, line 4): their evidence (see Evidence.of_users), start
+    [U, P, S D] -> [U, P, S D]
 
     The loss of a user is Σ -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ (θ - θ̄): the prior weighs as much as `pull`
-    items. With a codebook as prior, θ̄ gives way to the codeword nearest at each step, as a soft token (eq. 7).
+    items. With a codebook as prior, θ̄ gives way to the codeword nearest at each step, as a soft token
+    (eq. 7).
     """
     args, prompt = run.args, run.prompt
     anchors = [codeword_soft_tokens(prior, shared.soft[k], shared.noise[k])
@@ -328,29 +327,23 @@ def infer_block(run, shared, evidence, start, pull):
     optimizer = torch.optim.AdamW([soft], lr=args.lr or 0.1 * prompt.scale, weight_decay=0.0)
     for _ in range(args.steps):
         anchor = nearest_soft_tokens(soft.detach(), shared.prior, anchors) if shared.prior else center
-        soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
+        soft.grad = args.pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
         for route, text, owner in evidence:
             prompt.add_gradient(soft, route, text, owner, shared.weights, args.tokens_per_batch)
         optimizer.step()
     return soft.detach().float().cpu()
 
 
-def infer_by_gradient(run, shared, pull):
+def infer_by_gradient(run, shared):
     """AdamW for all users, a block at a time, fold by fold -> Profiles; blocks on disk"""
     progress, num_users, size = run.progress, len(run.observed.is_warm), run.args.batch_size
-    blocks = torch.arange(num_users).split(size)
-    with tqdm(total=len(run.evidence) * num_users, desc="gradient", unit="user", mininterval=2) as bar:
-        for fold, evidence in enumerate(run.evidence):
+    for fold, evidence in enumerate(run.evidence):
 
-            def infer(index):
-                users = blocks[index]
-                texts = evidence.of_users(int(users[0]), int(users[-1]) + 1)
-                start = start_of(run.args, run.prompt, shared.soft, users)
-                profiles = infer_block(run, shared, texts, start, pull)
-                bar.update(len(users))
-                return profiles
+        def infer(users):
+            texts = evidence.of_users(int(users[0]), int(users[-1]) + 1)
+            return infer_block(run, shared, texts, start_of(run.args, run.prompt, shared.soft, users))
 
-            progress.compute_blocks(f"fold-{fold}", len(blocks), infer)
+        progress.compute_blocks(f"fold-{fold}", torch.arange(num_users).split(size), "user", infer)
 
     def read(fold, users):
         result, block = torch.empty(len(users), *shared.soft.shape), users // size
@@ -369,15 +362,12 @@ def infer_by_gradient(run, shared, pull):
 
 def report_heldout(run, profiles, soft):
     """The four NLLs (nats per token) on held-out rows: no profile, shared, shuffled, own; prints them."""
-    events, order = run.report, torch.randperm(profiles.shape[1], generator=run.progress.generator)
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(1)  # every user gets another user's profile
-    everyone = soft.expand(len(events.user), -1, -1)
-    profile_sets = {"none": everyone, "shared": everyone, "shuffled": profiles.full(partner[events.user]),
-                    "own": profiles.full(events.user)}
-    nats = {}
-    for name, chosen in profile_sets.items():
-        nats[name], tokens = heldout_nll(run, chosen, events, is_blind=name == "none")  # [R, routes] each
+    user, order = run.report.user, torch.randperm(profiles.shape[1], generator=run.progress.generator)
+    partner = order.roll(1)[order.argsort()]  # every user gets another user's profile
+    everyone = soft.expand(len(user), -1, -1)
+    none, tokens = heldout_nll(run, everyone, run.report, is_blind=True)  # [R, routes] each
+    sets = {"shared": everyone, "shuffled": profiles.full(partner[user]), "own": profiles.full(user)}
+    nats = {"none": none} | {name: heldout_nll(run, thetas, run.report)[0] for name, thetas in sets.items()}
     return print_heldout(nats, tokens, [route.name for route in run.routes])
 
 
@@ -386,33 +376,14 @@ def report_heldout(run, profiles, soft):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def write_profiles(run, tensors, fitted, figures):
-    """scores.pt (of --method score) and profiles.pt; without folds, profiles have no axis for them."""
-    args, inputs, profiles = run.args, ["interactions.parquet", "items.parquet"], tensors["profiles"]
-    shape = profiles.shape if args.folds else profiles.shape[1:]
-    tensors["profiles"] = SimpleNamespace(shape=shape, blocks=profiles.blocks)
-    if not args.folds:
-        tensors["num_evidence"] = tensors["num_evidence"][0]
-    names, has_evidence = tensors["names"], tensors["has_evidence"]
-    facts = {"names": names, "llm": run.llm, "users": len(has_evidence),
-             "users_with_evidence": int(has_evidence.sum())}
-    if fitted:
-        scores = fitted | {"names": names, "words": run.observed.words}
-        write_artifact(args, "scores.pt", scores, inputs, **facts)
-        inputs.append("scores.pt")
-    path = write_artifact(args, "profiles.pt", tensors, inputs, **facts, **figures)
-    print(f"wrote {path}: {len(has_evidence):,} users x {len(names)} profiles x {shape[-1]} | held-out NLL "
-          f"own {figures['heldout_nll']['own']:.4f}, shared {figures['heldout_nll']['shared']:.4f}")
-
-
 def main(args):
     rank, world = join_processes()
     started = time.time()
     if args.only_users:  # the options of new users are those of the run
         args = SimpleNamespace(only_users=args.only_users, run_dir=args.run_dir, seed=args.seed)
-    start_stage(args)
-    if args.only_users:
+        start_stage(args)
         return None if rank else infer_new_users(args)
+    start_stage(args)
     read_sidecar(args, "interactions.parquet")  # before a lock is put into the folder
     locked = lock(args.run_dir) if rank == 0 else None
     run = set_up(args, rank, world)
@@ -422,38 +393,48 @@ def main(args):
     inference_started = time.time()
     shared = fit_shared(run)
     counts = torch.stack([evidence.counts() for evidence in run.evidence])  # [F + 1, N, P]
-    noise, fitted, objective = shared.noise, None, None
+    fitted, objective, (num_users, num_profiles) = None, None, counts.shape[1:]
     if args.method == "score":
         profiles, fitted = infer_by_score(run, shared)
-        noise = torch.einsum("pcd,pce->pde", fitted["lift"], fitted["lift"])  # whitened sums: 1 per text
+        pull, noise = fitted["pull"].tolist(), fitted["lift"].mT @ fitted["lift"]  # whitened sums: 1 per text
         gain = (counts[-1] + fitted["pull"]) / counts[-1].clamp(min=1).sqrt()
-        pull = fitted["pull"].tolist()
     else:
-        gain, pull = torch.ones(counts.shape[1:]), 10.0 if args.pull is None else args.pull
-        profiles = infer_by_gradient(run, shared, pull)
-        pull = [pull] * len(run.profiles)
+        profiles = infer_by_gradient(run, shared)
+        pull, noise, gain = [args.pull] * num_profiles, shared.noise, torch.ones(num_users, num_profiles)
     if rank:  # the first process writes
         return run.progress.clear()
     if shared.prior:
         profiles, objective = descend(run, shared.prior, profiles, pull, noise)
-    num_users, seconds = counts.shape[1], time.time() - inference_started
+    seconds = time.time() - inference_started
     print(f"inferred {num_users:,} users in {seconds:.1f} s, the shared start included: "
           f"{num_users / seconds:,.0f} users per second")
     heldout = report_heldout(run, profiles, shared.soft)
 
-    tensors = {"profiles": profiles, "shared": shared.soft, "noise": noise, "gain": gain,
-               "num_evidence": counts, "has_evidence": (counts[-1] > 0).any(1), "names": run.prompt.names,
-               "llm": run.llm, "num_soft": args.soft_tokens, "texts": list(run.profiles.values()),
+    names, has_evidence = run.prompt.names, (counts[-1] > 0).any(1)
+    facts = {"names": names, "llm": run.llm, "users": num_users,
+             "users_with_evidence": int(has_evidence.sum())}
+    inputs = ["interactions.parquet", "items.parquet"]
+    if fitted:
+        fitted |= {"names": names, "words": run.observed.words}
+        write_artifact(args, "scores.pt", fitted, inputs, **facts)
+        inputs.append("scores.pt")
+    shape = profiles.shape if args.folds else profiles.shape[1:]  # without folds, there is no axis for them
+    tensors = {"profiles": SimpleNamespace(shape=shape, blocks=profiles.blocks), "shared": shared.soft,
+               "noise": noise, "gain": gain, "num_evidence": counts if args.folds else counts[0],
+               "has_evidence": has_evidence, "names": names, "llm": run.llm, "num_soft": args.soft_tokens,
+               "texts": list(run.profiles.values()),
                "tiny_llm": tiny_stamp(args.run_dir) if run.llm == "tiny" else ""}
     if args.folds:
         tensors["fold"] = run.observed.train.fold  # of each train row, in the order of interactions.parquet
     if shared.prior:  # stage 3 goes on from it
-        tensors["prior"] = {name: {"codebook": prior.codebook, "transform": prior.transform,
-                                   "mean": prior.mean} for name, prior in zip(run.prompt.names, shared.prior)}
-    write_profiles(run, tensors, fitted, {
-        "pull": pull, "field_weights": dict(zip(FIELDS, shared.weights.tolist())), "heldout_nll": heldout,
-        "objective": objective, "curve": shared.curve, "seconds": time.time() - started,
-        "inference_seconds": seconds})
+        tensors["prior"] = {name: {key: part[key] for key in ("codebook", "transform", "mean")}
+                            for name, part in run.codebook.items()}
+    path = write_artifact(
+        args, "profiles.pt", tensors, inputs, **facts, pull=pull, heldout_nll=heldout, objective=objective,
+        field_weights=dict(zip(FIELDS, shared.weights.tolist())), curve=shared.curve,
+        seconds=time.time() - started, inference_seconds=seconds)
+    print(f"wrote {path}: {num_users:,} users x {num_profiles} profiles x {shape[-1]} | held-out NLL own "
+          f"{heldout['own']:.4f}, shared {heldout['shared']:.4f}")
     run.progress.clear()
     locked.close()
 

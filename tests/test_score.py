@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from llm_cases import events_of, prompt_of, rating_route, routes_for, run_of, soft_for, weights_of
-from userip.evidence import incidence
-from userip.score import audience, centred_scores, field_weights, project_scores, text_scores, user_steps
-from userip.texts import FIELDS
+from userip.evidence import FIELDS
+from userip.score import (audience, centred_scores, field_weights, incidence, project_scores, text_scores,
+                          user_steps)
 
 
 def test_scores_are_the_gradients_of_single_items(llm):

@@ -41,7 +41,7 @@ def interval(difference, tokens):
 
 
 def print_heldout(nats, tokens, routes):
-    """Print the NLLs per token of sets of profiles, and what the user's own profile gains -> dict of these numbers
+    """Print the NLLs per token of sets of profiles and what the own profile gains -> dict of these numbers
 
     nats: {"none", "shared", "shuffled", "own": [R, routes]}; tokens [R, routes]; routes: their names.
     """

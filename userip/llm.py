@@ -11,27 +11,25 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from torch import nn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
+                          PreTrainedTokenizerFast)
 
 from userip.artifacts import fail
-
-# transformers and tokenizers take seconds to import: they are, where a LLM is used
 
 STAMP = "made_from.txt"  # in the tiny LLM's folder: the digest of what it was made from
 TINY = {"batch": 24, "length": 96, "lr": 2e-3, "width": 128, "layers": 4, "vocabulary": 2048, "context": 512}
 
 
 def load_llm(args, llm, device="cpu", **model_options):
-    """Hub name, folder or "tiny" (run_dir/tiny_llm) -> (model, tokenizer): frozen, bfloat16 on CUDA, else float32
-    """
+    """Hub name, folder or "tiny" (run_dir/tiny_llm) -> frozen model (bfloat16 on CUDA), tokenizer"""
     source = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm
     if (llm == "tiny" or llm.startswith(("/", ".", "~"))) and not Path(source).is_dir():
         fail(f"--llm {llm}: there is no folder {source}; "
              + ("run stage 2 again" if llm == "tiny" else "give a folder or a hub name"))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    part = "tokenizer"
+    dtype, part = torch.bfloat16 if device == "cuda" else torch.float32, "tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         part = "weights"
@@ -64,9 +62,7 @@ def fuse(model):
 
 
 def choose_llm():
-    """--llm auto: Llama-2-7B with CUDA and its weights here, else GPT-2 if here or reachable, else tiny -> name,
-    reason
-    """
+    """--llm auto: Llama-2-7B with CUDA and weights, GPT-2 if here or reachable, or tiny -> name, reason"""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
@@ -88,11 +84,6 @@ def choose_llm():
                     "it is pretrained on the train items")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the tiny LLM
-# ----------------------------------------------------------------------------------------------------------
-
-
 def tiny_stamp(run_dir):
     """The digest of what run_dir/tiny_llm was made from; "" where there is none"""
     path = Path(run_dir) / "tiny_llm" / STAMP
@@ -101,9 +92,6 @@ def tiny_stamp(run_dir):
 
 def train_tokenizer(texts):
     """A byte-level BPE tokenizer of GPT-2's kind"""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=TINY["vocabulary"], min_frequency=5, show_progress=False,
@@ -120,9 +108,6 @@ def pretrain_tiny(folder, histories, prompt_texts, num_steps, seed):
     large one knows from the world; random offsets train all positions. prompt_texts: the profiles' texts and,
     last, the task text.
     """
-    from tqdm import tqdm
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     rng = np.random.default_rng([seed, 3])
     corpus = [text for history in histories for text in history]
     corpus += (1 + len(corpus) // 50) * prompt_texts  # often enough to become whole words
@@ -163,7 +148,7 @@ def pretrain_tiny(folder, histories, prompt_texts, num_steps, seed):
 
 
 def make_tiny_llm(args, histories, prompt_texts):
-    """run_dir/tiny_llm, pretrained on this run's train rows; kept if the same texts and seed made it before"""
+    """run_dir/tiny_llm, pretrained on this run's train rows; kept if the same texts and seed made it"""
     recipe = json.dumps([histories, prompt_texts[:-1], prompt_texts[-1], args.tiny_steps, args.seed, TINY])
     digest = hashlib.sha256(recipe.encode()).hexdigest()
     folder = Path(args.run_dir) / "tiny_llm"

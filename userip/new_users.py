@@ -41,8 +41,8 @@ def _is_liked(args, ratings):
 
 
 def read_new_users(args, has_ratings, items):
-    """The rows of --only-users' table with items of the run: user, item, rating level int64 [R]; the users' ids:
-    list of N' texts
+    """The rows of --only-users' table with items of the run -> user, item, rating level int64 [R]; the users'
+    ids, list of N' texts
     """
     table = _read_table(args.only_users, ["user_id", "item_id", *["rating"] * has_ratings])
     item_number = pd.Series(items["item"].to_numpy(), index=items["item_id"].astype(str))
@@ -58,15 +58,15 @@ def read_new_users(args, has_ratings, items):
 
 
 def infer_new_users(args):
-    """--only-users: write the profiles of new users, the same bits as in the run itself, as new_profiles.pt"""
+    """Write the profiles of new users, the same bits as in the run itself, as new_profiles.pt."""
     sidecar, locked = read_sidecar(args, "profiles.pt"), lock(args.run_dir)
     options = sidecar["options"]
     for kind, is_meant in (("a round of EM (--prior)", options["prior"]),
                            ("--evidence review", options["evidence"] == "review"),
                            ("--method gradient", options["method"] == "gradient")):
         if is_meant:
-            fail(f"--only-users: {args.run_dir}/profiles.pt is of {kind}, which no table of items repeats: run "
-                 f"stages 2 and 3 without it")
+            fail(f"--only-users: {args.run_dir}/profiles.pt is of {kind}, which no table of items repeats: "
+                 f"run stages 2 and 3 without it")
     fitted, _, items = read_artifacts(args, "scores.pt", "profiles.pt", "items.parquet")
     user, item, level, user_ids = read_new_users(args, len(fitted["words"]) > 1, items)
     sums, counts = [], []

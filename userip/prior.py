@@ -21,8 +21,8 @@ def read_codebook(args):
 
 
 def make_prior(args, codebook, names, shared):
-    """The codebook and θ̄, shared [P, S D] -> a list of namespaces of codebook [K, C'], transform [S D, C'], mean
-    [S D], shared [C'] (θ̄ transformed); empty without --prior
+    """The codebook and θ̄, shared [P, S D] -> a list of namespaces of codebook [K, C'], transform [S D, C'],
+    mean [S D], shared [C'] (θ̄ transformed); empty without --prior
     """
     if codebook and list(codebook) != list(names):
         fail(f"--prior {args.prior} has the profiles {', '.join(codebook)}, not {', '.join(names)}")
@@ -86,7 +86,7 @@ def prior_loss(profiles, prior, pull, noise):
 
 def descend(run, prior, profiles, pull, noise, num_sample=3000):
     """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
-    far as it falls -> Profiles, (L_LM, λ L_Q) per train row. L_LM is of the same sample of rows in every round.
+    far as it falls -> Profiles, (L_LM, λ L_Q) per train row. L_LM is of the same rows in every round.
     """
     path, train = Path(run.args.run_dir) / "profiles.pt", run.observed.train
     if not path.exists():

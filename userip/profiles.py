@@ -42,7 +42,7 @@ class Profile:
         self.deviation = self.theta - self.mean  # [F + 1, N, D]
         self.has_noise_level = options.get("method", "score") == "score"
         route = "rating" if options.get("route", ["none"]) == ["none"] else options["route"][k]
-        self.reads_ratings = options.get("ratings", "none") != "none" and "rating" in route.split("+")
+        self.reads_ratings = bool(options.get("ratings")) and "rating" in route.split("+")
         self.num_codes = 8 if self.reads_ratings else 3 if k == 1 else 4  # K, unless --codes says otherwise
 
 

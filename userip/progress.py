@@ -76,8 +76,9 @@ class Progress:
                   f"{recipe.get(key)}): it starts anew")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        content = {"recipe": recipe, "tokens_per_batch": self.args.tokens_per_batch}
         with whole_file(manifest) as file:
-            file.write(json.dumps({"recipe": recipe, "tokens_per_batch": self.args.tokens_per_batch}).encode())
+            file.write(json.dumps(content).encode())
 
     def _wait(self):
         if self.world > 1:
@@ -119,10 +120,11 @@ class Progress:
         self.generator.set_state(self.read(name, "generator"))
         return self.read(name)
 
-    def compute_blocks(self, name, num_blocks, function):
-        """function(i) for each block i, dealt to the processes; block i is then read as name-i"""
-        for index in range(self.rank, num_blocks, self.world):
-            self._write(f"{name}-{index}", functools.partial(function, index))
+    def compute_blocks(self, name, blocks, unit, function):
+        """function(block) for each block of indices, dealt to the processes; read as name-0, name-1, …"""
+        for index in tqdm(range(self.rank, len(blocks), self.world), desc=name, unit=unit,
+                          unit_scale=len(blocks[0]), mininterval=2):
+            self._write(f"{name}-{index}", lambda: function(blocks[index]))
         self._wait()
 
     def clear(self):

@@ -64,8 +64,8 @@ class HeadNLL(torch.autograd.Function):
 class Prompt:
     """llm: (model, tokenizer); profiles: {name: its text N_k}; task_text: D. L is the length without H.
 
-    Under the mask of Fig. 4 no θ reaches the names nor the task text but its last token: their keys and values
-    are computed once, and those of a user's θ once for all texts of the user.
+    Under the mask of Fig. 4 no θ reaches the names nor the task text but its last token: their keys and
+    values are computed once, and those of a user's θ once for all texts of the user.
     """
 
     def __init__(self, llm, profiles, task_text, num_soft=1, mask="fig4"):
@@ -154,8 +154,8 @@ class Prompt:
     # -- the short way, under the mask of Fig. 4: what texts share is computed once -----------------------
 
     def _keys(self, embeddings, positions, visible, *parts):
-        """Keys and values by layer of the tokens at `positions` [T], embedded [B, T, D], which attend to those
-        at `visible` [T'] as Fig. 4 allows. parts: the keys and values of all of `visible` but the last T.
+        """Keys and values by layer of the tokens at `positions` [T], embedded [B, T, D], which attend to
+        those at `visible` [T'] as Fig. 4 allows. parts: keys and values of all of `visible` but the last T.
         """
         mask = self.allowed[positions][:, visible].expand(len(embeddings), 1, -1, -1)
         cache = PrefixCache(self.model.config, *parts)
@@ -164,8 +164,8 @@ class Prompt:
         return cache.new
 
     def soft_keys(self, soft, may_read):
-        """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width]; none
-        under a plain causal mask, where they depend on other tokens
+        """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width];
+        none under a plain causal mask, where they depend on other tokens
         """
         may_read, soft = may_read.to(self.device), soft.to(self.device)
         if self.mask != "fig4" or not may_read.any():
@@ -194,8 +194,8 @@ class Prompt:
         """-log P(h_t | h_<t, N, θ, D) of each evidence token (eq. 4): soft [U, P, S D], texts [B, T],
         may_read [P] -> float32 [B, T], 0 at pads and context
 
-        owner [B]: the row of `soft` of each text (default: one after the other, or all of the only one). keys:
-        soft_keys of `soft`, if known.
+        owner [B]: the row of `soft` of each text (default: one after the other, or all of the only one).
+        keys: soft_keys of `soft`, if known.
         """
         ids, field = texts.ids.to(self.device), texts.field.to(self.device)
         may_read = may_read.to(self.device)
@@ -213,12 +213,12 @@ class Prompt:
     def loss(self, soft, route, index, weights, owner=None, keys=None):
         """NLL of these texts of a route [B], tokens weighted by field: weights [len(FIELDS)] -> []"""
         texts = route.texts.select(index)
-        weight = F.pad(weights, (0, 1))[texts.field].to(self.device)  # [B, T]; field -1 reads the last one, 0
+        weight = F.pad(weights, (0, 1))[texts.field].to(self.device)  # [B, T], 0 for the field -1
         return (self.nll(soft, texts, route.may_read, owner, keys) * weight).sum()
 
     def add_gradient(self, soft, route, index, owner, weights, max_tokens):
-        """soft.grad += ∇ of the loss of the texts `index` [R], whose rows of `soft` are owner [R]. The keys and
-        values of each θ are computed once for all batches.
+        """soft.grad += ∇ of the loss of the texts `index` [R], whose rows of `soft` are owner [R]. The keys
+        and values of each θ are computed once for all batches.
         """
         owner = owner.to(self.device)
         keys = self.soft_keys(soft, route.may_read)

@@ -1,7 +1,4 @@
-"""Scores: the gradient of each text's log-likelihood at θ̄, whitened and summed over the texts of a user.
-
-One backward pass per text of the catalogue serves all users.
-"""
+"""Scores: the gradient of each text's log-likelihood at θ̄, whitened and summed over the texts of a user."""
 
 import math
 from typing import NamedTuple
@@ -10,18 +7,16 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from userip.evidence import Route
-from userip.texts import FIELDS
+from userip.evidence import FIELDS, Route
 
 BLOCK = 2048  # texts whose scores are one piece of progress
 USERS_AT_ONCE = 2**12  # their sums fit the processor's cache
 
 
 class TextScores(NamedTuple):
-    """The scores of a route's texts for one profile, [R, S D] or in C directions [R, C]. train: what a text adds
-    for a user of the train rows; new: for any other. noise [S D, S D]: covariance of one train row's score
+    """The scores of a route's texts for one profile, [R, S D] or in C directions [R, C]. train: what a text
+    adds for a user of the train rows; new: for any other. noise [S D, S D]: covariance of a train row's score
     """
 
     route: Route
@@ -38,24 +33,6 @@ def text_scores(prompt, route, index, shared, weights, max_tokens):
         soft = shared.expand(len(batch), -1, -1).to(prompt.device).requires_grad_()
         loss = prompt.loss(soft, route, index[batch], weights)
         scores[batch] = -torch.autograd.grad(loss, soft)[0].float().cpu()
-    return scores
-
-
-def _scores_in_blocks(run, route, index, shared, weights, name):
-    """The same for many texts, a block at a time, each on disk when it is done"""
-    blocks = index.split(BLOCK)
-    with tqdm(total=len(index), desc=name, unit="text", mininterval=2) as bar:
-
-        def score_block(number):
-            scores = text_scores(run.prompt, route, blocks[number], shared, weights,
-                                 run.args.tokens_per_batch)
-            bar.update(len(scores))
-            return scores[:, route.may_read].clone()
-
-        run.progress.compute_blocks(name, len(blocks), score_block)
-    scores = torch.zeros(len(index), *shared.shape)
-    for number, part in enumerate(scores.split(BLOCK)):
-        part[:, route.may_read] = run.progress.read(f"{name}-{number}")
     return scores
 
 
@@ -79,8 +56,8 @@ def field_weights(run, shared, num_sample=512):
             scores = text_scores(run.prompt, route, index, shared, only(field), run.args.tokens_per_batch)
             noise = (scores - scores.mean(0)).square().sum((1, 2)).mean()
             weights[FIELDS.index(field)] = noise.clamp(min=1e-20).rsqrt()
-    print("field weights: " + "  ".join(f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights)
-                                         if weight))
+    listed = "  ".join(f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights) if weight)
+    print(f"field weights: {listed}")
     return weights
 
 
@@ -97,6 +74,21 @@ def audience(counts, weight=3.0):
     return others / others.sum(2, keepdim=True), all_raters
 
 
+def _scores_of(fields, run, route, index, shared, weights):
+    """The scores of these fields' tokens, in blocks of texts, each on disk when it is done -> [R, P, S D], 0
+    but for the texts `index`
+    """
+    scores = torch.zeros(len(route.texts.ids), *shared.shape)
+    if fields:
+        name, blocks = f"scores-{'+'.join(fields)}-of-{route.name}", index.split(BLOCK)
+        weights = weights * sum(map(only, fields))
+        run.progress.compute_blocks(name, blocks, "text", lambda block: text_scores(
+            run.prompt, route, block, shared, weights, run.args.tokens_per_batch)[:, route.may_read])
+        for number, block in enumerate(blocks):
+            scores[block[:, None], route.may_read.nonzero()[:, 0]] = run.progress.read(f"{name}-{number}")
+    return scores
+
+
 def centred_scores(run, route, shared, weights, shrinkage=1e-3):
     """Score the texts of a route that any user had: {k: TextScores} for the profiles k that may be read.
 
@@ -110,16 +102,9 @@ def centred_scores(run, route, shared, weights, shrinkage=1e-3):
     is_scored = occurs & (route.texts.num_scored_tokens() > 0)
     index = is_scored.nonzero()[:, 0]
     share = (counts[index] / counts[index].sum()).double()[:, None]
-    is_rating = only("rating").bool()
-    parts = []
-    for mask in (~is_rating, is_rating):
-        part = torch.zeros(len(counts), *shared.shape)
-        fields = [field for field in route.fields if mask[FIELDS.index(field)]]
-        if fields:
-            name = f"scores-{'+'.join(fields)}-of-{route.name}"
-            part[index] = _scores_in_blocks(run, route, index, shared, weights * mask, name)
-        parts.append(part)
-    item_score, rating_score = parts
+    item_score, rating_score = (
+        _scores_of([field for field in route.fields if (field == "rating") == is_rating], run, route, index,
+                   shared, weights) for is_rating in (False, True))
     other_shares, all_shares = audience(counts.view(-1, levels))
     result = {}
     for k in route.may_read.nonzero()[:, 0].tolist():
@@ -138,14 +123,9 @@ def centred_scores(run, route, shared, weights, shrinkage=1e-3):
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the few directions of the scores in which users differ
-# ----------------------------------------------------------------------------------------------------------
-
-
 def incidence(user, text, shape):
-    """How often each user has each text: sparse matrix of `shape` [N, texts], in the order of texts, so that a
-    user's sum over their texts has the same bits in any company
+    """How often each user has each text: sparse matrix of `shape` [N, texts], in the order of texts, so that
+    a user's sum over their texts has the same bits in any company
     """
     matrix = sparse.coo_matrix((np.ones(len(user)), (user.numpy(), text.numpy())), shape=shape).tocsr()
     matrix.sum_duplicates()
@@ -153,9 +133,7 @@ def incidence(user, text, shape):
 
 
 def _user_texts(route, events, is_warm):
-    """Which texts each user has, sparse [N, 2 R], the last R columns for users without train rows, and how many
-    [N]
-    """
+    """Which texts each user has: sparse [N, 2 R], the last R for users without train rows; how many [N]"""
     events = events.select(route.has_text(events))
     column = route.text_index(events) + len(route.texts.ids) * ~is_warm[events.user]
     matrix = incidence(events.user, column, (len(is_warm), 2 * len(route.texts.ids)))
@@ -185,8 +163,8 @@ def project_scores(user_texts, table, count, noise, is_warm, rank):
 
 
 def find_coordinates(run, scores):
-    """The leading C directions of each profile: scores {k: TextScores} -> list of TextScores in these, pull [P]
-    (the prior's weight in texts). All is estimated over warm users: cold ones are only placed.
+    """The leading C directions of each profile: scores {k: TextScores} -> list of TextScores in these, pull
+    [P] (the prior's weight in texts). All is estimated over warm users: cold ones are only placed.
     """
     is_warm, coordinates, pulls = run.observed.is_warm, [], []
     for k, name in enumerate(run.prompt.names):

@@ -1,25 +1,43 @@
-"""What is fixed before stage 2 fits anything: the LLM in its prompt, the texts, whose evidence they are."""
+"""What is fixed before stage 2 fits anything, and what the run will cost."""
 
+import os
+import time
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
 from userip.artifacts import read_artifacts
-from userip.cost import tokens_that_fit
-from userip.evidence import Evidence, make_routes, observe
+from userip.evidence import FIELDS, Evidence, join, make_routes, observe, tokenize
 from userip.heldout import heldout_events
 from userip.llm import choose_llm, load_llm, make_tiny_llm
 from userip.prior import read_codebook
 from userip.progress import Progress, recipe_of
 from userip.prompt import Prompt
-from userip.texts import join, tokenize
+from userip.score import text_scores
 
 REVIEW_TOKENS = 15  # of a review's first sentence, at most, as in the released code
 
 
+def bytes_per_token(prompt):
+    """What a token of a batch needs until backward has passed: about 22 numbers per layer and dimension"""
+    layers = prompt.model.config.num_hidden_layers
+    return 22 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
+
+
+def tokens_that_fit(prompt, share=0.8):
+    """Tokens per batch that fill `share` of the free memory; on a CPU more than 4,096 gain nothing."""
+    if prompt.device.type == "cuda":
+        free, most = torch.cuda.mem_get_info()[0], 2**17
+    else:
+        free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4096
+    return int(max(16, min(most, share * free / bytes_per_token(prompt))))
+
+
 def load_prompt(args, profiles, routes, train, rank):
-    """Choose, make or load the LLM, put it into the prompt, tokenize the routes' texts -> name, tokenizer, Prompt"""
+    """Choose, make or load the LLM, put it into the prompt, tokenize the routes' texts -> name, tokenizer,
+    Prompt
+    """
     llm = args.llm
     if llm == "auto":
         llm, reason = choose_llm()
@@ -42,9 +60,9 @@ def load_prompt(args, profiles, routes, train, rank):
 
 
 def set_up(args, rank, world):
-    """Read the artifacts, load the LLM, go on with unfinished work -> the run, a namespace of args, llm (name),
-    profiles {name: text}, prompt, observed, routes; evidence: of all users without each fold in turn, the last
-    with all rows; tune, report: the two halves of the held-out events; codebook: that of --prior; progress
+    """Read the artifacts, load the LLM, go on with unfinished work -> the run, a namespace: args; llm, its
+    name; profiles {name: text}; prompt; observed; routes; evidence of all users without each fold, the
+    last with all rows; tune and report, the halves of held-out events; codebook of --prior; progress
     """
     inputs = ["interactions.parquet", "items.parquet"]
     interactions, items = read_artifacts(args, *inputs)
@@ -65,5 +83,40 @@ def set_up(args, rank, world):
     args.tokens_per_batch = args.tokens_per_batch or tokens_that_fit(prompt)
     generator = torch.Generator().manual_seed(args.seed)
     progress = None if args.estimate else Progress(args, recipe, generator, rank, world)
-    return SimpleNamespace(args=args, llm=llm, profiles=profiles, prompt=prompt, observed=observed, routes=routes,
-                           evidence=evidence, tune=tune, report=report, codebook=codebook, progress=progress)
+    return SimpleNamespace(args=args, llm=llm, profiles=profiles, prompt=prompt, observed=observed,
+                           routes=routes, evidence=evidence, tune=tune, report=report, codebook=codebook,
+                           progress=progress)
+
+
+def estimate(run, sample_size=512):
+    """Print users, tokens, FLOPs, memory and time of the run on this machine, from a few batches."""
+    args, prompt, evidence = run.args, run.prompt, run.evidence[-1]
+    soft = prompt.random_soft(1, torch.Generator().manual_seed(args.seed))[0]
+    tokens, sample_tokens, sample_seconds = 0, 0, 0.0
+    for route in run.routes:
+        index, passes = (route.texts.num_scored_tokens() > 0).nonzero()[:, 0], 1 + (route.num_levels > 1)
+        if args.method == "gradient":
+            index, passes = route.text_index(evidence.events), args.steps * (args.folds + 1)
+        tokens += passes * int(route.texts.length[index].sum())
+        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
+        sample = index[order[:sample_size]]
+        sample_tokens += int(route.texts.length[sample].sum())
+        for _ in range(2):  # the first time pays for what is done only once
+            started = time.time()
+            text_scores(prompt, route, sample, soft, torch.ones(len(FIELDS)), args.tokens_per_batch)
+        sample_seconds += time.time() - started
+    scope = "each text of the catalogue once; a user costs a sum"
+    if args.method == "gradient":
+        scope = f"{args.steps} steps for each" + f", {args.folds + 1} times" * bool(args.folds)
+    body = sum(weight.numel() for weight in prompt.body.parameters()) - prompt.embed.weight.numel()
+    flops = 4 * (body + prompt.head.weight.numel())  # forward and backward, without weight gradients
+    weights = sum(weight.numel() * weight.element_size() for weight in prompt.model.parameters())
+    profiles = 4 * (args.folds + 1) * evidence.num_users * soft.numel()
+    gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
+    print(f"estimate: {evidence.num_users:,} users, {len(evidence.events.user):,} rows, {tokens:,} tokens of "
+          f"evidence ({scope})\n"
+          f"  {tokens * flops:.3g} FLOPs, {tokens * sample_seconds / max(1, sample_tokens):,.0f} s on "
+          f"{prompt.device}, as measured on {sample_tokens:,} tokens; the shared start, {args.shared_steps} "
+          f"minibatches of 64 texts, and the report come on top\n"
+          f"  memory: weights {gib(weights)}, a batch of {args.tokens_per_batch:,} tokens "
+          f"{gib(args.tokens_per_batch * bytes_per_token(prompt))}; disk: profiles.pt {gib(profiles)}")
