@@ -280,8 +280,7 @@ def infer_by_score(run, shared):
     coordinates, pull = find_coordinates(run, shared.scores)
     lift = run.progress.compute("map", lambda: fit_map(run, soft, coordinates, pull))
     sums = [user_sums(coordinates, evidence.events, is_warm) for evidence in run.evidence]
-    full_sums, full_counts = sums[-1]
-    step = user_steps(full_sums[run.tune.user], full_counts[run.tune.user], pull, lift)
+    step = user_steps(*(part[run.tune.user] for part in sums[-1]), pull, lift)
     length = run.progress.compute("length", lambda: choose_length(run, soft, step))
     lift = length[:, None, None] * lift
     centers = [codeword_coordinates(prior, lift[k]) for k, prior in enumerate(shared.prior)]

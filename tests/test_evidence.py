@@ -61,7 +61,6 @@ def test_folds_deal_out_each_users_rows_evenly():
     assert set(fold) == {0, 1, 2, 3} and (counts.max(axis=1) - counts.min(axis=1)).max() <= 1
     assert ((fold == assign_folds(train, 4, seed=1)).all()
             and (fold != assign_folds(train, 4, seed=2)).any())
-    assert (assign_folds(train, 0, seed=1) == -1).all()
 
 
 def test_routes_follow_the_option_and_the_data():

@@ -93,9 +93,7 @@ class Events(NamedTuple):
 
 
 def assign_folds(train, num_folds, seed):
-    """A fold for each train row, a user's rows dealt out evenly: int64 [rows]; all -1 without folds"""
-    if not num_folds:
-        return np.full(len(train), -1)
+    """A fold for each train row, a user's rows dealt out evenly: int64 [rows]"""
     rng = np.random.default_rng([seed, 5])
     order = rng.permutation(len(train))
     user = train["user"].to_numpy()[order]
@@ -115,7 +113,8 @@ def observe(args, interactions, num_users):
     split = interactions["split"].to_numpy()
     is_train = split == "train"
     fold = np.full(len(user), -1)
-    fold[is_train] = assign_folds(interactions[is_train], args.folds, args.seed)
+    if args.folds:
+        fold[is_train] = assign_folds(interactions[is_train], args.folds, args.seed)
     level = label.astype(np.int64) * args.ratings
     rows = Events(*map(torch.tensor, (user, item, level, np.arange(len(user)), fold)))
     train, own = (rows.select(torch.tensor(mask)) for mask in (is_train, is_train | (split == "support")))
@@ -149,7 +148,7 @@ class Route:
         """Which text an event is: int64 [R]"""
         if "review" in self.fields:
             return events.row
-        return events.item * self.num_levels + (events.level if self.num_levels > 1 else 0)
+        return events.item * self.num_levels + events.level % self.num_levels
 
     def has_text(self, events):
         """Does the event's text have a token that is scored? bool [R]"""
@@ -214,11 +213,11 @@ def make_routes(args, interactions, items, observed, names):
 
 
 class Evidence:
-    """The events of N users, read by blocks of users: histories are tokenized when they are read.
+    """The events of N users, read by blocks of users as a list of (route, text, user): text int64 [R] of that
+    route is evidence of user int64 [R].
 
-    Read as a list of (route, text, user): text int64 [R] of that route is evidence of user int64 [R].
     --evidence items, review: each event is a text of its own, so that p(H | θ) = Π p(item | θ) as in Fig. 2.
-    --evidence history: a user's latest items are one text.
+    --evidence history: a user's latest items are one text, tokenized when it is read.
     """
 
     def __init__(self, args, tokenizer, routes, events, num_users):
@@ -247,7 +246,7 @@ class Evidence:
         return route, route.text_index(events), events.user
 
     def _histories(self, route, events):
-        """The same with a route whose texts are the users' histories, one each"""
+        """With a route whose texts are the users' histories, one each"""
         histories = route.texts_by_user(events)
         pieces = [sum((route.pieces[index] for index in history), []) for history in histories]
         texts, user = tokenize(self.tokenizer, pieces), torch.tensor(histories.index.to_numpy())

@@ -30,16 +30,6 @@ def _read_table(path, columns):
     return table.drop_duplicates(["user_id", "item_id"], keep="last")
 
 
-def _is_liked(args, ratings):
-    """Is each rating above the threshold of stage 1? bool [rows]"""
-    rating = pd.to_numeric(ratings, errors="coerce").to_numpy(dtype=float)
-    if not np.isfinite(rating).all():
-        invalid = ratings[~np.isfinite(rating)]
-        fail(f"--only-users {args.only_users}: {len(invalid)} of {len(ratings)} rows have no number as "
-             f"rating, the first of them {str(invalid.iloc[0])!r}")
-    return rating > read_sidecar(args, "interactions.parquet")["options"]["threshold"]
-
-
 def read_new_users(args, has_ratings, items):
     """The rows of --only-users' table with items of the run -> user, item, rating level int64 [R]; the users'
     ids, list of N' texts
@@ -48,7 +38,14 @@ def read_new_users(args, has_ratings, items):
     item_number = pd.Series(items["item"].to_numpy(), index=items["item_id"].astype(str))
     item = item_number.reindex(table["item_id"].astype(str)).to_numpy()
     user, user_ids = pd.factorize(table["user_id"].astype(str), sort=True)
-    level = _is_liked(args, table["rating"]) if has_ratings else np.zeros(len(table))
+    level = np.zeros(len(table))
+    if has_ratings:
+        rating = pd.to_numeric(table["rating"], errors="coerce").to_numpy(dtype=float)
+        is_number = np.isfinite(rating)
+        if not is_number.all():
+            fail(f"--only-users {args.only_users}: {int((~is_number).sum())} of {len(table)} rows have no "
+                 f"number as rating, the first of them {str(table['rating'][~is_number].iloc[0])!r}")
+        level = rating > read_sidecar(args, "interactions.parquet")["options"]["threshold"]
     is_known = np.isfinite(item)
     if not is_known.all():
         print(f"{int((~is_known).sum())} of {len(table)} rows are left out, of items that the run does not "
@@ -71,11 +68,11 @@ def infer_new_users(args):
     user, item, level, user_ids = read_new_users(args, len(fitted["words"]) > 1, items)
     sums, counts = [], []
     for table, is_scored, num_levels in zip(fitted["tables"], fitted["told"], fitted["num_verdicts"]):
-        text = item * num_levels + (level if num_levels > 1 else 0)
+        text = item * num_levels + level % num_levels
         has_score = is_scored[text]
-        user_texts = incidence(user[has_score], text[has_score], (len(user_ids), len(table)))
+        user_texts, count = incidence(user[has_score], text[has_score], (len(user_ids), len(table)))
         sums.append(torch.from_numpy(user_texts @ table.double().numpy()).float())
-        counts.append(torch.bincount(user[has_score], minlength=len(user_ids)).float())
+        counts.append(count)
     sums, counts = torch.stack(sums, 1), torch.stack(counts, 1)  # [N', P, C], [N', P]
     profiles = fitted["shared"] + user_steps(sums, counts, fitted["pull"], fitted["lift"])
     has_evidence = (counts > 0).any(1)

@@ -26,14 +26,12 @@ def make_prior(args, codebook, names, shared):
     """
     if codebook and list(codebook) != list(names):
         fail(f"--prior {args.prior} has the profiles {', '.join(codebook)}, not {', '.join(names)}")
-    prior = []
-    for part, shared_k in zip(codebook.values(), shared):
-        transform, mean = part["transform"], part["mean"]
-        if len(transform) != len(shared_k):
-            fail(f"--prior {args.prior} is of profiles {len(transform)} wide, not {len(shared_k)}: "
+    prior = [SimpleNamespace(**part) for part in codebook.values()]
+    for part, soft in zip(prior, shared):
+        if len(part.mean) != len(soft):
+            fail(f"--prior {args.prior} is of profiles {len(part.mean)} wide, not {len(soft)}: "
                  f"take the same --llm and --soft-tokens as before")
-        prior.append(SimpleNamespace(codebook=part["codebook"], transform=transform, mean=mean,
-                                     shared=(shared_k - mean) @ transform))
+        part.shared = (soft - part.mean) @ part.transform
     return prior
 
 
@@ -48,8 +46,8 @@ def nearest_coordinates(sums, counts, centers):
     """
     result = torch.zeros_like(sums)
     for k, center in enumerate(centers):
-        # the subspace in which codewords differ
-        subspace = torch.linalg.pinv(center - center.mean(0)) @ (center - center.mean(0))
+        difference = center - center.mean(0)
+        subspace = torch.linalg.pinv(difference) @ difference  # in which codewords differ
         mean = sums[:, k] / counts[:, k].clamp(min=1)[:, None]
         nearest = torch.cdist(mean @ subspace, center @ subspace).argmin(1)
         result[:, k] = center[nearest] * (counts[:, k] > 0)[:, None]
@@ -105,9 +103,9 @@ def descend(run, prior, profiles, pull, noise, num_sample=3000):
 
     objective = {}
     for length in (1.0, 0.5, 0.25, 0.0):
-        moved = between(length)
-        nats, _ = heldout_nll(run, moved.full(events.user), events)
-        penalty = sum(float(prior_loss(moved.full(users), prior, pull, noise))
+        full = between(length).full
+        nats, _ = heldout_nll(run, full(events.user), events)
+        penalty = sum(float(prior_loss(full(users), prior, pull, noise))
                       for users in torch.arange(profiles.shape[1]).split(2**14))
         objective[length] = float(nats.sum() / len(events.user)), penalty / len(train.user)
     best = min(objective, key=lambda length: sum(objective[length]))

@@ -40,8 +40,7 @@ def recipe_of(args, prompt, inputs):
     for name, weight in prompt.model.named_parameters():  # a sample of each is enough to tell two LLMs apart
         sample = weight.flatten()[::max(1, weight.numel() // 1024)].float().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-    options = {option_name(name): value for name, value in vars(args).items()
-               if name not in ("run_dir", "estimate")}
+    options = {option_name(name): value for name, value in vars(args).items() if name != "run_dir"}
     digests = {name: sha256_of(Path(args.run_dir) / name) for name in inputs}
     return options | digests | {"LLM": digest.hexdigest(), "torch": torch.__version__,
                                 "transformers": transformers.__version__, "device": str(prompt.device)}
@@ -59,26 +58,22 @@ class Progress:
         self.folder = Path(args.run_dir) / "progress"
         manifest = self.folder / "recipe.json"
         if rank == 0:
-            self._go_on_or_start(json.loads(json.dumps(recipe, default=str)), manifest)
+            recipe = json.loads(json.dumps(recipe, default=str))
+            before = json.loads(manifest.read_text())["recipe"] if manifest.exists() else recipe
+            if changed := [key for key in recipe if recipe[key] != before.get(key)]:
+                print(f"unfinished work in {self.folder} had another {changed[0]} ({before.get(changed[0])}, "
+                      f"now {recipe[changed[0]]}): it starts anew")
+            if changed or not manifest.exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                content = {"recipe": recipe, "tokens_per_batch": args.tokens_per_batch}
+                with whole_file(manifest) as file:
+                    file.write(json.dumps(content).encode())
+            else:
+                num_done = len(list(self.folder.glob("*.pt")))
+                print(f"going on with the unfinished run in {self.folder}: {num_done} pieces are done")
         self._wait()
         args.tokens_per_batch = json.loads(manifest.read_text())["tokens_per_batch"]
-
-    def _go_on_or_start(self, recipe, manifest):
-        """Keep the pieces of the same recipe, or begin with none."""
-        before = json.loads(manifest.read_text())["recipe"] if manifest.exists() else None
-        if before == recipe:
-            num_done = len(list(self.folder.glob("*.pt")))
-            print(f"going on with the unfinished run in {self.folder}: {num_done} pieces are done")
-            return
-        if before:
-            key = next(key for key in recipe | before if recipe.get(key) != before.get(key))
-            print(f"unfinished work in {self.folder} had another {key} ({before.get(key)}, now "
-                  f"{recipe.get(key)}): it starts anew")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        content = {"recipe": recipe, "tokens_per_batch": self.args.tokens_per_batch}
-        with whole_file(manifest) as file:
-            file.write(json.dumps(content).encode())
 
     def _wait(self):
         if self.world > 1:
@@ -89,7 +84,7 @@ class Progress:
         return torch.load(self.folder / f"{name}.pt", weights_only=True)[key]
 
     def _write(self, name, function):
-        """Compute and write the piece, unless it is there."""
+        """Compute the piece, unless it is there."""
         path = self.folder / f"{name}.pt"
         if not path.exists():
             piece = {"value": self._with_less_memory(function), "generator": self.generator.get_state()}

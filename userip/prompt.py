@@ -33,8 +33,7 @@ class PrefixCache(DynamicCache):
 class HeadNLL(torch.autograd.Function):
     """-log softmax(hidden Wᵀ)[target]: hidden [R, D], head Linear to V, target [R] -> float32 [R]
 
-    In chunks, so that no [R, V] is ever held. The gradient with respect to `hidden` is computed on the way;
-    the frozen head needs none.
+    In chunks, so that no [R, V] is ever held. The gradient for `hidden` is computed on the way.
     """
 
     @staticmethod
@@ -74,8 +73,7 @@ class Prompt:
         self.model, self.device, self.mask = model, model.device, mask
         self.body, self.head = model.base_model, model.get_output_embeddings()
         self.embed = model.get_input_embeddings()
-        # per dimension: GPT-2 .14, Llama-2 .02
-        self.scale = float(self.embed.weight.float().square().mean().sqrt())
+        self.scale = float(self.embed.weight.float().square().mean().sqrt())  # GPT-2 .14, Llama-2 .02
         self._lay_out(tokenizer, profiles, task_text)
         self._check_head()
         if mask == "fig4":
@@ -90,7 +88,7 @@ class Prompt:
         # every text that begins blind begins as the LLM was trained to begin: with its BOS, if it has one
         bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
         plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-        blocks = [[*bos, *plain(text), *[0] * self.num_soft] for text in profiles.values()]  # 0: a soft token
+        blocks = [[*bos, *plain(text), *[-1] * self.num_soft] for text in profiles.values()]  # -1: soft token
         blocks.append([*bos, *plain(task_text)])
         # differs from the paper: positions start anew in each profile block, so that a profile cannot even
         # tell how long the other's name is; the task text goes on behind the longest block
@@ -101,11 +99,10 @@ class Prompt:
         as_tensor = lambda rows: torch.tensor([number for row in rows for number in row], device=self.device)
         self.segment = as_tensor([index] * len(block) for index, block in enumerate(blocks))
         self.position = as_tensor(range(start, start + len(block)) for start, block in zip(starts, blocks))
-        ends = np.cumsum([len(block) for block in blocks[:-1]])
-        self.soft_positions = as_tensor(range(end - self.num_soft, end) for end in ends.tolist())
-        self.is_soft = torch.zeros_like(self.segment, dtype=torch.bool)
-        self.is_soft[self.soft_positions] = True
-        self.embedding = self.embed(as_tensor(blocks)).detach()
+        ids = as_tensor(blocks)
+        self.is_soft = ids < 0
+        self.soft_positions = self.is_soft.nonzero()[:, 0]
+        self.embedding = self.embed(ids.clamp(min=0)).detach()
 
     def _check_head(self):
         """Exit when the LLM does more to its last hidden states than multiply them by the head."""
@@ -167,7 +164,6 @@ class Prompt:
         """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width];
         none under a plain causal mask, where they depend on other tokens
         """
-        may_read, soft = may_read.to(self.device), soft.to(self.device)
         if self.mask != "fig4" or not may_read.any():
             return []
         readable = self.soft_positions.view(-1, self.num_soft)[may_read].flatten()  # [P' S]

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
-from torch.nn import functional as F
 
 from userip.evidence import FIELDS, Route
 
@@ -36,11 +35,6 @@ def text_scores(prompt, route, index, shared, weights, max_tokens):
     return scores
 
 
-def only(field):
-    """Weight 1 for one field, 0 for all others: [len(FIELDS)]"""
-    return F.one_hot(torch.tensor(FIELDS.index(field)), len(FIELDS)).float()
-
-
 def field_weights(run, shared, num_sample=512):
     """1 / (root mean square of a field's score at θ̄ over a sample of texts): [len(FIELDS)]
 
@@ -53,7 +47,8 @@ def field_weights(run, shared, num_sample=512):
         scored = (route.text_counts(run.observed.train) * route.texts.num_scored_tokens()).nonzero()[:, 0]
         index = scored[torch.randperm(len(scored), generator=run.progress.generator)[:num_sample]]
         for field in route.fields:
-            scores = text_scores(run.prompt, route, index, shared, only(field), run.args.tokens_per_batch)
+            only = torch.tensor([float(other == field) for other in FIELDS])
+            scores = text_scores(run.prompt, route, index, shared, only, run.args.tokens_per_batch)
             noise = (scores - scores.mean(0)).square().sum((1, 2)).mean()
             weights[FIELDS.index(field)] = noise.clamp(min=1e-20).rsqrt()
     listed = "  ".join(f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights) if weight)
@@ -81,7 +76,7 @@ def _scores_of(fields, run, route, index, shared, weights):
     scores = torch.zeros(len(route.texts.ids), *shared.shape)
     if fields:
         name, blocks = f"scores-{'+'.join(fields)}-of-{route.name}", index.split(BLOCK)
-        weights = weights * sum(map(only, fields))
+        weights = weights * torch.tensor([field in fields for field in FIELDS])
         run.progress.compute_blocks(name, blocks, "text", lambda block: text_scores(
             run.prompt, route, block, shared, weights, run.args.tokens_per_batch)[:, route.may_read])
         for number, block in enumerate(blocks):
@@ -124,20 +119,19 @@ def centred_scores(run, route, shared, weights, shrinkage=1e-3):
 
 
 def incidence(user, text, shape):
-    """How often each user has each text: sparse matrix of `shape` [N, texts], in the order of texts, so that
-    a user's sum over their texts has the same bits in any company
+    """How often each user has each text, sparse `shape` [N, texts], and how many texts each has, float32 [N].
+    In the order of texts, so that a user's sum over their texts has the same bits in any company.
     """
     matrix = sparse.coo_matrix((np.ones(len(user)), (user.numpy(), text.numpy())), shape=shape).tocsr()
     matrix.sum_duplicates()
-    return matrix
+    return matrix, torch.bincount(user, minlength=shape[0]).float()
 
 
 def _user_texts(route, events, is_warm):
-    """Which texts each user has: sparse [N, 2 R], the last R for users without train rows; how many [N]"""
+    """The same for a route: [N, 2 R], the last R columns for users without train rows"""
     events = events.select(route.has_text(events))
     column = route.text_index(events) + len(route.texts.ids) * ~is_warm[events.user]
-    matrix = incidence(events.user, column, (len(is_warm), 2 * len(route.texts.ids)))
-    return matrix, torch.bincount(events.user, minlength=len(is_warm)).float()
+    return incidence(events.user, column, (len(is_warm), 2 * len(route.texts.ids)))
 
 
 def project_scores(user_texts, table, count, noise, is_warm, rank):
@@ -174,8 +168,8 @@ def find_coordinates(run, scores):
                                                  run.args.rank)
         # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
         edge = (1 + math.sqrt(len(noise) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
-        above = eigenvalues[eigenvalues > edge]
-        excess = float(above.mean()) - 1 if len(above) else 0.1
+        is_above = eigenvalues > edge
+        excess = float(eigenvalues[is_above].mean()) - 1 if is_above.any() else 0.1
         pulls.append(float(count[is_warm].mean()) / excess if run.args.pull is None else run.args.pull)
         train, new = ((table.double() @ projection).float() for table in (train, new))
         coordinates.append(scores[k]._replace(train=train, new=new))

@@ -35,9 +35,7 @@ def tokens_that_fit(prompt, share=0.8):
 
 
 def load_prompt(args, profiles, routes, train, rank):
-    """Choose, make or load the LLM, put it into the prompt, tokenize the routes' texts -> name, tokenizer,
-    Prompt
-    """
+    """Choose, make or load the LLM, put it into the prompt, tokenize texts -> name, tokenizer, Prompt"""
     llm = args.llm
     if llm == "auto":
         llm, reason = choose_llm()
@@ -94,10 +92,14 @@ def estimate(run, sample_size=512):
     soft = prompt.random_soft(1, torch.Generator().manual_seed(args.seed))[0]
     tokens, sample_tokens, sample_seconds = 0, 0, 0.0
     for route in run.routes:
-        index, passes = (route.texts.num_scored_tokens() > 0).nonzero()[:, 0], 1 + (route.num_levels > 1)
         if args.method == "gradient":
-            index, passes = route.text_index(evidence.events), args.steps * (args.folds + 1)
-        tokens += passes * int(route.texts.length[index].sum())
+            scope = f"{args.steps} steps for each" + f", {args.folds + 1} times" * bool(args.folds)
+            index, num_passes = route.text_index(evidence.events), args.steps * (args.folds + 1)
+        else:
+            scope = "each text of the catalogue once; a user costs a sum"
+            index = (route.texts.num_scored_tokens() > 0).nonzero()[:, 0]
+            num_passes = 1 + (route.num_levels > 1)  # for the item and for the rating
+        tokens += num_passes * int(route.texts.length[index].sum())
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
         sample = index[order[:sample_size]]
         sample_tokens += int(route.texts.length[sample].sum())
@@ -105,9 +107,6 @@ def estimate(run, sample_size=512):
             started = time.time()
             text_scores(prompt, route, sample, soft, torch.ones(len(FIELDS)), args.tokens_per_batch)
         sample_seconds += time.time() - started
-    scope = "each text of the catalogue once; a user costs a sum"
-    if args.method == "gradient":
-        scope = f"{args.steps} steps for each" + f", {args.folds + 1} times" * bool(args.folds)
     body = sum(weight.numel() for weight in prompt.body.parameters()) - prompt.embed.weight.numel()
     flops = 4 * (body + prompt.head.weight.numel())  # forward and backward, without weight gradients
     weights = sum(weight.numel() * weight.element_size() for weight in prompt.model.parameters())
