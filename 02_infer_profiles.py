@@ -64,8 +64,7 @@ def parse_args(argv=None):
     parser, add = stage_parser(__doc__)
     add.data("--evidence", choices=["items", "history", "review"], default="items",
              help="each item alone, a user's items as one sequence (gradient only), or reviews")
-    add.data("--ratings", action="store_true",
-             help="say whether an item was liked or disliked (a third profile reads it)")
+    add.data("--ratings", action="store_true", help="say if an item was liked (a third profile reads it)")
     add.data("--folds", type=at_least(0), metavar="F",
              help="infer also without each of F folds of the train rows (default: 5 with --ratings, else 0)")
     add.data("--route", nargs="+", metavar="FIELDS",
@@ -74,11 +73,9 @@ def parse_args(argv=None):
     add.data("--only-users", type=Path, metavar="FILE",
              help="infer new users from a table of user_id, item_id (and rating), by what the run has fitted")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
-    add.method("--released", action="store_true",
-               help="the released code's recipe: " + options_text(RELEASED))
+    add.method("--released", action="store_true", help="the released recipe: " + options_text(RELEASED))
     add.method("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2 or tiny")
-    add.method("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT",
-               help="profile names and their texts N_k")
+    add.method("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT", help="name, text N_k")
     add.method("--task-text", default="The user has bought", help="task text D before the evidence")
     add.method("--method", choices=["score", "gradient"], default="score",
                help="one whitened step from θ̄, or AdamW by user")
@@ -89,11 +86,9 @@ def parse_args(argv=None):
     add.method("--prior", type=Path, metavar="CODEBOOK",
                help="codebook.pt of this run: pull each user to their codeword (eq. 7); a round of EM")
     add.training("--seed", type=at_least(0), default=0, help="seed of everything random in this stage")
-    add.training("--start", choices=["shared", "random"], default="shared",
-                 help="gradient: start at θ̄ or at random")
+    add.training("--start", choices=["shared", "random"], default="shared", help="gradient: at θ̄ or random")
     add.training("--steps", type=at_least(1), default=40, help="gradient: AdamW steps per user")
-    add.training("--lr", type=at_least(0, float),
-                 help="gradient: learning rate (default: 0.1 of embeddings' scale)")
+    add.training("--lr", type=at_least(0, float), help="gradient: rate (default 0.1 of embeddings' scale)")
     add.training("--pull", type=at_least(0, float),
                  help="weight of the prior around θ̄, in items (default: score estimates it, gradient 10)")
     add.training("--field-weights", choices=["noise", "none"], default="noise",
@@ -102,8 +97,7 @@ def parse_args(argv=None):
     add.training("--map-steps", type=at_least(1), default=150, help="score: minibatches that fit the map")
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
     add.training("--heldout", type=at_least(2), default=3000, help="validation rows to measure on, at most")
-    add.machine("--batch-size", type=at_least(1),
-                help="gradient: users per block (default 128, with CUDA 1024)")
+    add.machine("--batch-size", type=at_least(1), help="gradient: users per block (default 128, CUDA 1024)")
     add.machine("--tokens-per-batch", type=at_least(1),
                 help="tokens per forward pass (default: what memory holds; without CUDA at most 4096)")
     add.machine("--estimate", action="store_true",
@@ -355,7 +349,7 @@ def infer_by_gradient(run, shared):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# EM (eq. 7), and the proof: held-out rows must be likelier under the user's own profile
+# the proof (held-out rows must be likelier under the user's own profile) and main
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -368,11 +362,6 @@ def report_heldout(run, profiles, soft):
     sets = {"shared": everyone, "shuffled": profiles.full(partner[user]), "own": profiles.full(user)}
     nats = {"none": none} | {name: heldout_nll(run, thetas, run.report)[0] for name, thetas in sets.items()}
     return print_heldout(nats, tokens, [route.name for route in run.routes])
-
-
-# ----------------------------------------------------------------------------------------------------------
-# main
-# ----------------------------------------------------------------------------------------------------------
 
 
 def main(args):

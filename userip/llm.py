@@ -123,8 +123,7 @@ def pretrain_tiny(folder, histories, prompt_texts, num_steps, seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=TINY["lr"], weight_decay=0.01, betas=(0.9, 0.95),
                                   fused=True)
     warmup = min(0.9, max(0.1, 1.5 / num_steps))  # share of the steps; less than one step would divide by 0
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], total_steps=num_steps,
-                                                   pct_start=warmup)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], num_steps, pct_start=warmup)
     num_tokens, stream, curve = TINY["batch"] * TINY["length"], [], []
     for _ in tqdm(range(num_steps), desc="pretrain tiny", unit="step", mininterval=2):
         while len(stream) < num_tokens:

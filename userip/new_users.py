@@ -62,8 +62,8 @@ def infer_new_users(args):
                            ("--evidence review", options["evidence"] == "review"),
                            ("--method gradient", options["method"] == "gradient")):
         if is_meant:
-            fail(f"--only-users: {args.run_dir}/profiles.pt is of {kind}, which no table of items repeats: "
-                 f"run stages 2 and 3 without it")
+            fail(f"--only-users: {args.run_dir}/profiles.pt is of {kind}, which cannot place new users: run "
+                 f"stages 2 and 3 without it")
     fitted, _, items = read_artifacts(args, "scores.pt", "profiles.pt", "items.parquet")
     user, item, level, user_ids = read_new_users(args, len(fitted["words"]) > 1, items)
     sums, counts = [], []
