@@ -10,7 +10,7 @@ from userip.heldout import heldout_events, interval
 def test_users_who_choose_and_users_who_report_are_not_the_same(llm):
     rows = pd.DataFrame({"user": [0, 1, 2, 3, 3, 4], "item": [0, 1, 2, 3, 4, 0]})
     rows["split"] = 5 * ["valid"] + ["test"]
-    events = events_of(rows["user"], rows["item"])
+    events = events_of(rows["user"].tolist(), rows["item"].tolist())
     tune, report = heldout_events(rows, events, routes_for(llm), 100, seed=0)
     assert sorted(tune.user.tolist()) == [0, 2] and sorted(report.user.tolist()) == [1, 3, 3]
     assert report.item.tolist() == [1, 3, 4] and report.row.tolist() == [1, 3, 4]
