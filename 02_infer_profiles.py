@@ -3,19 +3,17 @@
 The prompt of user u is "This user's hobby is [θ] his background is [θ] The user has bought" and then what
 they had (paper, section 2.3, eq. 3). The LLM is frozen. Only the θ are fitted, so that the user's behaviour
 becomes likely (eq. 4), under the attention mask of Fig. 4. Only train rows are evidence, and a cold user's
-support rows for their own profile. Half of the users' validation rows choose step lengths, the other half
-report.
+support rows for their own profile. Half of the users' validation rows choose step lengths, half report.
 
 --method score (default) fits one θ̄ for all users, takes the score (the gradient of the log-likelihood at θ̄)
 of each catalogue item once, and moves each user along the whitened sum of their items' scores: the cost grows
 with the catalogue, not with the users. --method gradient is the paper's: AdamW on each user's own θ
-(Algorithm 1). With --route each field of an item is evidence of one profile; with --ratings evidence says how
-items were rated. It then holds labels, so that --folds F infers each user F times more, without each fold of
-the train rows. --prior pulls each user to their codeword instead of θ̄ (eq. 7): a round of EM. --only-users
-infers new users from what the run has fitted. A killed run goes on where it stood; torchrun shares the users.
+(Algorithm 1). With --route each field of an item is evidence of one profile; with --ratings evidence says
+whether items were liked. It then holds labels, so that --folds F infers each user F times more, without each
+fold of the train rows. --prior pulls each user to their codeword instead of θ̄ (eq. 7): a round of EM.
+--only-users infers new users from scores.pt. A killed run goes on where it stood; torchrun shares the users.
 
-Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, profiles.pt
-        and, of a run with --method score, scores.pt
+Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
         shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did
         not differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N],
@@ -31,46 +29,42 @@ Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it 
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from userip.artifacts import lock, read_artifacts, read_sidecar, write_artifact
-from userip.cost import estimate, tokens_that_fit
-from userip.heldout import heldout_events, heldout_nll, print_heldout
+from userip.artifacts import lock, read_sidecar, write_artifact
+from userip.evidence import FIELDS
+from userip.heldout import heldout_nll, print_heldout
 from userip.llm import tiny_stamp
 from userip.new_users import infer_new_users
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             stage_parser, start_stage)
 from userip.prior import (codeword_coordinates, codeword_soft_tokens, descend, make_prior,
-                          nearest_coordinates, nearest_soft_tokens, read_codebook)
-from userip.progress import Profiles, Progress, join_processes, recipe_of
-from userip.score import (Shared, centred_scores, field_weights, find_coordinates, user_steps, user_sums)
-from userip.setup import set_up
-from userip.texts import FIELDS, pack_by_user
+                          nearest_coordinates, nearest_soft_tokens)
+from userip.progress import Profiles, join_processes
+from userip.score import centred_scores, field_weights, find_coordinates, user_steps, user_sums
+from userip.setup import estimate, set_up
 
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
 DEFAULT_ROUTE = ["title+category", "brand+price"]
 JUDGEMENT = "judgement=his judgement is"  # a third profile, which reads ratings
 PAPER = {"method": "gradient", "evidence": "history", "route": ["none"], "start": "random", "lr": 0.001,
-         "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none"}
+         "steps": 10, "pull": 0.0, "field_weights": "none"}
 # differs from the released code: its texts name the brand and the price of the item that is scored ("The user
 # likes {brand}"), and θ starts at U(-.1, .1), not at the scale of the LLM's embeddings
 RELEASED = {"method": "gradient", "evidence": "review", "route": ["none"], "mask": "causal",
-            "start": "random", "lr": 0.01, "steps": 10, "pull": 0.0, "stop": "none", "field_weights": "none",
-            "batch_size": 8, "task_text": "The user says",
+            "start": "random", "lr": 0.01, "steps": 10, "pull": 0.0, "field_weights": "none", "batch_size": 8,
+            "task_text": "The user says",
             "profiles": ["likes=The user likes", "level=The consumption level of this user is"]}
-ROW = 128  # tokens of a user's texts that stand side by side, at most
 
 
 def parse_args(argv=None):
     parser, add = stage_parser(__doc__)
     add.data("--evidence", choices=["items", "history", "review"], default="items",
              help="each item alone, a user's items as one sequence (gradient only), or reviews")
-    add.data("--ratings", choices=["none", "liked", "stars"], nargs="?", const="liked", default="none",
-             help="say how an item was rated: liked or disliked, or in stars (a third profile reads it)")
+    add.data("--ratings", action="store_true", help="say if an item was liked (a third profile reads it)")
     add.data("--folds", type=at_least(0), metavar="F",
              help="infer also without each of F folds of the train rows (default: 5 with --ratings, else 0)")
     add.data("--route", nargs="+", metavar="FIELDS",
@@ -79,11 +73,9 @@ def parse_args(argv=None):
     add.data("--only-users", type=Path, metavar="FILE",
              help="infer new users from a table of user_id, item_id (and rating), by what the run has fitted")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
-    add.method("--released", action="store_true",
-               help="the released code's recipe: " + options_text(RELEASED))
+    add.method("--released", action="store_true", help="the released recipe: " + options_text(RELEASED))
     add.method("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2 or tiny")
-    add.method("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT",
-               help="profile names and their texts N_k")
+    add.method("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT", help="name, text N_k")
     add.method("--task-text", default="The user has bought", help="task text D before the evidence")
     add.method("--method", choices=["score", "gradient"], default="score",
                help="one whitened step from θ̄, or AdamW by user")
@@ -94,13 +86,9 @@ def parse_args(argv=None):
     add.method("--prior", type=Path, metavar="CODEBOOK",
                help="codebook.pt of this run: pull each user to their codeword (eq. 7); a round of EM")
     add.training("--seed", type=at_least(0), default=0, help="seed of everything random in this stage")
-    add.training("--start", choices=["shared", "random"], default="shared",
-                 help="gradient: start at θ̄ or at random")
-    add.training("--steps", type=at_least(1), default=40, help="gradient: AdamW steps per user at most")
-    add.training("--stop", choices=["heldout", "none"], default="heldout",
-                 help="gradient: number of steps chosen on held-out rows, or all")
-    add.training("--lr", type=at_least(0, float),
-                 help="gradient: learning rate (default: 0.1 of embeddings' scale)")
+    add.training("--start", choices=["shared", "random"], default="shared", help="gradient: at θ̄ or random")
+    add.training("--steps", type=at_least(1), default=40, help="gradient: AdamW steps per user")
+    add.training("--lr", type=at_least(0, float), help="gradient: rate (default 0.1 of embeddings' scale)")
     add.training("--pull", type=at_least(0, float),
                  help="weight of the prior around θ̄, in items (default: score estimates it, gradient 10)")
     add.training("--field-weights", choices=["noise", "none"], default="noise",
@@ -109,8 +97,7 @@ def parse_args(argv=None):
     add.training("--map-steps", type=at_least(1), default=150, help="score: minibatches that fit the map")
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
     add.training("--heldout", type=at_least(2), default=3000, help="validation rows to measure on, at most")
-    add.machine("--batch-size", type=at_least(1),
-                help="gradient: users per block (default 128, with CUDA 1024)")
+    add.machine("--batch-size", type=at_least(1), help="gradient: users per block (default 128, CUDA 1024)")
     add.machine("--tokens-per-batch", type=at_least(1),
                 help="tokens per forward pass (default: what memory holds; without CUDA at most 4096)")
     add.machine("--estimate", action="store_true",
@@ -129,16 +116,17 @@ def check_evidence(parser, args):
     """Refuse evidence and folds that contradict each other; set the profiles that --ratings adds."""
     if args.method == "score" and args.pull == 0:
         parser.error("--pull 0 leaves users without evidence nowhere: --method score needs a pull above 0")
+    if args.method == "gradient" and args.pull is None:
+        args.pull = 10.0
     if args.lr == 0:
         parser.error("--lr must be above 0")
     if args.method == "score" and args.evidence == "history":
         parser.error("--evidence history needs --method gradient: a history's score is no sum over items")
-    has_ratings = args.ratings != "none"
-    if has_ratings and args.evidence == "review":
+    if args.ratings and args.evidence == "review":
         parser.error("--ratings go with items: leave out --evidence review")
-    if has_ratings and args.profiles == DEFAULT_PROFILES and args.route is None:
+    if args.ratings and args.profiles == DEFAULT_PROFILES and args.route is None:
         args.profiles, args.route = [*DEFAULT_PROFILES, JUDGEMENT], [*DEFAULT_ROUTE, "rating"]
-    args.folds = (5 if has_ratings else 0) if args.folds is None else args.folds
+    args.folds = (5 if args.ratings else 0) if args.folds is None else args.folds
     if args.folds == 1:
         parser.error("--folds 1 leaves no evidence: 0 for none, or 2 and more")
     if not args.task_text.strip():
@@ -150,10 +138,9 @@ def check_profiles(parser, args):
     if any("=" not in text or not all(text.split("=", 1)) for text in args.profiles):
         parser.error(f"--profiles takes NAME=TEXT, such as {DEFAULT_PROFILES[0]!r}, not {args.profiles}")
     names = [text.split("=", 1)[0] for text in args.profiles]
-    if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
-        parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _")
-    if {"user", "user_id"} & set(names):
-        parser.error("--profiles: user and user_id are columns of the feature bank; take another name")
+    if len({*names, "user", "user_id"}) < len(names) + 2 or not all(name.isidentifier() for name in names):
+        parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _, but "
+                     f"not user or user_id, which are columns of the feature bank")
     if any("{" in text for text in args.profiles):
         parser.error("--profiles: placeholders such as {brand} are not filled in; give plain texts")
     if args.route is None:
@@ -161,8 +148,7 @@ def check_profiles(parser, args):
         args.route = DEFAULT_ROUTE if is_default else ["none"]
     if args.route == ["none"]:
         return
-    has_ratings = args.ratings != "none"
-    allowed = [*FIELDS[:4], *["rating"] * has_ratings]
+    allowed = [*FIELDS[:4], *["rating"] * args.ratings]
     fields = set("+".join(args.route).split("+"))
     unknown = sorted(fields - set(allowed))
     if len(args.route) != len(names) or unknown:
@@ -171,7 +157,7 @@ def check_profiles(parser, args):
                      + "; rating needs --ratings" * ("rating" in unknown))
     if args.evidence == "review":
         parser.error("--evidence review is the same for all profiles: --route none")
-    if has_ratings and "rating" not in fields:
+    if args.ratings and "rating" not in fields:
         parser.error("--ratings are evidence of no profile: name rating in --route")
 
 
@@ -190,8 +176,8 @@ def fit_shared_start(run, evidence, weights, batch_size=64):
     for _ in tqdm(range(args.shared_steps), desc="shared start", unit="step", mininterval=2):
         optimizer.zero_grad()
         curve.append(0.0)
-        for route, pairs in evidence:
-            index = pairs.text[torch.randint(len(pairs.text), (batch_size,), generator=generator)]
+        for route, text, _ in evidence:
+            index = text[torch.randint(len(text), (batch_size,), generator=generator)]
             for batch in prompt.batches(route.texts, index, args.tokens_per_batch):
                 loss = prompt.loss(soft, route, index[batch], weights)
                 (loss / batch_size).backward()
@@ -201,23 +187,26 @@ def fit_shared_start(run, evidence, weights, batch_size=64):
     return soft.detach()[0].float().cpu(), curve
 
 
-def fit_shared(run, codebook, max_histories=4096):
-    """Fit θ̄, bring the fields to equal noise, score each text once -> Shared, curve of θ̄"""
-    args, progress = run.args, run.progress
+def fit_shared(run, max_histories=4096):
+    """Fit θ̄, bring the fields to equal noise, score each text once -> namespace of soft [P, S D] (θ̄), curve
+    of its fit, weights [len(FIELDS)], scores {k: TextScores}, noise [P, S D, S D] of a text's score, prior
+    """
+    args, progress, evidence = run.args, run.progress, run.evidence[-1]
     warm = run.observed.is_warm.nonzero()[:, 0]
     if args.evidence == "history":  # these texts are made for the purpose: not of all users
         warm = warm[torch.randperm(len(warm), generator=progress.generator)[:max_histories]]
+    warm_events = evidence.events.select(torch.isin(evidence.events.user, warm))
     weights = torch.ones(len(FIELDS))
-    soft, curve = progress.compute("shared", lambda: fit_shared_start(
-        run, run.evidence[-1].of_selected(warm), weights))
+    soft, curve = progress.compute(
+        "shared", lambda: fit_shared_start(run, evidence.of_events(warm_events), weights))
     if args.field_weights == "noise":
         weights = progress.compute("weights", lambda: field_weights(run, soft))
     scores = {}
     for route in run.routes:
         scores |= centred_scores(run, route, soft, weights)
     noise = torch.stack([scores[k].noise for k in range(run.prompt.num_profiles)])
-    prior = make_prior(args, codebook, run.prompt.names, soft)
-    return Shared(soft, weights, scores, noise, prior), curve
+    prior = make_prior(args, run.codebook, run.prompt.names, soft)
+    return SimpleNamespace(soft=soft, curve=curve, weights=weights, scores=scores, noise=noise, prior=prior)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -225,36 +214,34 @@ def fit_shared(run, codebook, max_histories=4096):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def fit_map(run, soft, coordinates, batch_size=64):
+def fit_map(run, soft, coordinates, pull, batch_size=64):
     """The map B [P, C, S D] from coordinates to soft tokens, one for all users, by Adam on their train rows.
 
     Minimises -log P(text | θ̄ + B y_u) with the text itself left out of y_u: a profile must predict others.
     """
     args, prompt, train, is_warm = run.args, run.prompt, run.observed.train, run.observed.is_warm
     sums, counts = user_sums(coordinates, train, is_warm)  # [N, P, C], [N, P]
-    pull = torch.tensor([c.pull for c in coordinates])
     y = sums / (counts + pull)[:, :, None]
     unit = y[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)  # [P]
-    shape = len(soft), sums.shape[2], soft.shape[1]
-    lift = torch.zeros(shape, device=prompt.device, requires_grad=True)
+    num_directions = sums.shape[2]
+    lift = torch.zeros(len(soft), num_directions, soft.shape[1], device=prompt.device, requires_grad=True)
     optimizer = torch.optim.Adam([lift], lr=0.1 * prompt.scale)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.map_steps)
-    ones = torch.ones(len(FIELDS))
     for _ in tqdm(range(args.map_steps), desc="map to soft tokens", unit="step", mininterval=2):
         optimizer.zero_grad()
         for route in run.routes:
             rows = route.has_text(train).nonzero()[:, 0]
             rows = rows[torch.randint(len(rows), (batch_size,), generator=run.progress.generator)]
             index, user = route.text_index(train)[rows], train.user[rows]
-            own = torch.stack([c.train[index] if c.route is route else torch.zeros(batch_size, shape[1])
+            own = torch.stack([c.train[index] if c.route is route else torch.zeros(batch_size, num_directions)
                                for c in coordinates], 1)  # [B, P, C]
-            is_counted = torch.tensor([float(c.route is route) for c in coordinates])
-            y = (sums[user] - own) / (counts[user] - is_counted + pull).clamp(min=1e-6)[:, :, None]
-            y = y / unit[:, None]
+            num_others = counts[user] - route.may_read.float()  # [B, P]
+            y = (sums[user] - own) / (num_others + pull).clamp(min=1e-6)[:, :, None] / unit[:, None]
             for batch in prompt.batches(route.texts, index, args.tokens_per_batch):
                 step = torch.einsum("bpc,pcd->bpd", y[batch].to(prompt.device), lift)
                 theta = soft.to(prompt.device) + step
-                (prompt.loss(theta, route, index[batch], ones) / batch_size).backward()
+                loss = prompt.loss(theta, route, index[batch], torch.ones(len(FIELDS)))
+                (loss / batch_size).backward()
         optimizer.step()
         schedule.step()
     return lift.detach().cpu() / unit[:, None, None]
@@ -277,20 +264,17 @@ def infer_by_score(run, shared):
     """One step from θ̄ for all users at once -> Profiles, and what the profile of a new user needs (dict)
 
     θ_u = θ̄ + length · B y_u with y_u = Σ_i g_i / (n_u + pull), whitened: a natural-gradient step, shrunk by
-    a prior. With folds, the sum leaves out each fold in turn; the last profile has all of it. With a codebook
-    as prior, y_u = (Σ_i g_i + pull · y_c) / (n_u + pull): the E step takes the codeword c nearest to the
-    user's plain mean, the M step pulls to it (eq. 7).
+    a prior. With a codebook as prior, y_u = (Σ_i g_i + pull · y_c) / (n_u + pull): the E step takes the
+    codeword c nearest to the user's plain mean, the M step pulls to it (eq. 7).
     # differs from the paper: B is not the inverse Fisher information but fitted (fit_map). Between users the
     # LLM is far from linear: the plain natural-gradient step made held-out items less likely than θ̄ at every
     # length tried.
     """
     soft, is_warm = shared.soft, run.observed.is_warm
-    coordinates = find_coordinates(run, shared.scores)
-    pull = torch.tensor([c.pull for c in coordinates])
-    lift = run.progress.compute("map", lambda: fit_map(run, soft, coordinates))
+    coordinates, pull = find_coordinates(run, shared.scores)
+    lift = run.progress.compute("map", lambda: fit_map(run, soft, coordinates, pull))
     sums = [user_sums(coordinates, evidence.events, is_warm) for evidence in run.evidence]
-    full_sums, full_counts = sums[-1]
-    step = user_steps(full_sums[run.tune.user], full_counts[run.tune.user], pull, lift)
+    step = user_steps(*(part[run.tune.user] for part in sums[-1]), pull, lift)
     length = run.progress.compute("length", lambda: choose_length(run, soft, step))
     lift = length[:, None, None] * lift
     centers = [codeword_coordinates(prior, lift[k]) for k, prior in enumerate(shared.prior)]
@@ -311,14 +295,6 @@ def infer_by_score(run, shared):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """Users int64 [U], ascending, their evidence (list of route, pairs), where each θ starts [U, P, S D]"""
-
-    users: torch.Tensor
-    evidence: list
-    start: torch.Tensor
-
-
 def start_of(args, prompt, soft, users):
     """θ̄, or a random point for each user, the same in whatever block they are: [U, P, S D]"""
     if args.start == "shared":
@@ -327,82 +303,40 @@ def start_of(args, prompt, soft, users):
     return torch.cat([prompt.random_soft(1, torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 
-def infer_block(run, shared, block, pull, num_steps, snapshots=()):
-    """AdamW on the θ of a block of users (Algorithm 1, line 4) -> [U, P, S D]
+def infer_block(run, shared, evidence, start):
+    """AdamW on the θ of a block of users (Algorithm 1, line 4): their evidence (see Evidence.of_users), start
+    [U, P, S D] -> [U, P, S D]
 
     The loss of a user is Σ -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ (θ - θ̄): the prior weighs as much as `pull`
     items. With a codebook as prior, θ̄ gives way to the codeword nearest at each step, as a soft token
-    (eq. 7). snapshots: return the profiles after these numbers of steps instead, [snapshots, U, P, S D].
+    (eq. 7).
     """
     args, prompt = run.args, run.prompt
     anchors = [codeword_soft_tokens(prior, shared.soft[k], shared.noise[k])
                for k, prior in enumerate(shared.prior)]
     center, noise = shared.soft.to(prompt.device), shared.noise.to(prompt.device)
-    work = []
-    for route, pairs in block.evidence:
-        if len(pairs.text):
-            texts, owner = route.texts.select(pairs.text), torch.searchsorted(block.users, pairs.user)
-            if prompt.mask == "fig4":
-                texts, owner = pack_by_user(texts, owner, min(ROW, args.tokens_per_batch))
-            work.append((route.with_texts(texts), owner.to(prompt.device)))
-    soft = block.start.clone().to(prompt.device).requires_grad_()
+    soft = start.clone().to(prompt.device).requires_grad_()
     # the optimizer's state is the block's: users are independent
     optimizer = torch.optim.AdamW([soft], lr=args.lr or 0.1 * prompt.scale, weight_decay=0.0)
-    history = []
-    for step in range(1, num_steps + 1):
+    for _ in range(args.steps):
         anchor = nearest_soft_tokens(soft.detach(), shared.prior, anchors) if shared.prior else center
-        soft.grad = pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
-        for route, owner in work:
-            prompt.add_gradient(soft, route, owner, shared.weights, args.tokens_per_batch)
+        soft.grad = args.pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
+        for route, text, owner in evidence:
+            prompt.add_gradient(soft, route, text, owner, shared.weights, args.tokens_per_batch)
         optimizer.step()
-        if step in snapshots:
-            history.append(soft.detach().float().cpu())
-    return torch.stack(history) if snapshots else soft.detach().float().cpu()
+    return soft.detach().float().cpu()
 
 
-def infer_new_user(run, shared, evidence, number, sidecar):
-    """One new user by the run's AdamW steps from its θ̄ -> [P, S D]; a random start is drawn for `number`"""
-    start = start_of(run.args, run.prompt, shared.soft, torch.tensor([number]))
-    user = torch.cat([pairs.user for _, pairs in evidence])[:1]
-    return infer_block(run, shared, Block(user, evidence, start), sidecar["pull"][0], sidecar["num_steps"])[0]
+def infer_by_gradient(run, shared):
+    """AdamW for all users, a block at a time, fold by fold -> Profiles; blocks on disk"""
+    progress, num_users, size = run.progress, len(run.observed.is_warm), run.args.batch_size
+    for fold, evidence in enumerate(run.evidence):
 
+        def infer(users):
+            texts = evidence.of_users(int(users[0]), int(users[-1]) + 1)
+            return infer_block(run, shared, texts, start_of(run.args, run.prompt, shared.soft, users))
 
-def choose_steps(run, shared, pull):
-    """The number of AdamW steps under which held-out rows are likeliest, on at most 256 users with some"""
-    args = run.args
-    pilot = run.tune.user.unique()[:256]
-    events = run.tune.select(torch.isin(run.tune.user, pilot))
-    grid = (1, 2, 4, 7, 10, 15, 20, 30, 40, 60, 80, 100)
-    snapshots = sorted({step for step in grid if step < args.steps} | {args.steps})
-    block = Block(pilot, run.evidence[-1].of_selected(pilot), start_of(args, run.prompt, shared.soft, pilot))
-    history = infer_block(run, shared._replace(prior=[]), block, pull, args.steps, snapshots)
-    row = torch.searchsorted(pilot, events.user)
-    nats = [float(heldout_nll(run, soft[row], events)[0].sum()) for soft in history]
-    best = snapshots[int(np.argmin(nats))]
-    print(f"steps chosen on {len(events.user):,} held-out rows of {len(pilot)} users: "
-          f"{best} (out of {snapshots})")
-    return best
-
-
-def infer_by_gradient(run, shared, pull):
-    """AdamW for all users, a block at a time, fold by fold -> Profiles, number of steps; blocks on disk"""
-    args, progress = run.args, run.progress
-    num_users, size, num_steps = len(run.observed.is_warm), args.batch_size, args.steps
-    if args.stop == "heldout":
-        num_steps = progress.compute("steps", lambda: choose_steps(run, shared, pull))
-    blocks = torch.arange(num_users).split(size)
-    with tqdm(total=len(run.evidence) * num_users, desc="gradient", unit="user", mininterval=2) as bar:
-        for fold, evidence in enumerate(run.evidence):
-
-            def infer(index):
-                users = blocks[index]
-                block = Block(users, evidence.of_users(int(users[0]), int(users[-1]) + 1),
-                              start_of(args, run.prompt, shared.soft, users))
-                profiles = infer_block(run, shared, block, pull, num_steps)
-                bar.update(len(users))
-                return profiles
-
-            progress.compute_blocks(f"fold-{fold}", len(blocks), infer)
+        progress.compute_blocks(f"fold-{fold}", torch.arange(num_users).split(size), "user", infer)
 
     def read(fold, users):
         result, block = torch.empty(len(users), *shared.soft.shape), users // size
@@ -411,76 +345,23 @@ def infer_by_gradient(run, shared, pull):
             result[mask] = progress.read(f"fold-{fold}-{index}")[users[mask] - index * size]
         return result
 
-    return Profiles((len(run.evidence), num_users, *shared.soft.shape), read), num_steps
+    return Profiles((len(run.evidence), num_users, *shared.soft.shape), read)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# EM (eq. 7), and the proof: held-out rows must be likelier under the user's own profile
+# the proof (held-out rows must be likelier under the user's own profile) and main
 # ----------------------------------------------------------------------------------------------------------
 
 
 def report_heldout(run, profiles, soft):
     """The four NLLs (nats per token) on held-out rows: no profile, shared, shuffled, own; prints them."""
-    events, order = run.report, torch.randperm(profiles.shape[1], generator=run.progress.generator)
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(1)  # every user gets another user's profile
-    everyone = soft.expand(len(events.user), -1, -1)
-    profile_sets = {"none": everyone, "shared": everyone, "shuffled": profiles.full(partner[events.user]),
-                    "own": profiles.full(events.user)}
-    nats = {}
-    for name, chosen in profile_sets.items():
-        nats[name], tokens = heldout_nll(run, chosen, events, is_blind=name == "none")  # [R, routes] each
+    user, order = run.report.user, torch.randperm(profiles.shape[1], generator=run.progress.generator)
+    partner = order.roll(1)[order.argsort()]  # every user gets another user's profile
+    everyone = soft.expand(len(user), -1, -1)
+    none, tokens = heldout_nll(run, everyone, run.report, is_blind=True)  # [R, routes] each
+    sets = {"shared": everyone, "shuffled": profiles.full(partner[user]), "own": profiles.full(user)}
+    nats = {"none": none} | {name: heldout_nll(run, thetas, run.report)[0] for name, thetas in sets.items()}
     return print_heldout(nats, tokens, [route.name for route in run.routes])
-
-
-# ----------------------------------------------------------------------------------------------------------
-# main
-# ----------------------------------------------------------------------------------------------------------
-
-
-def write_profiles(run, tensors, fitted, facts, figures):
-    """scores.pt (of --method score) and profiles.pt; without folds, profiles have no axis for them."""
-    args, inputs = run.args, ["interactions.parquet", "items.parquet"]
-    profiles = tensors["profiles"]
-    shape = profiles.shape if args.folds else profiles.shape[1:]
-    tensors["profiles"] = SimpleNamespace(shape=shape, blocks=profiles.blocks)
-    if not args.folds:
-        tensors["num_evidence"] = tensors["num_evidence"][0]
-    if fitted:
-        scores = fitted | {"names": tensors["names"], "words": run.observed.words}
-        write_artifact(args, "scores.pt", scores, inputs, **facts)
-        inputs.append("scores.pt")
-    path = write_artifact(args, "profiles.pt", tensors, inputs, **facts, **figures)
-    print(f"wrote {path}: {facts['users']:,} users x {len(tensors['names'])} profiles x "
-          f"{shape[-1]} | held-out NLL own {figures['heldout_nll']['own']:.4f}, "
-          f"shared {figures['heldout_nll']['shared']:.4f}")
-
-
-def prepare(args, rank, world):
-    """Read the artifacts, set up the run, go on with unfinished work -> Run, codebook of --prior"""
-    interactions, items = read_artifacts(args, "interactions.parquet", "items.parquet")
-    codebook, inputs = read_codebook(args), ["interactions.parquet", "items.parquet"]
-    run = set_up(args, interactions, items, int(interactions["user"].max()) + 1, rank)
-    # a GPU wants large batches of texts of one length, which a large block has; profiles are the same
-    args.batch_size = args.batch_size or (1024 if run.prompt.device.type == "cuda" else 128)
-    run.evidence[-1].check_lengths(run.prompt)
-    # before tokens_per_batch is set: how much memory is free must not decide whether a run goes on
-    recipe = recipe_of(args, run.prompt, inputs + ["codebook.pt"] * bool(args.prior))
-    args.tokens_per_batch = args.tokens_per_batch or tokens_that_fit(run.prompt)
-    if not args.estimate:
-        run.tune, run.report = heldout_events(interactions, run.observed.level, run.routes, args.heldout,
-                                              args.seed)
-        run.progress = Progress(args, recipe, torch.Generator().manual_seed(args.seed), rank, world)
-    return run, codebook
-
-
-def estimate_run(run):
-    """--estimate"""
-    soft = run.prompt.random_soft(1, torch.Generator().manual_seed(run.args.seed))[0]
-    noise = torch.zeros(len(soft), soft.shape[1], soft.shape[1])
-    shared = Shared(soft, torch.ones(len(FIELDS)), {}, noise, [])
-    estimate(run, run.evidence[-1], lambda users, evidence: infer_block(
-        run, shared, Block(users, evidence, soft.expand(len(users), -1, -1)), 0.0, 1))
 
 
 def main(args):
@@ -488,54 +369,60 @@ def main(args):
     started = time.time()
     if args.only_users:  # the options of new users are those of the run
         args = SimpleNamespace(only_users=args.only_users, run_dir=args.run_dir, seed=args.seed)
+        start_stage(args)
+        return None if rank else infer_new_users(args)
     start_stage(args)
-    if args.only_users:
-        return None if rank else infer_new_users(args, infer_new_user)
     read_sidecar(args, "interactions.parquet")  # before a lock is put into the folder
     locked = lock(args.run_dir) if rank == 0 else None
-    run, codebook = prepare(args, rank, world)
+    run = set_up(args, rank, world)
     if args.estimate:
-        return estimate_run(run)
+        return estimate(run)
 
     inference_started = time.time()
-    shared, curve = fit_shared(run, codebook)
+    shared = fit_shared(run)
     counts = torch.stack([evidence.counts() for evidence in run.evidence])  # [F + 1, N, P]
-    noise, fitted, objective, num_steps = shared.noise, None, None, None
+    fitted, objective, (num_users, num_profiles) = None, None, counts.shape[1:]
     if args.method == "score":
         profiles, fitted = infer_by_score(run, shared)
-        noise = torch.einsum("pcd,pce->pde", fitted["lift"], fitted["lift"])  # whitened sums: 1 per text
+        pull, noise = fitted["pull"].tolist(), fitted["lift"].mT @ fitted["lift"]  # whitened sums: 1 per text
         gain = (counts[-1] + fitted["pull"]) / counts[-1].clamp(min=1).sqrt()
-        pull = fitted["pull"].tolist()
     else:
-        gain, pull = torch.ones(counts.shape[1:]), 10.0 if args.pull is None else args.pull
-        profiles, num_steps = infer_by_gradient(run, shared, pull)
-        pull = [pull] * len(run.profiles)
+        profiles = infer_by_gradient(run, shared)
+        pull, noise, gain = [args.pull] * num_profiles, shared.noise, torch.ones(num_users, num_profiles)
     if rank:  # the first process writes
         return run.progress.clear()
     if shared.prior:
         profiles, objective = descend(run, shared.prior, profiles, pull, noise)
-    num_users, seconds = counts.shape[1], time.time() - inference_started
+    seconds = time.time() - inference_started
     print(f"inferred {num_users:,} users in {seconds:.1f} s, the shared start included: "
           f"{num_users / seconds:,.0f} users per second")
-    has_evidence = (counts[-1] > 0).any(1)
     heldout = report_heldout(run, profiles, shared.soft)
 
-    names = run.prompt.names
-    tensors = {"profiles": profiles, "shared": shared.soft, "noise": noise, "gain": gain,
-               "num_evidence": counts, "has_evidence": has_evidence, "names": names, "llm": run.llm,
-               "num_soft": args.soft_tokens, "texts": list(run.profiles.values()),
+    names, has_evidence = run.prompt.names, (counts[-1] > 0).any(1)
+    facts = {"names": names, "llm": run.llm, "users": num_users,
+             "users_with_evidence": int(has_evidence.sum())}
+    inputs = ["interactions.parquet", "items.parquet"]
+    if fitted:
+        fitted |= {"names": names, "words": run.observed.words}
+        write_artifact(args, "scores.pt", fitted, inputs, **facts)
+        inputs.append("scores.pt")
+    shape = profiles.shape if args.folds else profiles.shape[1:]  # without folds, there is no axis for them
+    tensors = {"profiles": SimpleNamespace(shape=shape, blocks=profiles.blocks), "shared": shared.soft,
+               "noise": noise, "gain": gain, "num_evidence": counts if args.folds else counts[0],
+               "has_evidence": has_evidence, "names": names, "llm": run.llm, "num_soft": args.soft_tokens,
+               "texts": list(run.profiles.values()),
                "tiny_llm": tiny_stamp(args.run_dir) if run.llm == "tiny" else ""}
     if args.folds:
         tensors["fold"] = run.observed.train.fold  # of each train row, in the order of interactions.parquet
     if shared.prior:  # stage 3 goes on from it
-        tensors["prior"] = {name: {"codebook": prior.codebook, "transform": prior.transform,
-                                   "mean": prior.mean} for name, prior in zip(names, shared.prior)}
-    facts = {"names": names, "llm": run.llm, "users": num_users,
-             "users_with_evidence": int(has_evidence.sum())}
-    write_profiles(run, tensors, fitted, facts, {
-        "pull": pull, "field_weights": dict(zip(FIELDS, shared.weights.tolist())), "heldout_nll": heldout,
-        "objective": objective, "curve": curve, "num_steps": num_steps, "seconds": time.time() - started,
-        "inference_seconds": seconds})
+        tensors["prior"] = {name: {key: part[key] for key in ("codebook", "transform", "mean")}
+                            for name, part in run.codebook.items()}
+    path = write_artifact(
+        args, "profiles.pt", tensors, inputs, **facts, pull=pull, heldout_nll=heldout, objective=objective,
+        field_weights=dict(zip(FIELDS, shared.weights.tolist())), curve=shared.curve,
+        seconds=time.time() - started, inference_seconds=seconds)
+    print(f"wrote {path}: {num_users:,} users x {num_profiles} profiles x {shape[-1]} | held-out NLL own "
+          f"{heldout['own']:.4f}, shared {heldout['shared']:.4f}")
     run.progress.clear()
     locked.close()
 

@@ -21,6 +21,7 @@ users cost is seen; memory in blocks of 1,024 users, titles only.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import ctypes
@@ -43,14 +44,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import NAME_TEXTS, ROOT, TASK_TEXT, bpe_tokenizer, infer  # noqa: E402
 
 from userip.artifacts import write_artifact  # noqa: E402
-from userip.cost import tokens_that_fit  # noqa: E402
-from userip.evidence import Pairs, Route  # noqa: E402
+from userip.evidence import FIELDS, Route, Texts  # noqa: E402
 from userip.llm import fuse  # noqa: E402
 from userip.prompt import Prompt  # noqa: E402
-from userip.score import Shared  # noqa: E402
-from userip.texts import FIELDS, Texts  # noqa: E402
+from userip.setup import tokens_that_fit  # noqa: E402
 
 ALL_USERS = 3284  # as many as games has: the dense AdamW moves them all
+Pairs = collections.namedtuple("Pairs", "user text")  # whose text it is, and which: int64 [R] each
 
 
 def games_like(num_users, vocabulary, evidence, seed=0):
@@ -118,12 +118,12 @@ def naive_loop(prompt, start, route, pairs, lr, num_steps):
 
 
 def ours(args, prompt, start, route, pairs, lr, num_steps):
-    options = argparse.Namespace(lr=lr, tokens_per_batch=args.tokens_per_batch)
+    options = argparse.Namespace(lr=lr, tokens_per_batch=args.tokens_per_batch, pull=0.0, steps=num_steps)
     noise = torch.zeros(start.shape[1], start.shape[2], start.shape[2])
-    shared = Shared(start[0], torch.ones(len(FIELDS)), {}, noise, [])
+    shared = argparse.Namespace(soft=start[0], weights=torch.ones(len(FIELDS)), noise=noise, prior=[])
     torch.use_deterministic_algorithms(True)  # as the stage does
-    block = infer.Block(torch.arange(len(start)), [(route, pairs)], start)
-    found = infer.infer_block(argparse.Namespace(args=options, prompt=prompt), shared, block, 0.0, num_steps)
+    found = infer.infer_block(argparse.Namespace(args=options, prompt=prompt), shared,
+                              [(route, pairs.text, pairs.user)], start)
     torch.use_deterministic_algorithms(False)
     return found
 
@@ -321,8 +321,8 @@ def memory_by_users(args, folder, llm):
     for num_users in (2_000, 100_000):
         run = folder / f"gradient-{num_users}"
         write_run(run, num_users, 500, 3)
-        seconds, peak, _ = run_stage_2(run, llm, "--method", "gradient", "--stop", "none", "--steps", 1,
-                                       "--batch-size", 1024, "--route", "title", "title")
+        seconds, peak, _ = run_stage_2(run, llm, "--method", "gradient", "--steps", 1, "--batch-size", 1024,
+                                       "--route", "title", "title")
         print(f"gradient, {num_users:,} users, D 768: peak {peak / 2**20:,.0f} MiB, {seconds:.0f} s",
               flush=True)
         peaks.append(peak)

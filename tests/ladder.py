@@ -29,14 +29,14 @@ from userip.profiles import probe_auc  # noqa: E402  (needs the path)
 
 PAPER = ["--paper"]
 SHARED = [*PAPER, "--start", "shared"]
-PULLED = [*SHARED, "--pull", "10", "--stop", "heldout"]
+PULLED = [*SHARED, "--pull", "10"]
 ITEMS = [*PULLED, "--evidence", "items"]
 ROUTED = [*ITEMS, "--route", "title+category", "brand+price"]
 RUNGS = {  # rung -> options of stage 2, of stage 3
     "released": (["--released", "--evidence", "items"], ["--released"]),
     "paper": (PAPER, ["--paper"]),
     "shared start": (SHARED, ["--paper"]),
-    "pull and early stopping": (PULLED, ["--paper"]),
+    "pull": (PULLED, ["--paper"]),
     "items": (ITEMS, ["--paper"]),
     "routing": (ROUTED, ["--paper"]),
     "whitening by noise": (ROUTED, []),

@@ -3,15 +3,14 @@
 import argparse
 import json
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
 
 from conftest import NAME_TEXTS, TASK_TEXT, run_stage
-from userip.evidence import Evidence, Events, Observed, Route
+from userip.evidence import FIELDS, Evidence, Events, Route, item_pieces, tokenize
 from userip.prompt import Prompt
-from userip.setup import Run
-from userip.texts import FIELDS, item_pieces, tokenize
 
 ITEMS = pd.DataFrame({"title": ["red racer 1", "iron skillet 2", "café racer 3", "a job", "sport"],
                       "category": ["Games", "Kitchen", "Games", None, "Games"],
@@ -65,15 +64,15 @@ class InMemory:
     def compute(self, name, function):
         return function()
 
-    def compute_blocks(self, name, num_blocks, function):
-        self.pieces |= {f"{name}-{index}": function(index) for index in range(num_blocks)}
+    def compute_blocks(self, name, blocks, unit, function):
+        self.pieces |= {f"{name}-{index}": function(block) for index, block in enumerate(blocks)}
 
     def read(self, name):
         return self.pieces[name]
 
 
 def run_of(llm, prompt, routes, train, own=None, is_warm=None, **options):
-    """A Run of stage 2 with these train events; own: theirs and cold users' (default: no cold ones)"""
+    """A run of stage 2 with these train events; own: theirs and cold users' (default: no cold ones)"""
     own = train if own is None else own
     is_warm = torch.ones(int(own.user.max()) + 1, dtype=torch.bool) if is_warm is None else is_warm
     options = {"evidence": "items", "max_history": 2, "folds": 0, "pull": None, "rank": 16, "lr": 0.01,
@@ -81,8 +80,14 @@ def run_of(llm, prompt, routes, train, own=None, is_warm=None, **options):
     args = argparse.Namespace(**options)
     kept = [*(own.select(own.fold != fold) for fold in range(args.folds)), own]
     evidence = [Evidence(args, llm[1], routes, events, len(is_warm)) for events in kept]
-    return Run(args, "llm", {}, prompt, Observed(train, own, is_warm, None, WORDS), routes, evidence,
-               tune=own, report=own, progress=InMemory())
+    observed = SimpleNamespace(rows=own, train=train, own=own, is_warm=is_warm, words=WORDS)
+    return SimpleNamespace(args=args, prompt=prompt, observed=observed, routes=routes, evidence=evidence,
+                           tune=own, report=own, progress=InMemory())
+
+
+def shared_of(soft, scores=None, noise=None, prior=()):
+    """What fit_shared returns, with random weights of fields"""
+    return SimpleNamespace(soft=soft, weights=weights_of(), scores=scores, noise=noise, prior=list(prior))
 
 
 def soft_for(prompt, rows, seed=0):

@@ -1,7 +1,7 @@
 import argparse
-import dataclasses
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from conftest import infer, run_stage, save_llm
-from llm_cases import (InMemory, events_of, infer_run, prompt_of, rating_route, routes_for, run_of, soft_for,
+from llm_cases import (events_of, infer_run, prompt_of, rating_route, routes_for, run_of, shared_of, soft_for,
                        weights_of)
 from userip.artifacts import write_artifact
+from userip.evidence import FIELDS
 from userip.llm import load_llm
-from userip.prior import Prior
-from userip.score import Coordinates, Shared, centred_scores, find_coordinates
-from userip.texts import FIELDS
+from userip.score import TextScores, centred_scores, find_coordinates
 
 
 def score_case(llm, events, **options):
@@ -26,15 +25,15 @@ def score_case(llm, events, **options):
     soft, scores = soft_for(run.prompt, 1)[0], {}
     for route in routes:
         scores |= centred_scores(run, route, soft, weights_of())
-    shared = Shared(soft, weights_of(), scores, None, [])
 
     def infer_users(own, prior=()):
-        fixed = dataclasses.replace(run, progress=InMemory())
-        fixed.evidence = run_of(llm, run.prompt, routes, events, own, **options).evidence
-        profiles, fitted = infer.infer_by_score(fixed, shared._replace(prior=list(prior)))
-        return profiles.all(), fitted
+        fixed = SimpleNamespace(**vars(run) | {
+            "progress": run_of(llm, run.prompt, routes, events, **options).progress,
+            "evidence": run_of(llm, run.prompt, routes, events, own, **options).evidence})
+        profiles, fitted = infer.infer_by_score(fixed, shared_of(soft, scores, prior=prior))
+        return torch.cat(list(profiles.blocks())).view(profiles.shape), fitted
 
-    return infer_users, find_coordinates(run, scores), routes
+    return infer_users, find_coordinates(run, scores)[0], routes
 
 
 EVENTS = ([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3], [0, 1, 2, 1, 3, 4, 0, 2, 4, 3, 0],
@@ -81,7 +80,8 @@ def test_a_codebook_as_prior_pulls_each_user_to_the_codeword_nearest_to_them(llm
     for k in range(2):
         transform = torch.linalg.pinv(fitted["lift"][k])[:, :2]  # the first two coordinates
         codebook = 0.3 * torch.tensor([[1.0, 0], [-1, 1], [0, -1]])
-        prior.append(Prior(codebook, transform, fitted["shared"][k], torch.zeros(2)))
+        prior.append(SimpleNamespace(codebook=codebook, transform=transform, mean=fitted["shared"][k],
+                                     shared=torch.zeros(2)))
     pulled, _ = infer_users(events, prior)
     for k, part in enumerate(prior):
         z = (pulled[-1, :, k] - part.mean) @ part.transform
@@ -99,42 +99,41 @@ GRADIENT_EVENTS = ([0, 0, 1, 2, 2, 2], [0, 3, 2, 3, 4, 0])
 def gradient_case(llm, mask="fig4", **options):
     """Three users with histories of unequal length; inference of those users by gradient."""
     run = run_of(llm, prompt_of(llm, mask=mask), routes_for(llm), events_of(*GRADIENT_EVENTS),
-                 **{"tokens_per_batch": 200} | options)
+                 **{"tokens_per_batch": 200, "pull": 0.5, "steps": 3} | options)
     soft = soft_for(run.prompt, 1)[0]
-    shared = Shared(soft, weights_of(), {}, torch.eye(soft.shape[1]).expand(2, -1, -1), [])
+    shared = shared_of(soft, noise=torch.eye(soft.shape[1]).expand(2, -1, -1))
 
-    def infer_users(users, pull=0.5, num_steps=3, start=None):
-        start, users = soft.expand(3, -1, -1) if start is None else start, torch.tensor(users)
-        block = infer.Block(users, run.evidence[-1].of_selected(users), start[users])
-        return infer.infer_block(run, shared, block, pull, num_steps)
+    def infer_users(first=0, last=3, start=None, **changes):
+        vars(run.args).update({"pull": 0.5, "steps": 3} | changes)
+        start = (soft.expand(3, -1, -1) if start is None else start)[first:last]
+        return infer.infer_block(run, shared, run.evidence[-1].of_users(first, last), start)
 
     return infer_users, soft
 
 
 def test_a_user_alone_gets_what_the_block_gives(llm):
     infer_users, _ = gradient_case(llm)
-    together = infer_users([0, 1, 2])
+    together = infer_users()
     for user in range(3):
-        assert torch.allclose(infer_users([user])[0], together[user], atol=1e-5)
+        assert torch.allclose(infer_users(user, user + 1)[0], together[user], atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", ["fig4", "causal"])
 def test_the_token_budget_changes_no_profile(llm, mask):
-    """With a budget of one token each text is alone in its row and its batch."""
-    together = gradient_case(llm, mask)[0]([0, 1, 2])
-    assert torch.allclose(gradient_case(llm, mask, tokens_per_batch=1)[0]([0, 1, 2]), together, atol=1e-5)
+    """With a budget of one token each text is alone in its batch."""
+    together = gradient_case(llm, mask)[0]()
+    assert torch.allclose(gradient_case(llm, mask, tokens_per_batch=1)[0](), together, atol=1e-5)
 
 
 def test_pull_steps_lr_and_start_move_the_profiles(llm):
-    users = [0, 1, 2]
     infer_users, shared = gradient_case(llm)
-    base = infer_users(users)
-    drift = lambda **options: float((infer_users(users, **options) - shared).norm())
-    assert 0 < drift(pull=1e4) and not torch.equal(infer_users(users, pull=5.0), base)
-    assert drift(num_steps=8, pull=1e4) < drift(num_steps=8, pull=0.0)
-    assert not torch.equal(infer_users(users, num_steps=1), base)
-    assert not torch.equal(gradient_case(llm, lr=0.02)[0](users), base)
-    assert not torch.equal(infer_users(users, start=shared.expand(3, -1, -1) + 0.01), base)
+    base = infer_users()
+    drift = lambda **options: float((infer_users(**options) - shared).norm())
+    assert 0 < drift(pull=1e4) and not torch.equal(infer_users(pull=5.0), base)
+    assert drift(steps=8, pull=1e4) < drift(steps=8, pull=0.0)
+    assert not torch.equal(infer_users(steps=1), base)
+    assert not torch.equal(gradient_case(llm, lr=0.02)[0](), base)
+    assert not torch.equal(infer_users(start=shared.expand(3, -1, -1) + 0.01), base)
 
 
 def test_the_shared_point_and_personal_steps_lower_the_nll_and_leave_the_llm_untouched(llm):
@@ -143,15 +142,16 @@ def test_the_shared_point_and_personal_steps_lower_the_nll_and_leave_the_llm_unt
     digest = lambda: hashlib.sha256(content()).hexdigest()
     before = digest()
     prompt, routes, events = prompt_of(llm), routes_for(llm), events_of([0, 0, 1, 2], [0, 4, 2, 3])
-    run = run_of(llm, prompt, routes, events, shared_steps=25, tokens_per_batch=2000, lr=0.02)
+    run = run_of(llm, prompt, routes, events, shared_steps=25, tokens_per_batch=2000, lr=0.02, pull=0.0,
+                 steps=10)
     evidence, ones = run.evidence[-1].of_events(events), torch.ones(len(FIELDS))
-    nll = lambda soft: float(sum(prompt.loss(soft, route, pairs.text, ones, pairs.user)
-                                 for route, pairs in evidence))
+    nll = lambda soft: float(sum(prompt.loss(soft, route, text, ones, user) for route, text, user in evidence))
     soft, curve = infer.fit_shared_start(run, evidence, ones)
     assert len(curve) == 25 and np.mean(curve[-5:]) < np.mean(curve[:5])
     start, everyone = soft_for(prompt, 1).expand(3, -1, -1), soft.expand(3, -1, -1)
-    shared = Shared(soft, ones, {}, torch.zeros(2, soft.shape[1], soft.shape[1]), [])
-    own = infer.infer_block(run, shared, infer.Block(torch.arange(3), evidence, everyone), 0.0, 10)
+    shared = shared_of(soft, noise=torch.zeros(2, soft.shape[1], soft.shape[1]))
+    shared.weights = ones
+    own = infer.infer_block(run, shared, evidence, everyone)
     assert nll(own) < nll(everyone) < nll(start)
     assert digest() == before and not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -175,9 +175,9 @@ def test_the_map_never_sees_the_item_that_it_predicts(llm):
         run = run_of(llm, prompt, routes, events_of([0, 1, 2, 3, 4] * (len(items) // 5), items), map_steps=3)
         tables = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
         is_scored = torch.ones(5, dtype=torch.bool)
-        coordinates = [Coordinates(route, table, table, is_scored, 1.0)
+        coordinates = [TextScores(route, table, table, is_scored, None)
                        for route, table in zip(routes, tables)]
-        return infer.fit_map(run, soft_for(prompt, 1)[0], coordinates)
+        return infer.fit_map(run, soft_for(prompt, 1)[0], coordinates, torch.ones(2))
 
     assert fitted([0, 1, 2, 3, 4]).abs().max() == 0
     assert fitted([0, 1, 2, 3, 4, 1, 2, 3, 4, 0]).abs().max() > 0
@@ -198,7 +198,7 @@ THREE_PROFILES = ("--profiles", "hobby=This user's hobby is", "job=her job is", 
 @pytest.mark.parametrize("options, num_profiles", [
     (("--paper",), 2), (("--method", "gradient"), 2), (("--method", "gradient", "--evidence", "history"), 2),
     (("--released", "--evidence", "items"), 2), (("--soft-tokens", 2), 2), (THREE_PROFILES, 3),
-    (("--ratings",), 3), (("--ratings", "stars", "--folds", 2, "--method", "gradient"), 3),
+    (("--ratings",), 3), (("--ratings", "--folds", 2, "--method", "gradient"), 3),
     (("--ratings", "--route", "title+rating", "brand+price"), 2)], ids=lambda value: str(value)[:60])
 def test_methods_evidence_and_any_number_of_profiles_run(small_run, tmp_path, options, num_profiles):
     _, stored, sidecar = infer_run(small_run, tmp_path, "--llm", "tiny", *options)
@@ -268,7 +268,8 @@ def test_the_score_method_finds_a_planted_hobby(tmp_path):
     (["--route", "colour", "price"], "--route"), (["--route", "title"], "--route"),
     (["--task-text", " "], "--task-text"), (["--method", "magic"], "--method"),
     (["--meth", "score"], "--meth"), (["--evidence", "history"], "--method gradient"),
-    (["--profiles", "a=likes {brand}"], "not filled in"), (["--pull", "0"], "--pull"), (["--method", "gradient", "--lr", "0"], "--lr"),
+    (["--profiles", "a=likes {brand}"], "not filled in"), (["--profiles", "user=x"], "feature bank"),
+    (["--pull", "0"], "--pull"), (["--method", "gradient", "--lr", "0"], "--lr"),
     (["--only-users", "x.csv", "--seed", "3"], "--seed"),
     (["--paper", "--released"], "different recipes"), (["--folds", "1"], "--folds"),
     (["--ratings", "--evidence", "review"], "--ratings"),

@@ -3,14 +3,15 @@ import pandas as pd
 import pytest
 import torch
 
-from llm_cases import routes_for
+from llm_cases import events_of, routes_for
 from userip.heldout import heldout_events, interval
 
 
 def test_users_who_choose_and_users_who_report_are_not_the_same(llm):
     rows = pd.DataFrame({"user": [0, 1, 2, 3, 3, 4], "item": [0, 1, 2, 3, 4, 0]})
     rows["split"] = 5 * ["valid"] + ["test"]
-    tune, report = heldout_events(rows, np.zeros(6, dtype=np.int64), routes_for(llm), 100, seed=0)
+    events = events_of(rows["user"].tolist(), rows["item"].tolist())
+    tune, report = heldout_events(rows, events, routes_for(llm), 100, seed=0)
     assert sorted(tune.user.tolist()) == [0, 2] and sorted(report.user.tolist()) == [1, 3, 3]
     assert report.item.tolist() == [1, 3, 4] and report.row.tolist() == [1, 3, 4]
 

@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT, STAGES, run_stage
-from userip.evidence import make_routes, observe
-from userip.texts import join
+from userip.evidence import join, make_routes, observe
 
 FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
          for path in sorted([*ROOT.glob("0*.py"), ROOT / "common.py", *ROOT.glob("userip/*.py")])}
@@ -122,7 +121,7 @@ def test_the_walk_of_one_user_tells_what_the_demo_has(tmp_path):
     rows = interactions[interactions["user"] == user["user"]]
     train = rows[rows["split"] == "train"]
     item, counts = items.iloc[train["item"].iloc[0]], rows["split"].value_counts()
-    args = argparse.Namespace(ratings="none", folds=0, seed=0, evidence="items", run_dir=tmp_path,
+    args = argparse.Namespace(ratings=False, folds=0, seed=0, evidence="items", run_dir=tmp_path,
                               route=["title+category", "brand+price"])
     observed = observe(args, interactions, len(users))
     routes = make_routes(args, interactions, items, observed, ["hobby", "background"])

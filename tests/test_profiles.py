@@ -9,9 +9,9 @@ from userip import profiles
 
 
 @pytest.mark.parametrize("options, expected", [
-    ({"ratings": "liked", "route": ["title", "brand+rating"]}, [False, True]),
-    ({"ratings": "stars", "route": ["none"]}, [True, True]),
-    ({"ratings": "none", "route": ["title", "brand"]}, [False, False]), ({}, [False, False])], ids=str)
+    ({"ratings": True, "route": ["title", "brand+rating"]}, [False, True]),
+    ({"ratings": True, "route": ["none"]}, [True, True]),
+    ({"ratings": False, "route": ["title", "brand"]}, [False, False]), ({}, [False, False])], ids=str)
 def test_the_options_of_stage_2_say_which_profiles_read_ratings(options, expected, monkeypatch):
     stored = {"names": ["a", "b"], "profiles": torch.zeros(9, 2, 4), "num_evidence": torch.ones(9, 2),
               "gain": torch.ones(9, 2), "noise": torch.zeros(2, 4, 4), "has_evidence": torch.ones(9).bool()}

@@ -199,10 +199,10 @@ def test_a_run_goes_on_with_its_own_batches_when_other_memory_is_free(small_run,
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    monkeypatch.setattr(infer, "tokens_that_fit", lambda prompt: 512)
+    monkeypatch.setattr("userip.setup.tokens_that_fit", lambda prompt: 512)
     run_stage("02_infer_profiles.py", *options, ok=False)
     monkeypatch.setattr(Path, "replace", replace)
-    monkeypatch.setattr(infer, "tokens_that_fit", lambda prompt: 300)
+    monkeypatch.setattr("userip.setup.tokens_that_fit", lambda prompt: 300)
     assert "going on with the unfinished run" in run_stage("02_infer_profiles.py", *options)
     assert json.loads((run / "profiles.pt.json").read_text())["options"]["tokens_per_batch"] == 512
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from llm_cases import events_of, prompt_of, rating_route, routes_for, run_of, soft_for, weights_of
-from userip.evidence import incidence
-from userip.score import audience, centred_scores, field_weights, project_scores, text_scores, user_steps
-from userip.texts import FIELDS
+from userip.evidence import FIELDS
+from userip.score import (audience, centred_scores, field_weights, incidence, project_scores, text_scores,
+                          user_steps)
 
 
 def test_scores_are_the_gradients_of_single_items(llm):
@@ -28,7 +28,7 @@ def test_sums_by_user_equal_a_double_loop_and_have_the_same_bits_in_any_company(
     user, row = torch.randint(9, (200,), generator=generator), torch.randint(20, (200,), generator=generator)
     of_row = torch.randn(20, 16, generator=generator)
     sums = lambda user, row, num_users: torch.from_numpy(
-        incidence(user, row, (num_users, 20)) @ of_row.double().numpy())
+        incidence(user, row, (num_users, 20))[0] @ of_row.double().numpy())
     total = sums(user, row, 9)
     expected = torch.zeros(9, 16, dtype=torch.float64)
     for one, text in zip(user, row):
@@ -115,11 +115,11 @@ def test_field_weights_bring_all_fields_to_the_same_noise(llm):
 def test_directions_by_blocks_of_users_are_those_of_the_covariance(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     user, row = torch.randint(60, (500,), generator=generator), torch.randint(30, (500,), generator=generator)
-    tables, count = torch.randn(30, 8, generator=generator), torch.bincount(user, minlength=60)
+    tables = torch.randn(30, 8, generator=generator)
     is_warm = torch.arange(60) % 5 > 0
     root = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     noise = root @ root.T + torch.eye(8)
-    user_texts, found = incidence(user, row, (60, 30)), []
+    (user_texts, count), found = incidence(user, row, (60, 30)), []
     for block in (7, 2**16):
         monkeypatch.setattr("userip.score.USERS_AT_ONCE", block)
         found.append(project_scores(user_texts, tables, count, noise, is_warm, rank=3))

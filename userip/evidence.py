@@ -1,29 +1,85 @@
 """Evidence: what users had and how they rated it, as texts that are routed to profiles."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
+from torch.nn.utils.rnn import pad_sequence
 
 from userip.artifacts import fail
-from userip.texts import FIELDS, Texts, item_pieces, join, tokenize
 
-REVIEW_TOKENS = 15  # of a review's first sentence, at most, as in the released code
-VISIBLE = ("train", "valid", "support")  # splits whose items and reviews may become texts
+FIELDS = ("title", "category", "brand", "price", "rating", "review")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# events: the rows of interactions that are evidence
-# ----------------------------------------------------------------------------------------------------------
+class Texts(NamedTuple):
+    """R texts, padded on the right to T tokens: ids int64 [R, T]; field int64 [R, T], the index in FIELDS of
+    a token that is scored, -1 at context (read, not scored) and at pads; length int64 [R]
+    """
+
+    ids: torch.Tensor
+    field: torch.Tensor
+    length: torch.Tensor
+
+    def num_scored_tokens(self):
+        return (self.field >= 0).sum(1)  # [R]
+
+    def select(self, rows):
+        """These rows, without the columns that are padding in all of them"""
+        length = int(self.length[rows].max())
+        return Texts(self.ids[rows, :length], self.field[rows, :length], self.length[rows])
+
+
+def is_present(value):
+    """Does an item have this field? None, nan, pandas' NA and blank texts are missing."""
+    return value is not None and value == value and str(value).strip() not in ("", "<NA>")
+
+
+def item_pieces(item, fields, rating=""):
+    """These fields of an item as (field, text) pieces: " Hiking: Rustic Boots One by Frugo for $22 liked."
+
+    A rating says nothing without the item: if the title is not among the fields, it is `context`, read but
+    not scored. Prices are cut to two digits: the LLM would spend its likelihood on cents.
+    """
+    price = f"{float(f'{item.price:.2g}'):g}" if is_present(item.price) else ""
+    texts = {"category": f" {item.category}:" if is_present(item.category) else "", "title": f" {item.title}",
+             "brand": f" by {item.brand}" if is_present(item.brand) else "",
+             "price": price and f" for ${price}", "rating": rating and f" {rating}"}
+    shown = (*fields, "title") if "rating" in fields else fields
+    pieces = [(field if field in fields else "context", text) for field, text in texts.items()
+              if field in shown and text]
+    return pieces[:-1] + [(field, text.rstrip(":") + ".") for field, text in pieces[-1:]]
+
+
+def join(pieces):
+    return "".join(text for _, text in pieces)
+
+
+def tokenize(tokenizer, rows, max_tokens=None):
+    """rows: a list of (field, text) pieces per text, maybe empty -> Texts of at most `max_tokens` tokens"""
+    # a tokenizer of the Llama kind puts its own space before a text; GPT-2's needs it there
+    first_token = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0]
+    shift = 1 if first_token.startswith("▁") else 0
+    index = {field: number for number, field in enumerate(FIELDS)}
+    ids, field = [], []
+    for pieces in rows:
+        encoded = tokenizer(join(pieces)[shift:], add_special_tokens=False, return_offsets_mapping=True)
+        last_letter = np.array([end for _, end in encoded["offset_mapping"]], dtype=int)[:max_tokens] + shift
+        ends = np.cumsum([len(text) for _, text in pieces])
+        piece = np.searchsorted(ends, last_letter)  # a token belongs to the piece that it ends in
+        piece = piece.clip(max=max(len(pieces) - 1, 0))
+        ids.append(torch.tensor(encoded["input_ids"][:max_tokens], dtype=torch.long))
+        field.append(torch.tensor([index.get(pieces[p][0], -1) for p in piece], dtype=torch.long))
+    pad = lambda rows, padding: pad_sequence(rows, batch_first=True, padding_value=padding)
+    return Texts(pad(ids, 0), pad(field, -1), torch.tensor([len(row) for row in ids]))
 
 
 class Events(NamedTuple):
-    """Rows of interactions, int64 [R] each: user, item, rating level, row number, fold (-1: in none)"""
+    """Rows of interactions, int64 [R] each; level: 1 if liked, 0 without --ratings; fold: -1 if in none"""
 
     user: torch.Tensor
     item: torch.Tensor
@@ -36,39 +92,8 @@ class Events(NamedTuple):
         return Events(*(column[rows] for column in self))
 
 
-class Observed(NamedTuple):
-    """What is known of N users before anything is inferred.
-
-    train: events of train rows; own: these and cold users' support rows, which are evidence of their user's
-    profile and of nothing else; is_warm bool [N]: who has train rows; level int64 [rows]: the rating level of
-    each row of interactions; words: how each level is said, [""] without ratings.
-    """
-
-    train: Events
-    own: Events
-    is_warm: torch.Tensor
-    level: np.ndarray
-    words: list
-
-
-def rating_levels(args, interactions, train):
-    """How each row is rated: level int64 [rows], words by level. Stars without a train row: the nearest."""
-    if args.ratings == "none":
-        return np.zeros(len(interactions), dtype=np.int64), [""]
-    if args.ratings == "liked":
-        return interactions["label"].to_numpy().astype(np.int64), ["disliked", "liked"]
-    stars = np.sort(train["rating"].unique())
-    if len(stars) > 10:
-        fail(f"--ratings stars: the train rows hold {len(stars)} different ratings, too many for a word "
-             f"each: take --ratings liked")
-    distance = np.abs(interactions["rating"].to_numpy()[:, None] - stars)
-    return distance.argmin(1), [f"rated {star:g}" for star in stars]
-
-
 def assign_folds(train, num_folds, seed):
-    """A fold for each train row, a user's rows dealt out evenly: int64 [rows]; all -1 without folds"""
-    if not num_folds:
-        return np.full(len(train), -1)
+    """A fold for each train row, a user's rows dealt out evenly: int64 [rows]"""
     rng = np.random.default_rng([seed, 5])
     order = rng.permutation(len(train))
     user = train["user"].to_numpy()[order]
@@ -79,34 +104,25 @@ def assign_folds(train, num_folds, seed):
     return fold
 
 
-def select_events(interactions, mask, level, fold=None):
-    """The rows of interactions in mask (bool [rows]) as Events; fold int64 [R] (default: -1)"""
-    row = np.flatnonzero(mask)
-    fold = np.full(len(row), -1) if fold is None else fold
-    columns = (interactions["user"].to_numpy()[row], interactions["item"].to_numpy()[row], level[row])
-    return Events(*(torch.tensor(column) for column in (*columns, row, fold)))
-
-
 def observe(args, interactions, num_users):
-    """What train and support rows say -> Observed"""
+    """What is known of N users -> namespace of Events: rows (all), train, own (train rows and cold users'
+    support rows, which are evidence of their user's profile and of nothing else); is_warm bool [N]: who has
+    train rows; words: how each rating level is said, [""] without ratings
+    """
+    user, item, label = (interactions[name].to_numpy() for name in ("user", "item", "label"))
     split = interactions["split"].to_numpy()
-    train = interactions[split == "train"]
-    level, words = rating_levels(args, interactions, train)
-    fold = np.full(len(interactions), -1)
-    fold[split == "train"] = assign_folds(train, args.folds, args.seed)
-    is_own = np.isin(split, ["train", "support"])
-    own = select_events(interactions, is_own, level, fold[is_own])
-    is_warm = torch.zeros(num_users, dtype=torch.bool)
-    is_warm[torch.tensor(train["user"].unique())] = True
+    is_train = split == "train"
+    fold = np.full(len(user), -1)
+    if args.folds:
+        fold[is_train] = assign_folds(interactions[is_train], args.folds, args.seed)
+    level = label.astype(np.int64) * args.ratings
+    rows = Events(*map(torch.tensor, (user, item, level, np.arange(len(user)), fold)))
+    train, own = (rows.select(torch.tensor(mask)) for mask in (is_train, is_train | (split == "support")))
+    is_warm = torch.bincount(train.user, minlength=num_users) > 0
     if num_cold := len(own.user.unique()) - int(is_warm.sum()):
         print(f"{num_cold:,} users have support rows only: these move their own profile and nothing else")
-    is_train = torch.tensor((split == "train")[is_own])
-    return Observed(own.select(is_train), own, is_warm, level, words)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# routes: which fields are evidence of which profiles
-# ----------------------------------------------------------------------------------------------------------
+    words = ["disliked", "liked"] if args.ratings else [""]
+    return SimpleNamespace(rows=rows, train=train, own=own, is_warm=is_warm, words=words)
 
 
 @dataclass
@@ -132,19 +148,20 @@ class Route:
         """Which text an event is: int64 [R]"""
         if "review" in self.fields:
             return events.row
-        return events.item * self.num_levels + (events.level if self.num_levels > 1 else 0)
+        return events.item * self.num_levels + events.level % self.num_levels
 
     def has_text(self, events):
         """Does the event's text have a token that is scored? bool [R]"""
         return self.texts.num_scored_tokens()[self.text_index(events)] > 0
 
-    def with_texts(self, texts):
-        """The same route with other texts"""
-        return replace(self, texts=texts)
-
     def text_counts(self, events):
         """How many of the events are each text: float32 [texts]"""
         return torch.bincount(self.text_index(events), minlength=len(self.texts.ids)).float()
+
+    def texts_by_user(self, events):
+        """The indices of the texts of each user's events, in their order: Series of lists, by user"""
+        frame = pd.DataFrame({"user": events.user.numpy(), "text": self.text_index(events).numpy()})
+        return frame.groupby("user")["text"].agg(list)
 
 
 def route_fields(args, items, names):
@@ -157,11 +174,10 @@ def route_fields(args, items, names):
     if args.evidence == "review":
         return [(("review",), torch.ones(len(names), dtype=torch.bool))]
     present = [field for field in FIELDS[:4] if items[field].notna().any()]
-    rating = ["rating"] * (args.ratings != "none")
     routes = {}
     for index, name in enumerate(names):
         wanted = FIELDS if args.route == ["none"] else args.route[index].split("+")
-        fields = tuple(field for field in present + rating if field in wanted)
+        fields = tuple(field for field in present + ["rating"] * args.ratings if field in wanted)
         if not fields:
             print(f"route: the data hold no {' or '.join(wanted)}, so {name} reads {'+'.join(present)}")
             fields = tuple(present)
@@ -172,20 +188,18 @@ def route_fields(args, items, names):
 def _first_sentences(run_dir, is_visible):
     """The first sentence of each review as pieces; none where the row is not visible (bool [rows])"""
     path = Path(run_dir) / "interactions.parquet"
-    reviews = pd.read_parquet(path, columns=["review"])["review"]
-    if not reviews[is_visible].notna().any():
+    reviews = pd.read_parquet(path, columns=["review"])["review"].where(is_visible)
+    if not reviews.notna().any():
         fail(f"--evidence review: {path} holds no reviews; take --evidence items")
-    first = [re.split(r"(?<=[.!?])\s", text.strip())[0] if visible and isinstance(text, str) else ""
-             for text, visible in zip(reviews, is_visible)]
+    first = [re.split(r"(?<=[.!?])\s", text.strip())[0] for text in reviews.fillna("")]
     return [[("review", f" {text}")] if text else [] for text in first]
 
 
 def make_routes(args, interactions, items, observed, names):
-    """A Route for each set of fields; its texts are not tokenized yet.
-
-    Items that only test rows have get no text, nor do test rows' reviews.
+    """A Route for each set of fields, not tokenized yet. Items that only test rows have get no text, nor do
+    test rows' reviews.
     """
-    is_visible = interactions["split"].isin(VISIBLE)
+    is_visible = interactions["split"].isin(["train", "valid", "support"])
     visible_items = set(interactions.loc[is_visible, "item"])
     train_items = items.iloc[observed.train.item.unique().numpy()]
     routes = []
@@ -198,107 +212,61 @@ def make_routes(args, interactions, items, observed, names):
     return routes
 
 
-def tokenize_routes(args, tokenizer, routes):
-    """Give each route its texts as tokens, in place."""
-    for route in routes:
-        route.texts = tokenize(tokenizer, route.pieces, REVIEW_TOKENS if args.evidence == "review" else None)
-
-
-def user_texts(routes, events):
-    """What each user had, as a list of texts per user and route: what the tiny LLM is pretrained on"""
-    histories = []
-    for route in routes:
-        frame = pd.DataFrame({"user": events.user.numpy(), "text": route.text_index(events).numpy()})
-        histories += [[join(route.pieces[index]) for index in indices if route.pieces[index]]
-                      for indices in frame.groupby("user")["text"].agg(list)]
-    return histories
-
-
-# ----------------------------------------------------------------------------------------------------------
-# evidence of blocks of users
-# ----------------------------------------------------------------------------------------------------------
-
-
-class Pairs(NamedTuple):
-    """The texts of a route that are evidence of a user: user, index of the text, int64 [R] each"""
-
-    user: torch.Tensor
-    text: torch.Tensor
-
-
 class Evidence:
-    """The events of N users, read by blocks of users: histories are tokenized when they are read.
+    """The events of N users, read by blocks of users as a list of (route, text, user): text int64 [R] of that
+    route is evidence of user int64 [R].
 
-    Texts are a list of (route, pairs). --evidence items, review: each event is a text of its own, so that
-    p(H | θ) = Π p(item | θ) as in Fig. 2. --evidence history: a user's latest items are one text.
+    --evidence items, review: each event is a text of its own, so that p(H | θ) = Π p(item | θ) as in Fig. 2.
+    --evidence history: a user's latest items are one text, tokenized when it is read.
     """
 
     def __init__(self, args, tokenizer, routes, events, num_users):
-        self.args, self.tokenizer, self.routes = args, tokenizer, routes
-        self.events = events.select(torch.argsort(events.user, stable=True))
-        self.first = torch.searchsorted(self.events.user, torch.arange(num_users + 1))  # [N + 1]
+        self.tokenizer, self.routes, self.num_users = tokenizer, routes, num_users
+        self.is_history = args.evidence == "history"
+        events = events.select(torch.argsort(events.user, stable=True))
+        if self.is_history:
+            user = pd.Series(events.user.numpy())
+            is_latest = user.groupby(user).cumcount(ascending=False) < args.max_history
+            events = events.select(torch.tensor(is_latest.to_numpy()))
+        self.events = events
+        self.first = torch.searchsorted(events.user, torch.arange(num_users + 1))  # [N + 1]
 
     def of_users(self, first, last):
-        """The evidence of the users first … last - 1"""
-        return self.of_events(self.events.select(slice(self.first[first], self.first[last])))
-
-    def of_selected(self, users):
-        """The evidence of these users: int64 [U]"""
-        return self.of_events(self.events.select(torch.isin(self.events.user, users)))
+        """The evidence of the users first … last - 1, who are counted from 0"""
+        events = self.events.select(slice(self.first[first], self.first[last]))
+        return self.of_events(events._replace(user=events.user - first))
 
     def of_events(self, events):
-        if self.args.evidence == "history":
-            return [self._histories(route, events) for route in self.routes]
-        evidence = []
-        for route in self.routes:
-            has_text = route.has_text(events)
-            pairs = Pairs(events.user[has_text], route.text_index(events)[has_text])
-            evidence.append((route, pairs))
-        return evidence
+        read = self._histories if self.is_history else self._single_texts
+        evidence = [read(route, events) for route in self.routes if len(events.user)]
+        return [part for part in evidence if len(part[1])]
+
+    def _single_texts(self, route, events):
+        events = events.select(route.has_text(events))
+        return route, route.text_index(events), events.user
 
     def _histories(self, route, events):
-        """A route whose texts are the users' histories, one each, and the pairs"""
-        frame = pd.DataFrame({"user": events.user.numpy(), "text": route.text_index(events).numpy()})
-        latest = frame.groupby("user")["text"].agg(lambda texts: list(texts)[-self.args.max_history:])
-        pieces = [sum((route.pieces[index] for index in history), []) for history in latest]
-        texts, user = tokenize(self.tokenizer, pieces), torch.tensor(latest.index.to_numpy())
-        has_text = texts.num_scored_tokens() > 0
-        pairs = Pairs(user[has_text], torch.arange(len(user))[has_text])
-        return Route(route.fields, route.may_read, route.num_levels, pieces, texts), pairs
+        """With a route whose texts are the users' histories, one each"""
+        histories = route.texts_by_user(events)
+        pieces = [sum((route.pieces[index] for index in history), []) for history in histories]
+        texts, user = tokenize(self.tokenizer, pieces), torch.tensor(histories.index.to_numpy())
+        text = (texts.num_scored_tokens() > 0).nonzero()[:, 0]
+        return Route(route.fields, route.may_read, route.num_levels, pieces, texts), text, user[text]
 
     def counts(self):
         """How many texts are evidence of each user's profiles: int64 [N, P]; a history is one text"""
-        num_users = len(self.first) - 1
         counts = 0
         for route in self.routes:
             user = self.events.user[route.has_text(self.events)]
-            num_texts = torch.bincount(user, minlength=num_users)
-            if self.args.evidence == "history":
-                num_texts = num_texts.clamp(max=1)
-            counts = counts + num_texts[:, None] * route.may_read
+            num_texts = torch.bincount(user, minlength=self.num_users)[:, None]
+            counts = counts + (num_texts.clamp(max=1) if self.is_history else num_texts) * route.may_read
         return counts
 
     def check_lengths(self, prompt):
-        """Exit when a text and its prompt are longer than the LLM's context; say what histories leave out."""
-        most = self.args.max_history
+        """Exit when a text and its prompt are longer than the LLM's context."""
         for route in self.routes:
-            prompt.check_context(route.texts.length, "text",
-                                 "shorten it or take a LLM with a longer context")
-            if self.args.evidence == "history":
-                length = pd.Series(route.texts.length[route.text_index(self.events)].numpy())
-                history = length.groupby(self.events.user.numpy()).agg(lambda rows: rows[-most:].sum())
-                prompt.check_context(torch.tensor(history.to_numpy()), "history",
+            prompt.check_context(route.texts.length, "text", "shorten it or take a LLM with a longer context")
+            if self.is_history:
+                length = route.texts.length[route.text_index(self.events)]
+                prompt.check_context(torch.bincount(self.events.user, length).long(), "history",
                                      "lower --max-history or take a LLM with a longer context")
-        if self.args.evidence == "history":
-            num_longer = int((torch.bincount(self.events.user) > most).sum())
-            print(f"history: the latest {most} rows of each user; {num_longer:,} users had more")
-
-
-def incidence(user, text, shape):
-    """How often each user has each text, in the order of texts: sparse matrix of `shape` [N, texts]
-
-    So a user's sum over their texts has the same bits whoever else is in it.
-    """
-    matrix = sparse.coo_matrix((np.ones(len(user)), (user.numpy(), text.numpy())), shape=shape).tocsr()
-    matrix.sum_duplicates()
-    return matrix

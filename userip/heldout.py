@@ -2,24 +2,22 @@
 
 import torch
 
-from userip.evidence import select_events
 
-
-def heldout_events(interactions, level, routes, limit, seed):
+def heldout_events(interactions, rows, routes, limit, seed):
     """Validation rows with any text, at most `limit`: Events of half the users, to choose with, and of the
-    other half, to report.
+    other half, to report. rows: all interactions as Events.
     """
     valid = interactions[interactions["split"] == "valid"]
-    sample = valid.sample(min(limit, len(valid)), random_state=seed)
-    events = select_events(interactions, interactions.index.isin(sample.index), level)
-    has_text = sum(route.texts.num_scored_tokens()[route.text_index(events)] for route in routes) > 0
+    sample = valid.sample(min(limit, len(valid)), random_state=seed).sort_index()
+    events = rows.select(torch.tensor(sample.index.to_numpy()))
+    has_text = sum(route.has_text(events).int() for route in routes) > 0
     return [events.select(has_text & (events.user % 2 == half)) for half in (0, 1)]
 
 
 def heldout_nll(run, profiles, events, is_blind=False):
     """NLL of held-out rows under a profile each: profiles [R, P, S D] -> nats, scored tokens [R, routes]
 
-    run: args, prompt and routes of stage 2. is_blind: no text may read a profile.
+    is_blind: no text may read a profile.
     """
     nats, tokens = (torch.zeros(len(events.user), len(run.routes)) for _ in range(2))
     with torch.no_grad():
@@ -43,8 +41,7 @@ def interval(difference, tokens):
 
 
 def print_heldout(nats, tokens, routes):
-    """Print the NLLs per token of each set of profiles, and what the user's own profile gains over the shared
-    and a shuffled one -> dict of these numbers
+    """Print the NLLs per token of sets of profiles and what the own profile gains -> dict of these numbers
 
     nats: {"none", "shared", "shuffled", "own": [R, routes]}; tokens [R, routes]; routes: their names.
     """
@@ -53,11 +50,9 @@ def print_heldout(nats, tokens, routes):
           + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
     for name in ("shared", "shuffled"):
         difference = nats["own"] - nats[name]
-        mean, half = interval(difference.sum(1), tokens.sum(1))
-        means[f"own_minus_{name}"] = [mean, half]
+        mean, half = means[f"own_minus_{name}"] = interval(difference.sum(1), tokens.sum(1))
         line = f"  own - {name}: {mean:+.4f} ± {half:.4f} (95%)"
-        if mean + half >= 0:
-            line += "  <- no sure sign that profiles know their users"
+        line += "  <- no sure sign that profiles know their users" * (mean + half >= 0)
         if len(routes) > 1:
             line += " |"
             for column, route in enumerate(routes):

@@ -6,36 +6,38 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from torch import nn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
+                          PreTrainedTokenizerFast)
 
 from userip.artifacts import fail
-
-# transformers and tokenizers take seconds to import: they are, where a LLM is used
 
 STAMP = "made_from.txt"  # in the tiny LLM's folder: the digest of what it was made from
 TINY = {"batch": 24, "length": 96, "lr": 2e-3, "width": 128, "layers": 4, "vocabulary": 2048, "context": 512}
 
 
 def load_llm(args, llm, device="cpu", **model_options):
-    """Hub name, folder or "tiny" -> (model, tokenizer): frozen, in eval mode, bfloat16 on CUDA, else float32.
-
-    "tiny" is the one that stage 2 pretrained into run_dir/tiny_llm. Exits with code 2 when a folder lacks
-    weights or tokenizer, or a hub name cannot be loaded.
-    """
+    """Hub name, folder or "tiny" (run_dir/tiny_llm) -> frozen model (bfloat16 on CUDA), tokenizer"""
     source = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm
     if (llm == "tiny" or llm.startswith(("/", ".", "~"))) and not Path(source).is_dir():
         fail(f"--llm {llm}: there is no folder {source}; "
              + ("run stage 2 again" if llm == "tiny" else "give a folder or a hub name"))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tokenizer = _load(llm, "tokenizer", lambda: AutoTokenizer.from_pretrained(source))
-    model = _load(llm, "weights", lambda: AutoModelForCausalLM.from_pretrained(source, dtype=dtype,
-                                                                               **model_options))
+    dtype, part = torch.bfloat16 if device == "cuda" else torch.float32, "tokenizer"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        part = "weights"
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **model_options)
+    except Exception as error:  # for one cause transformers raises OSError, ValueError, KeyError and others
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        fail(f"--llm {llm}: no {part} could be loaded ({reason}); give a folder that save_pretrained "
+             f"wrote for both model and tokenizer, a hub name, or --llm tiny")
     if not tokenizer.is_fast or len(tokenizer) < 3:
         fail(f"--llm {llm}: no tokenizer.json in it, which tells the tokens' positions in the text; "
              f"save a fast tokenizer there")
@@ -46,20 +48,8 @@ def load_llm(args, llm, device="cpu", **model_options):
     return fuse(model).to(device).eval().requires_grad_(False), tokenizer
 
 
-def _load(llm, part, load):
-    """load(), or exit code 2. For one cause transformers raises OSError, ValueError, KeyError and others."""
-    try:
-        return load()
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        fail(f"--llm {llm}: no {part} could be loaded ({reason}); give a folder that save_pretrained "
-             f"wrote for both model and tokenizer, a hub name, or --llm tiny")
-
-
 def fuse(model):
-    """The model with GPT-2's GELU and Llama's RMSNorm in one call each instead of six to eight: the same
-    functions, in a fraction of the time and of the memory traffic.
-    """
+    """The model with GPT-2's GELU and Llama's RMSNorm in one call each instead of six to eight"""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
@@ -72,10 +62,7 @@ def fuse(model):
 
 
 def choose_llm():
-    """--llm auto: Llama-2-7B with CUDA and its weights here, else GPT-2 if here or reachable, else tiny.
-
-    Returns the name and the reason.
-    """
+    """--llm auto: Llama-2-7B with CUDA and weights, GPT-2 if here or reachable, or tiny -> name, reason"""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
@@ -87,33 +74,24 @@ def choose_llm():
     if is_here("gpt2", "model.safetensors"):
         return "gpt2", "its weights are on this machine"
     if not HF_HUB_OFFLINE:
-        host = ENDPOINT.split("://")[-1].split("/")[0]
-        name, _, port = host.partition(":")
+        hub = urlsplit(ENDPOINT)
         try:
-            socket.create_connection((name, int(port or 443)), timeout=3).close()
-            return "gpt2", f"it can be fetched from {host}"
+            socket.create_connection((hub.hostname, hub.port or 443), timeout=3).close()
+            return "gpt2", f"it can be fetched from {hub.netloc}"
         except OSError:
             pass
     return "tiny", ("no other LLM is on this machine and the model hub cannot be reached; "
                     "it is pretrained on the train items")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the tiny LLM
-# ----------------------------------------------------------------------------------------------------------
-
-
 def tiny_stamp(run_dir):
-    """The digest of what run_dir/tiny_llm was made from; an empty text where there is none"""
+    """The digest of what run_dir/tiny_llm was made from; "" where there is none"""
     path = Path(run_dir) / "tiny_llm" / STAMP
     return path.read_text() if path.exists() else ""
 
 
 def train_tokenizer(texts):
     """A byte-level BPE tokenizer of GPT-2's kind"""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=TINY["vocabulary"], min_frequency=5, show_progress=False,
@@ -126,13 +104,10 @@ def train_tokenizer(texts):
 def pretrain_tiny(folder, histories, prompt_texts, num_steps, seed):
     """A 4-layer GPT-2 of width 128, pretrained on the train items' texts -> loss by step
 
-    histories: a list of texts per user. The LLM reads a user's items in random order, so that it learns which
-    go together, as a large LLM knows from the world; random offsets train all positions. prompt_texts: the
-    profiles' texts and, last, the task text. About a minute on two cores.
+    histories: a list of texts per user, read in random order, so that the LLM learns which go together, as a
+    large one knows from the world; random offsets train all positions. prompt_texts: the profiles' texts and,
+    last, the task text.
     """
-    from tqdm import tqdm
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     rng = np.random.default_rng([seed, 3])
     corpus = [text for history in histories for text in history]
     corpus += (1 + len(corpus) // 50) * prompt_texts  # often enough to become whole words
@@ -148,11 +123,9 @@ def pretrain_tiny(folder, histories, prompt_texts, num_steps, seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=TINY["lr"], weight_decay=0.01, betas=(0.9, 0.95),
                                   fused=True)
     warmup = min(0.9, max(0.1, 1.5 / num_steps))  # share of the steps; less than one step would divide by 0
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], total_steps=num_steps,
-                                                   pct_start=warmup)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["lr"], num_steps, pct_start=warmup)
     num_tokens, stream, curve = TINY["batch"] * TINY["length"], [], []
-    bar = tqdm(range(num_steps), desc="pretrain tiny", unit="step", mininterval=2)
-    for step in bar:
+    for _ in tqdm(range(num_steps), desc="pretrain tiny", unit="step", mininterval=2):
         while len(stream) < num_tokens:
             for user in rng.permutation(len(histories)):
                 order = rng.permutation(len(histories[user]))
@@ -168,18 +141,13 @@ def pretrain_tiny(folder, histories, prompt_texts, num_steps, seed):
         optimizer.step()
         schedule.step()
         curve.append(loss.item())
-        if step % 50 == 49:
-            bar.set_postfix(loss=f"{curve[-1]:.3f}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return curve
 
 
 def make_tiny_llm(args, histories, prompt_texts):
-    """run_dir/tiny_llm, pretrained on this run's train rows; kept if the same texts and seed made it before.
-
-    histories, prompt_texts: see pretrain_tiny. It reads what users had in the form in which prompts say it.
-    """
+    """run_dir/tiny_llm, pretrained on this run's train rows; kept if the same texts and seed made it"""
     recipe = json.dumps([histories, prompt_texts[:-1], prompt_texts[-1], args.tiny_steps, args.seed, TINY])
     digest = hashlib.sha256(recipe.encode()).hexdigest()
     folder = Path(args.run_dir) / "tiny_llm"

@@ -1,22 +1,13 @@
 """The codebook as a prior of the profiles (eq. 7): EM, one round per turn of stages 2 and 3."""
 
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 
 from userip.artifacts import fail, read_artifacts
 from userip.heldout import heldout_nll
 from userip.progress import Profiles
-
-
-class Prior(NamedTuple):
-    """One profile's codebook [K, C'], transform [S D, C'] and mean [S D]; shared [C']: θ̄ transformed"""
-
-    codebook: torch.Tensor
-    transform: torch.Tensor
-    mean: torch.Tensor
-    shared: torch.Tensor
 
 
 def read_codebook(args):
@@ -30,16 +21,17 @@ def read_codebook(args):
 
 
 def make_prior(args, codebook, names, shared):
-    """The codebook as a list of Prior, shared [P, S D]; empty without --prior"""
+    """The codebook and θ̄, shared [P, S D] -> a list of namespaces of codebook [K, C'], transform [S D, C'],
+    mean [S D], shared [C'] (θ̄ transformed); empty without --prior
+    """
     if codebook and list(codebook) != list(names):
         fail(f"--prior {args.prior} has the profiles {', '.join(codebook)}, not {', '.join(names)}")
-    prior = []
-    for k, part in enumerate(codebook.values()):
-        transform, mean = part["transform"], part["mean"]
-        if len(transform) != shared.shape[1]:
-            fail(f"--prior {args.prior} is of profiles {len(transform)} wide, not {shared.shape[1]}: "
+    prior = [SimpleNamespace(**part) for part in codebook.values()]
+    for part, soft in zip(prior, shared):
+        if len(part.mean) != len(soft):
+            fail(f"--prior {args.prior} is of profiles {len(part.mean)} wide, not {len(soft)}: "
                  f"take the same --llm and --soft-tokens as before")
-        prior.append(Prior(part["codebook"], transform, mean, (shared[k] - mean) @ transform))
+        part.shared = (soft - part.mean) @ part.transform
     return prior
 
 
@@ -54,8 +46,8 @@ def nearest_coordinates(sums, counts, centers):
     """
     result = torch.zeros_like(sums)
     for k, center in enumerate(centers):
-        # the subspace in which codewords differ
-        subspace = torch.linalg.pinv(center - center.mean(0)) @ (center - center.mean(0))
+        difference = center - center.mean(0)
+        subspace = torch.linalg.pinv(difference) @ difference  # in which codewords differ
         mean = sums[:, k] / counts[:, k].clamp(min=1)[:, None]
         nearest = torch.cdist(mean @ subspace, center @ subspace).argmin(1)
         result[:, k] = center[nearest] * (counts[:, k] > 0)[:, None]
@@ -92,9 +84,7 @@ def prior_loss(profiles, prior, pull, noise):
 
 def descend(run, prior, profiles, pull, noise, num_sample=3000):
     """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
-    far as it falls -> Profiles, (L_LM, λ L_Q) per train row
-
-    L_LM is measured with the LLM on the same sample of train rows in every round.
+    far as it falls -> Profiles, (L_LM, λ L_Q) per train row. L_LM is of the same rows in every round.
     """
     path, train = Path(run.args.run_dir) / "profiles.pt", run.observed.train
     if not path.exists():
@@ -113,8 +103,9 @@ def descend(run, prior, profiles, pull, noise, num_sample=3000):
 
     objective = {}
     for length in (1.0, 0.5, 0.25, 0.0):
-        nats, _ = heldout_nll(run, between(length).full(events.user), events)
-        penalty = sum(float(prior_loss(between(length).full(users), prior, pull, noise))
+        full = between(length).full
+        nats, _ = heldout_nll(run, full(events.user), events)
+        penalty = sum(float(prior_loss(full(users), prior, pull, noise))
                       for users in torch.arange(profiles.shape[1]).split(2**14))
         objective[length] = float(nats.sum() / len(events.user)), penalty / len(train.user)
     best = min(objective, key=lambda length: sum(objective[length]))

@@ -45,7 +45,7 @@ def read_profiles(args, stored, rows, defaults):
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
     routes = options.get("route", ["none"])
     routes = ["rating"] * len(names) if routes == ["none"] else routes
-    has_ratings = options.get("ratings", "none") != "none"
+    has_ratings = options.get("ratings", False)
     reads_ratings = [has_ratings and "rating" in route.split("+") for route in routes]
     sizes = args.codes or [8 if reads else 3 if k == 1 else 4 for k, reads in enumerate(reads_ratings)]
     if "prior" in stored:  # no option may be changed

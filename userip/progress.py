@@ -28,9 +28,9 @@ def join_processes():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they only wait for each other
-        if rank:
-            sys.stdout = open(os.devnull, "w")
-            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     return rank, world
 
 
@@ -40,8 +40,7 @@ def recipe_of(args, prompt, inputs):
     for name, weight in prompt.model.named_parameters():  # a sample of each is enough to tell two LLMs apart
         sample = weight.flatten()[::max(1, weight.numel() // 1024)].float().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-    options = {option_name(name): value for name, value in vars(args).items()
-               if name not in ("run_dir", "estimate")}
+    options = {option_name(name): value for name, value in vars(args).items() if name != "run_dir"}
     digests = {name: sha256_of(Path(args.run_dir) / name) for name in inputs}
     return options | digests | {"LLM": digest.hexdigest(), "torch": torch.__version__,
                                 "transformers": transformers.__version__, "device": str(prompt.device)}
@@ -51,9 +50,7 @@ class Progress:
     """Finished pieces of a run in RUN_DIR/progress, so that a killed run goes on where it stood.
 
     recipe: all that decides the numbers; pieces of another recipe are deleted. The generator goes on behind a
-    piece that was read as if it had just been computed. Of several processes the first computes what all
-    need; blocks are dealt out. When memory does not suffice, a piece is begun again with half the tokens per
-    batch.
+    piece that was read as if it had just been computed.
     """
 
     def __init__(self, args, recipe, generator, rank=0, world=1):
@@ -62,20 +59,19 @@ class Progress:
         manifest = self.folder / "recipe.json"
         if rank == 0:
             recipe = json.loads(json.dumps(recipe, default=str))
-            before = json.loads(manifest.read_text()) if manifest.exists() else None
-            changed = [key for key in recipe if before and recipe[key] != before["recipe"].get(key)]
-            if changed:
-                print(f"unfinished work in {self.folder} had another {changed[0]} "
-                      f"({before['recipe'].get(changed[0])}, now {recipe[changed[0]]}): it starts anew")
-            if before and not changed:
-                num_done = len(list(self.folder.glob("*.pt")))
-                print(f"going on with the unfinished run in {self.folder}: {num_done} pieces are done")
-            else:
+            before = json.loads(manifest.read_text())["recipe"] if manifest.exists() else recipe
+            if changed := [key for key in recipe if recipe[key] != before.get(key)]:
+                print(f"unfinished work in {self.folder} had another {changed[0]} ({before.get(changed[0])}, "
+                      f"now {recipe[changed[0]]}): it starts anew")
+            if changed or not manifest.exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
+                content = {"recipe": recipe, "tokens_per_batch": args.tokens_per_batch}
                 with whole_file(manifest) as file:
-                    file.write(json.dumps({"recipe": recipe,
-                                           "tokens_per_batch": args.tokens_per_batch}).encode())
+                    file.write(json.dumps(content).encode())
+            else:
+                num_done = len(list(self.folder.glob("*.pt")))
+                print(f"going on with the unfinished run in {self.folder}: {num_done} pieces are done")
         self._wait()
         args.tokens_per_batch = json.loads(manifest.read_text())["tokens_per_batch"]
 
@@ -83,51 +79,47 @@ class Progress:
         if self.world > 1:
             dist.barrier()
 
-    def _path(self, name):
-        return self.folder / f"{name}.pt"
-
-    def read(self, name):
-        """A finished piece"""
-        return torch.load(self._path(name), weights_only=True)["value"]
+    def read(self, name, key="value"):
+        """A finished piece, or the state of the generator behind it"""
+        return torch.load(self.folder / f"{name}.pt", weights_only=True)[key]
 
     def _write(self, name, function):
-        """Compute and write the piece, unless it is there."""
-        if self._path(name).exists():
-            return
-        piece = {"value": self._with_less_memory(function), "generator": self.generator.get_state()}
-        with whole_file(self._path(name)) as file:
-            torch.save(piece, file)
+        """Compute the piece, unless it is there."""
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            piece = {"value": self._with_less_memory(function), "generator": self.generator.get_state()}
+            with whole_file(path) as file:
+                torch.save(piece, file)
 
     def _with_less_memory(self, function):
         """function(); when memory does not suffice, again with half the tokens per batch."""
+        state = self.generator.get_state()
         while True:
-            state = self.generator.get_state()
             try:
                 return function()
             except (RuntimeError, MemoryError) as error:  # torch's own are RuntimeErrors
                 if not re.search(r"out of memory|not enough memory|can't allocate", str(error), re.I):
                     raise
-                self.args.tokens_per_batch //= 2
+            self.args.tokens_per_batch //= 2  # here the error is gone, and with it all that it held
             if self.args.tokens_per_batch < 16:
                 fail("memory does not suffice for 16 tokens: take a smaller LLM or a larger machine")
             print(f"out of memory: going on with --tokens-per-batch {self.args.tokens_per_batch}")
             self.generator.set_state(state)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def compute(self, name, function):
         """What function() returns, computed once, by the first process"""
         if self.rank == 0:
             self._write(name, function)
         self._wait()
-        piece = torch.load(self._path(name), weights_only=True)
-        self.generator.set_state(piece["generator"])
-        return piece["value"]
+        self.generator.set_state(self.read(name, "generator"))
+        return self.read(name)
 
-    def compute_blocks(self, name, num_blocks, function):
-        """function(i) for each block i, dealt to the processes; block i is then read as name-i"""
-        for index in range(self.rank, num_blocks, self.world):
-            self._write(f"{name}-{index}", functools.partial(function, index))
+    def compute_blocks(self, name, blocks, unit, function):
+        """function(block) for each block of indices, dealt to the processes; read as name-0, name-1, …"""
+        for index in tqdm(range(self.rank, len(blocks), self.world), desc=name, unit=unit,
+                          unit_scale=len(blocks[0]), mininterval=2):
+            self._write(f"{name}-{index}", lambda: function(blocks[index]))
         self._wait()
 
     def clear(self):
@@ -138,8 +130,7 @@ class Progress:
 
 
 class Profiles(NamedTuple):
-    """Profiles that need not fit into memory: shape (F + 1, N, P, S D), read(fold, users [U]) -> [U, P, S D]
-
+    """Profiles that need not fit into memory: shape (F + 1, N, P, S D), read(fold, users [U]) -> [U, P, S D].
     Fold f has all evidence but that of fold f; the last one has all.
     """
 
@@ -155,6 +146,3 @@ class Profiles(NamedTuple):
         for fold in range(self.shape[0]):
             for users in torch.arange(self.shape[1]).split(size):
                 yield self.read(fold, users)
-
-    def all(self):
-        return torch.cat(list(self.blocks())).view(self.shape)

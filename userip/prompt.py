@@ -12,10 +12,8 @@ MAX_LOGITS = 2**25  # numbers of logits held at a time
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of tokens that come before those of a forward pass.
-
-    parts: one list per group of such tokens, of (keys, values) [B or 1, heads, T, width] by layer. `new`
-    takes the keys and values of the pass itself.
+    """Keys and values of tokens that come before those of a forward pass: parts, one list per group of such
+    tokens, of (keys, values) [B or 1, heads, T, width] by layer. `new` takes those of the pass itself.
     """
 
     def __init__(self, config, *parts):
@@ -35,8 +33,7 @@ class PrefixCache(DynamicCache):
 class HeadNLL(torch.autograd.Function):
     """-log softmax(hidden Wᵀ)[target]: hidden [R, D], head Linear to V, target [R] -> float32 [R]
 
-    In chunks, so that no [R, V] is ever held. The gradient with respect to `hidden` is computed on the way;
-    the frozen head needs none.
+    In chunks, so that no [R, V] is ever held. The gradient for `hidden` is computed on the way.
     """
 
     @staticmethod
@@ -64,10 +61,9 @@ class HeadNLL(torch.autograd.Function):
 
 
 class Prompt:
-    """[N_1 θ_1 N_2 θ_2 … D] H around a frozen LLM, with the mask of Fig. 4; S soft tokens per θ_k.
+    """llm: (model, tokenizer); profiles: {name: its text N_k}; task_text: D. L is the length without H.
 
-    llm: (model, tokenizer); profiles: {name: its text N_k}; task_text: D. L is the length of the prompt
-    without H. Under the mask no θ reaches the names nor the task text but its last token: their keys and
+    Under the mask of Fig. 4 no θ reaches the names nor the task text but its last token: their keys and
     values are computed once, and those of a user's θ once for all texts of the user.
     """
 
@@ -77,8 +73,7 @@ class Prompt:
         self.model, self.device, self.mask = model, model.device, mask
         self.body, self.head = model.base_model, model.get_output_embeddings()
         self.embed = model.get_input_embeddings()
-        # per dimension: GPT-2 .14, Llama-2 .02
-        self.scale = float(self.embed.weight.float().square().mean().sqrt())
+        self.scale = float(self.embed.weight.float().square().mean().sqrt())  # GPT-2 .14, Llama-2 .02
         self._lay_out(tokenizer, profiles, task_text)
         self._check_head()
         if mask == "fig4":
@@ -86,14 +81,14 @@ class Prompt:
             everyone = torch.ones(1, self.num_profiles, dtype=torch.bool, device=self.device)
             self.allowed = fig4_mask(self.segment, self.is_soft, everyone)[0, 0]  # [L, L]
             with torch.no_grad():
-                self.fixed_keys = self._run(self.embedding[None, self.fixed], self.fixed, self.fixed)[1]
+                self.fixed_keys = self._keys(self.embedding[None, self.fixed], self.fixed, self.fixed)
 
     def _lay_out(self, tokenizer, profiles, task_text):
         """The tokens of the prompt: segment, position, is_soft [L], soft_positions [P S], embedding [L, D]"""
         # every text that begins blind begins as the LLM was trained to begin: with its BOS, if it has one
         bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
         plain = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-        blocks = [[*bos, *plain(text), *[0] * self.num_soft] for text in profiles.values()]  # 0: a soft token
+        blocks = [[*bos, *plain(text), *[-1] * self.num_soft] for text in profiles.values()]  # -1: soft token
         blocks.append([*bos, *plain(task_text)])
         # differs from the paper: positions start anew in each profile block, so that a profile cannot even
         # tell how long the other's name is; the task text goes on behind the longest block
@@ -104,11 +99,10 @@ class Prompt:
         as_tensor = lambda rows: torch.tensor([number for row in rows for number in row], device=self.device)
         self.segment = as_tensor([index] * len(block) for index, block in enumerate(blocks))
         self.position = as_tensor(range(start, start + len(block)) for start, block in zip(starts, blocks))
-        ends = np.cumsum([len(block) for block in blocks[:-1]])
-        self.soft_positions = as_tensor(range(end - self.num_soft, end) for end in ends.tolist())
-        self.is_soft = torch.zeros_like(self.segment, dtype=torch.bool)
-        self.is_soft[self.soft_positions] = True
-        self.embedding = self.embed(as_tensor(blocks)).detach()
+        ids = as_tensor(blocks)
+        self.is_soft = ids < 0
+        self.soft_positions = self.is_soft.nonzero()[:, 0]
+        self.embedding = self.embed(ids.clamp(min=0)).detach()
 
     def _check_head(self):
         """Exit when the LLM does more to its last hidden states than multiply them by the head."""
@@ -156,65 +150,48 @@ class Prompt:
 
     # -- the short way, under the mask of Fig. 4: what texts share is computed once -----------------------
 
-    def _run(self, embeddings, positions, keys, *parts):
-        """Some tokens of the prompt through the LLM: embeddings [B, T, D] of `positions` [T], which
-        attend to the tokens `keys` [T'] as Fig. 4 allows -> hidden [B, T, D], keys and values by layer
-
-        parts: the keys and values of all of `keys` but the last T, which are the tokens themselves.
+    def _keys(self, embeddings, positions, visible, *parts):
+        """Keys and values by layer of the tokens at `positions` [T], embedded [B, T, D], which attend to
+        those at `visible` [T'] as Fig. 4 allows. parts: keys and values of all of `visible` but the last T.
         """
-        mask = self.allowed[positions][:, keys].expand(len(embeddings), 1, -1, -1)
+        mask = self.allowed[positions][:, visible].expand(len(embeddings), 1, -1, -1)
         cache = PrefixCache(self.model.config, *parts)
-        hidden = self.body(inputs_embeds=embeddings, attention_mask=mask, use_cache=False,
-                           position_ids=self.position[positions][None],
-                           past_key_values=cache).last_hidden_state
-        return hidden, cache.new
-
-    def _readable(self, may_read):
-        """The positions of the soft tokens that may be read: [P' S]"""
-        return self.soft_positions.view(self.num_profiles, self.num_soft)[may_read].flatten()
+        self.body(inputs_embeds=embeddings, attention_mask=mask, use_cache=False,
+                  position_ids=self.position[positions][None], past_key_values=cache)
+        return cache.new
 
     def soft_keys(self, soft, may_read):
-        """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width]
-
-        An empty list where none is read, or where they depend on other tokens (plain causal mask).
+        """Keys and values of the θ that may be read, soft [U, P, S D]: by layer, [U, heads, P' S, width];
+        none under a plain causal mask, where they depend on other tokens
         """
-        may_read, soft = may_read.to(self.device), soft.to(self.device)
         if self.mask != "fig4" or not may_read.any():
             return []
-        readable = self._readable(may_read)
+        readable = self.soft_positions.view(-1, self.num_soft)[may_read].flatten()  # [P' S]
         theta = soft[:, may_read].to(self.embedding.dtype).reshape(len(soft), len(readable), -1)
-        return self._run(theta, readable, torch.cat([self.fixed, readable]), self.fixed_keys)[1]
+        return self._keys(theta, readable, torch.cat([self.fixed, readable]), self.fixed_keys)
 
-    def hidden_cached(self, may_read, ids, owner, keys, part=None):
-        """The same as hidden_full, from keys = soft_keys(soft, may_read) -> [B, T, D]
-
-        part [B, T]: the texts of a row that holds several (pack_by_user). None sees another, and each begins
-        at the position at which a text alone begins.
-        """
-        before, parts = torch.cat([self.fixed, self._readable(may_read)]), [self.fixed_keys]
+    def hidden_cached(self, ids, owner, keys):
+        """The same as hidden_full, from keys = soft_keys(soft, may_read) -> [B, T, D]"""
+        (batch, num_tokens), parts = ids.shape, [self.fixed_keys]
         if keys:
             parts.append([tuple(part.index_select(0, owner) for part in layer) for layer in keys])
-        part = torch.zeros_like(ids[:1]) if part is None else part  # [1 or B, T], -1 at pads
-        step = torch.arange(ids.shape[1], device=self.device)
-        is_first = part != F.pad(part[:, :-1], (1, 0), value=-2)
-        offset = step - torch.where(is_first, step, 0).cummax(1).values  # within its text [1 or B, T]
+        cache = PrefixCache(self.model.config, *parts)
         # the last task token predicts the first token of a text, and each token of the text the next
-        inputs = torch.where(is_first[..., None], self.embedding[-1], self.embed(F.pad(ids[:, :-1], (1, 0))))
-        mask = (part[:, :, None] == part[:, None, :]) & (step[:, None] >= step)  # [1 or B, T, T]
-        mask = F.pad(mask, (len(before), 0), value=True)[:, None].expand(len(ids), -1, -1, -1)
-        return self.body(inputs_embeds=inputs, attention_mask=mask, position_ids=self.position[-1] + offset,
-                         past_key_values=PrefixCache(self.model.config, *parts),
-                         use_cache=False).last_hidden_state
+        inputs = torch.cat([self.embedding[-1].expand(batch, 1, -1), self.embed(ids[:, :-1])], 1)
+        mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=self.device).tril()
+        mask = F.pad(mask, (cache.get_seq_length(), 0), value=True).expand(batch, 1, -1, -1)  # [B, 1, T, T']
+        position = self.position[-1] + torch.arange(num_tokens, device=self.device)
+        return self.body(inputs_embeds=inputs, attention_mask=mask, position_ids=position[None],
+                         past_key_values=cache, use_cache=False).last_hidden_state
 
     # -- the likelihood -----------------------------------------------------------------------------------
 
     def nll(self, soft, texts, may_read, owner=None, keys=None):
         """-log P(h_t | h_<t, N, θ, D) of each evidence token (eq. 4): soft [U, P, S D], texts [B, T],
-        may_read [P] -> float32 [B, T]
+        may_read [P] -> float32 [B, T], 0 at pads and context
 
-        0 at pads and context: logits are computed only where evidence is predicted. owner [B]: the row of
-        `soft` of each text (default: one after the other, or all of the only one). keys: soft_keys of `soft`,
-        where they are there already.
+        owner [B]: the row of `soft` of each text (default: one after the other, or all of the only one).
+        keys: soft_keys of `soft`, if known.
         """
         ids, field = texts.ids.to(self.device), texts.field.to(self.device)
         may_read = may_read.to(self.device)
@@ -222,9 +199,8 @@ class Prompt:
             owner = torch.arange(len(ids), device=self.device).clamp(max=len(soft) - 1)
         soft, is_scored = soft.to(self.device), field >= 0
         if self.mask == "fig4":
-            part = None if texts.part is None else texts.part.to(self.device)
             keys = self.soft_keys(soft, may_read) if keys is None else keys
-            hidden = self.hidden_cached(may_read, ids, owner, keys, part)
+            hidden = self.hidden_cached(ids, owner, keys)
         else:
             hidden = self.hidden_full(soft, ids, may_read, owner)
         nll = torch.zeros(ids.shape, device=self.device)
@@ -233,29 +209,27 @@ class Prompt:
     def loss(self, soft, route, index, weights, owner=None, keys=None):
         """NLL of these texts of a route [B], tokens weighted by field: weights [len(FIELDS)] -> []"""
         texts = route.texts.select(index)
-        weights = F.pad(weights, (0, 1))  # the field -1 of context and pads reads the last one, 0
-        weight = weights[texts.field].to(self.device)  # [B, T]
+        weight = F.pad(weights, (0, 1))[texts.field].to(self.device)  # [B, T], 0 for the field -1
         return (self.nll(soft, texts, route.may_read, owner, keys) * weight).sum()
 
-    def add_gradient(self, soft, route, owner, weights, max_tokens):
-        """soft.grad += ∇ of the loss of all texts of a route [R], owner [R]: the row of `soft` of each
-
-        The keys and values of each θ are computed once for all batches.
+    def add_gradient(self, soft, route, index, owner, weights, max_tokens):
+        """soft.grad += ∇ of the loss of the texts `index` [R], whose rows of `soft` are owner [R]. The keys
+        and values of each θ are computed once for all batches.
         """
+        owner = owner.to(self.device)
         keys = self.soft_keys(soft, route.may_read)
         leaves = [tuple(part.detach().requires_grad_() for part in layer) for layer in keys]
-        for batch in self.batches(route.texts, torch.arange(len(owner)), max_tokens):
-            cached = leaves if self.mask == "fig4" else None
-            self.loss(soft, route, batch, weights, owner[batch], cached).backward()
+        for batch in self.batches(route.texts, index, max_tokens):
+            self.loss(soft, route, index[batch], weights, owner[batch], leaves).backward()
         if leaves:
             flat = lambda layers: [part for layer in layers for part in layer]
             torch.autograd.backward(flat(keys), [leaf.grad for leaf in flat(leaves)])
 
     def batches(self, texts, index, max_tokens, min_fill=0.85):
-        """Split the texts `index` [R] into batches of about equal length, longest first: yields indices of R.
+        """Split the texts `index` [R] into batches of about equal length, longest first: yields indices of R
 
-        A batch ends at max_tokens or, once it has enough of them to keep the machine busy, before texts
-        shorter than `min_fill` of its longest: padding costs more than a small batch.
+        A batch ends at max_tokens or, once it has enough to keep the machine busy, before texts shorter than
+        `min_fill` of its longest: padding costs more than a small batch.
         """
         enough = 4096 if self.device.type == "cuda" else 256
         lengths = texts.length[index]

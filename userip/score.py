@@ -1,21 +1,28 @@
-"""Scores: the gradient of each text's log-likelihood at θ̄, whitened and summed over the texts of a user.
-
-One backward pass per text of the catalogue serves all users. `run` is what stage 2 fixes before it fits
-anything: args, prompt, routes, observed, progress.
-"""
+"""Scores: the gradient of each text's log-likelihood at θ̄, whitened and summed over the texts of a user."""
 
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.nn import functional as F
-from tqdm import tqdm
+from scipy import sparse
 
-from userip.evidence import Route, incidence
-from userip.texts import FIELDS
+from userip.evidence import FIELDS, Route
 
 BLOCK = 2048  # texts whose scores are one piece of progress
 USERS_AT_ONCE = 2**12  # their sums fit the processor's cache
+
+
+class TextScores(NamedTuple):
+    """The scores of a route's texts for one profile, [R, S D] or in C directions [R, C]. train: what a text
+    adds for a user of the train rows; new: for any other. noise [S D, S D]: covariance of a train row's score
+    """
+
+    route: Route
+    train: torch.Tensor
+    new: torch.Tensor
+    is_scored: torch.Tensor
+    noise: torch.Tensor
 
 
 def text_scores(prompt, route, index, shared, weights, max_tokens):
@@ -28,32 +35,8 @@ def text_scores(prompt, route, index, shared, weights, max_tokens):
     return scores
 
 
-def _scores_in_blocks(run, route, index, shared, weights, name):
-    """The same for many texts, a block at a time, each on disk when it is done"""
-    blocks = index.split(BLOCK)
-    with tqdm(total=len(index), desc=name, unit="text", mininterval=2) as bar:
-
-        def score_block(number):
-            scores = text_scores(run.prompt, route, blocks[number], shared, weights,
-                                 run.args.tokens_per_batch)
-            bar.update(len(scores))
-            return scores[:, route.may_read].clone()
-
-        run.progress.compute_blocks(name, len(blocks), score_block)
-    scores = torch.zeros(len(index), *shared.shape)
-    for number, part in enumerate(scores.split(BLOCK)):
-        part[:, route.may_read] = run.progress.read(f"{name}-{number}")
-    return scores
-
-
-def only(field):
-    """Weight 1 for one field, 0 for all others: [len(FIELDS)]"""
-    return F.one_hot(torch.tensor(FIELDS.index(field)), len(FIELDS)).float()
-
-
 def field_weights(run, shared, num_sample=512):
-    """Bring every field to the same noise: 1 / (root mean square of its score at θ̄ over a sample of texts)
-    -> [len(FIELDS)]
+    """1 / (root mean square of a field's score at θ̄ over a sample of texts): [len(FIELDS)]
 
     # differs from the paper: the scores of fields have variances that depend on the LLM and say nothing about
     # what they know: a title's has more than a category's and knows less of the hobby. In a plain sum the
@@ -64,11 +47,12 @@ def field_weights(run, shared, num_sample=512):
         scored = (route.text_counts(run.observed.train) * route.texts.num_scored_tokens()).nonzero()[:, 0]
         index = scored[torch.randperm(len(scored), generator=run.progress.generator)[:num_sample]]
         for field in route.fields:
-            scores = text_scores(run.prompt, route, index, shared, only(field), run.args.tokens_per_batch)
+            only = torch.tensor([float(other == field) for other in FIELDS])
+            scores = text_scores(run.prompt, route, index, shared, only, run.args.tokens_per_batch)
             noise = (scores - scores.mean(0)).square().sum((1, 2)).mean()
             weights[FIELDS.index(field)] = noise.clamp(min=1e-20).rsqrt()
-    print("field weights: " + "  ".join(f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights)
-                                         if weight))
+    listed = "  ".join(f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights) if weight)
+    print(f"field weights: {listed}")
     return weights
 
 
@@ -85,18 +69,19 @@ def audience(counts, weight=3.0):
     return others / others.sum(2, keepdim=True), all_raters
 
 
-class TextScores(NamedTuple):
-    """The centred scores of a route's texts [R, S D] for one profile, and their noise.
-
-    train: what a text adds for a user of the train rows; new: for any other; is_scored bool [R]; noise
-    [S D, S D]: the covariance of one train row's score.
+def _scores_of(fields, run, route, index, shared, weights):
+    """The scores of these fields' tokens, in blocks of texts, each on disk when it is done -> [R, P, S D], 0
+    but for the texts `index`
     """
-
-    route: Route
-    train: torch.Tensor
-    new: torch.Tensor
-    is_scored: torch.Tensor
-    noise: torch.Tensor
+    scores = torch.zeros(len(route.texts.ids), *shared.shape)
+    if fields:
+        name, blocks = f"scores-{'+'.join(fields)}-of-{route.name}", index.split(BLOCK)
+        weights = weights * torch.tensor([field in fields for field in FIELDS])
+        run.progress.compute_blocks(name, blocks, "text", lambda block: text_scores(
+            run.prompt, route, block, shared, weights, run.args.tokens_per_batch)[:, route.may_read])
+        for number, block in enumerate(blocks):
+            scores[block[:, None], route.may_read.nonzero()[:, 0]] = run.progress.read(f"{name}-{number}")
+    return scores
 
 
 def centred_scores(run, route, shared, weights, shrinkage=1e-3):
@@ -104,24 +89,17 @@ def centred_scores(run, route, shared, weights, shrinkage=1e-3):
 
     Which item a user had is centred by popularity. How a user rated it is centred by how the others rated it
     (for train rows without the user's own rating), so that the user's own deviation remains. If users did not
-    differ, a user's n rows would be n draws, and the sum of their scores would have n times the noise. The
-    noise is also the Fisher information that one row brings.
+    differ, a user's n rows would be n draws, and the sum of their scores would have n times the noise.
     """
     counts, levels = route.text_counts(run.observed.train), route.num_levels
     # all levels of an item are scored where one occurs: the others are those of its audience
     occurs = (route.text_counts(run.observed.own).view(-1, levels).sum(1) > 0).repeat_interleave(levels)
-    index = (occurs & (route.texts.num_scored_tokens() > 0)).nonzero()[:, 0]
+    is_scored = occurs & (route.texts.num_scored_tokens() > 0)
+    index = is_scored.nonzero()[:, 0]
     share = (counts[index] / counts[index].sum()).double()[:, None]
-    is_rating = only("rating").bool()
-    parts = []
-    for mask in (~is_rating, is_rating):
-        part = torch.zeros(len(counts), *shared.shape)
-        fields = [field for field in route.fields if mask[FIELDS.index(field)]]
-        if fields:
-            name = f"scores-{'+'.join(fields)}-of-{route.name}"
-            part[index] = _scores_in_blocks(run, route, index, shared, weights * mask, name)
-        parts.append(part)
-    item_score, rating_score = parts
+    item_score, rating_score = (
+        _scores_of([field for field in route.fields if (field == "rating") == is_rating], run, route, index,
+                   shared, weights) for is_rating in (False, True))
     other_shares, all_shares = audience(counts.view(-1, levels))
     result = {}
     for k in route.may_read.nonzero()[:, 0].tolist():
@@ -135,51 +113,25 @@ def centred_scores(run, route, shared, weights, shrinkage=1e-3):
             new = new + (by_item - all_shares.double()[:, None] @ by_item).flatten(0, 1)
         covariance = (share * train[index]).T @ train[index]
         ridge = shrinkage * covariance.diagonal().mean().clamp(min=1e-20)
-        is_scored = torch.zeros(len(counts), dtype=torch.bool).index_fill(0, index, True)
         noise = (covariance + ridge * torch.eye(len(covariance))).float()
         result[k] = TextScores(route, train.float(), new.float(), is_scored, noise)
     return result
 
 
-class Shared(NamedTuple):
-    """What all users share: soft float32 [P, S D] (θ̄), weights [len(FIELDS)], scores {k: TextScores}, noise
-    [P, S D, S D] (covariance of one text's score), prior (list of Prior; empty without --prior)
+def incidence(user, text, shape):
+    """How often each user has each text, sparse `shape` [N, texts], and how many texts each has, float32 [N].
+    In the order of texts, so that a user's sum over their texts has the same bits in any company.
     """
-
-    soft: torch.Tensor
-    weights: torch.Tensor
-    scores: dict
-    noise: torch.Tensor
-    prior: list
-
-
-# ----------------------------------------------------------------------------------------------------------
-# the few directions of the scores in which users differ
-# ----------------------------------------------------------------------------------------------------------
-
-
-class Coordinates(NamedTuple):
-    """One profile's texts and users in C directions: train, new float32 [R, C] and is_scored [R] as in
-    TextScores, whitened and projected; pull: the prior's weight in texts.
-    """
-
-    route: Route
-    train: torch.Tensor
-    new: torch.Tensor
-    is_scored: torch.Tensor
-    pull: float
+    matrix = sparse.coo_matrix((np.ones(len(user)), (user.numpy(), text.numpy())), shape=shape).tocsr()
+    matrix.sum_duplicates()
+    return matrix, torch.bincount(user, minlength=shape[0]).float()
 
 
 def _user_texts(route, events, is_warm):
-    """Which texts each user has, sparse [N, 2 R], and how many [N]: the first R columns are for users with
-    train rows (is_warm [N]), the last R for others.
-    """
-    num_users, num_texts = len(is_warm), len(route.texts.ids)
-    has_text, text = route.has_text(events), route.text_index(events)
-    user = events.user[has_text]
-    column = torch.where(is_warm[events.user], text, text + num_texts)[has_text]
-    count = torch.bincount(user, minlength=num_users).float()
-    return incidence(user, column, (num_users, 2 * num_texts)), count
+    """The same for a route: [N, 2 R], the last R columns for users without train rows"""
+    events = events.select(route.has_text(events))
+    column = route.text_index(events) + len(route.texts.ids) * ~is_warm[events.user]
+    return incidence(events.user, column, (len(is_warm), 2 * len(route.texts.ids)))
 
 
 def project_scores(user_texts, table, count, noise, is_warm, rank):
@@ -205,36 +157,34 @@ def project_scores(user_texts, table, count, noise, is_warm, rank):
 
 
 def find_coordinates(run, scores):
-    """The coordinates of all profiles: scores {k: TextScores} -> list of Coordinates
-
-    What is estimated over users is estimated over warm ones (with train rows): cold ones are only placed.
+    """The leading C directions of each profile: scores {k: TextScores} -> list of TextScores in these, pull
+    [P] (the prior's weight in texts). All is estimated over warm users: cold ones are only placed.
     """
-    is_warm, result = run.observed.is_warm, []
+    is_warm, coordinates, pulls = run.observed.is_warm, [], []
     for k, name in enumerate(run.prompt.names):
-        route, train, new, is_scored, noise = scores[k]
+        route, train, new, _, noise = scores[k]
         user_texts, count = _user_texts(route, run.observed.own, is_warm)
         projection, eigenvalues = project_scores(user_texts, torch.cat([train, new]), count, noise, is_warm,
                                                  run.args.rank)
         # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
         edge = (1 + math.sqrt(len(noise) / int(is_warm.sum()))) ** 2  # of pure noise (Marchenko and Pastur)
-        above = eigenvalues[eigenvalues > edge]
-        excess = float(above.mean()) - 1 if len(above) else 0.1
-        pull = float(count[is_warm].mean()) / excess if run.args.pull is None else run.args.pull
-        projected = ((table.double() @ projection).float() for table in (train, new))
-        result.append(Coordinates(route, *projected, is_scored, pull))
+        is_above = eigenvalues > edge
+        excess = float(eigenvalues[is_above].mean()) - 1 if is_above.any() else 0.1
+        pulls.append(float(count[is_warm].mean()) / excess if run.args.pull is None else run.args.pull)
+        train, new = ((table.double() @ projection).float() for table in (train, new))
+        coordinates.append(scores[k]._replace(train=train, new=new))
         leading = " ".join(f"{eigenvalue:.2f}" for eigenvalue in eigenvalues[:8])
-        print(f"{name}: pull {pull:.1f} items; "
+        print(f"{name}: pull {pulls[-1]:.1f} items; "
               f"eigenvalues of the whitened scores (noise 1, its edge {edge:.2f}): {leading}")
-    return result
+    return coordinates, torch.tensor(pulls)
 
 
 def user_sums(coordinates, events, is_warm):
     """Σ_i g_i over the texts of each user, and their number: float32 [N, P, C], [N, P]"""
-    user_texts = {c.route.name: _user_texts(c.route, events, is_warm) for c in coordinates}
     sums, counts = [], []
-    for c in coordinates:
-        matrix, count = user_texts[c.route.name]
-        sums.append(torch.from_numpy(matrix @ torch.cat([c.train, c.new]).double().numpy()).float())
+    for part in coordinates:
+        user_texts, count = _user_texts(part.route, events, is_warm)
+        sums.append(torch.from_numpy(user_texts @ torch.cat([part.train, part.new]).double().numpy()).float())
         counts.append(count)
     return torch.stack(sums, 1), torch.stack(counts, 1)
 

@@ -1,49 +1,49 @@
-"""What is fixed before stage 2 fits anything: the LLM in its prompt, the texts, whose evidence they are."""
+"""What is fixed before stage 2 fits anything, and what the run will cost."""
 
-from dataclasses import dataclass
+import os
+import time
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
-from userip.evidence import Evidence, Events, Observed, make_routes, observe, tokenize_routes, user_texts
+from userip.artifacts import read_artifacts
+from userip.evidence import FIELDS, Evidence, join, make_routes, observe, tokenize
+from userip.heldout import heldout_events
 from userip.llm import choose_llm, load_llm, make_tiny_llm
-from userip.progress import Progress
+from userip.prior import read_codebook
+from userip.progress import Progress, recipe_of
 from userip.prompt import Prompt
+from userip.score import text_scores
+
+REVIEW_TOKENS = 15  # of a review's first sentence, at most, as in the released code
 
 
-@dataclass
-class Run:
-    """What is fixed before anything is fitted.
-
-    prompt: the frozen LLM in its prompt; routes: the texts, by the profiles that read them; observed: train
-    and support rows; evidence: of all users without each fold in turn, the last with all rows; tune and
-    report: the two halves of the held-out events.
-    """
-
-    args: SimpleNamespace
-    llm: str
-    profiles: dict
-    prompt: Prompt
-    observed: Observed
-    routes: list
-    evidence: list
-    tune: Events | None = None
-    report: Events | None = None
-    progress: Progress | None = None
+def bytes_per_token(prompt):
+    """What a token of a batch needs until backward has passed: about 22 numbers per layer and dimension"""
+    layers = prompt.model.config.num_hidden_layers
+    return 22 * prompt.embedding.shape[1] * layers * prompt.embedding.element_size()
 
 
-def set_up(args, interactions, items, num_users, rank=0):
-    """Choose, make or load the LLM, and put it into the prompt -> Run"""
-    observed = observe(args, interactions, num_users)
-    profiles = dict(text.split("=", 1) for text in args.profiles)
-    routes = make_routes(args, interactions, items, observed, list(profiles))
+def tokens_that_fit(prompt, share=0.8):
+    """Tokens per batch that fill `share` of the free memory; on a CPU more than 4,096 gain nothing."""
+    if prompt.device.type == "cuda":
+        free, most = torch.cuda.mem_get_info()[0], 2**17
+    else:
+        free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4096
+    return int(max(16, min(most, share * free / bytes_per_token(prompt))))
+
+
+def load_prompt(args, profiles, routes, train, rank):
+    """Choose, make or load the LLM, put it into the prompt, tokenize texts -> name, tokenizer, Prompt"""
     llm = args.llm
     if llm == "auto":
         llm, reason = choose_llm()
         print(f"--llm auto: {llm}, because {reason}")
     if llm == "tiny" and rank == 0:
-        make_tiny_llm(args, user_texts(routes, observed.train), [*profiles.values(), args.task_text])
+        histories = [[join(route.pieces[index]) for index in indices if route.pieces[index]]
+                     for route in routes for indices in route.texts_by_user(train)]
+        make_tiny_llm(args, histories, [*profiles.values(), args.task_text])
     if dist.is_initialized():  # the other processes read what the first has made
         dist.barrier()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,8 +52,70 @@ def set_up(args, interactions, items, num_users, rank=0):
     print(f"LLM: {sum(weight.numel() for weight in model.parameters()):,} parameters, D "
           f"{prompt.embedding.shape[1]}, {prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} "
           f"on {device}; prompt of {len(prompt.segment)} tokens")
-    tokenize_routes(args, tokenizer, routes)
+    for route in routes:
+        route.texts = tokenize(tokenizer, route.pieces, REVIEW_TOKENS if args.evidence == "review" else None)
+    return llm, tokenizer, prompt
+
+
+def set_up(args, rank, world):
+    """Read the artifacts, load the LLM, go on with unfinished work -> the run, a namespace: args; llm, its
+    name; profiles {name: text}; prompt; observed; routes; evidence of all users without each fold, the
+    last with all rows; tune and report, the halves of held-out events; codebook of --prior; progress
+    """
+    inputs = ["interactions.parquet", "items.parquet"]
+    interactions, items = read_artifacts(args, *inputs)
+    codebook, num_users = read_codebook(args), int(interactions["user"].max()) + 1
+    observed = observe(args, interactions, num_users)
+    profiles = dict(text.split("=", 1) for text in args.profiles)
+    routes = make_routes(args, interactions, items, observed, list(profiles))
+    llm, tokenizer, prompt = load_prompt(args, profiles, routes, observed.train, rank)
     own = observed.own
     kept = [*(own.select(own.fold != fold) for fold in range(args.folds)), own]
     evidence = [Evidence(args, tokenizer, routes, events, num_users) for events in kept]
-    return Run(args, llm, profiles, prompt, observed, routes, evidence)
+    evidence[-1].check_lengths(prompt)
+    tune, report = heldout_events(interactions, observed.rows, routes, args.heldout, args.seed)
+    # a GPU wants large batches of texts of one length, which a large block has; profiles are the same
+    args.batch_size = args.batch_size or (1024 if prompt.device.type == "cuda" else 128)
+    # before tokens_per_batch is set: how much memory is free must not decide whether a run goes on
+    recipe = recipe_of(args, prompt, inputs + ["codebook.pt"] * bool(args.prior))
+    args.tokens_per_batch = args.tokens_per_batch or tokens_that_fit(prompt)
+    generator = torch.Generator().manual_seed(args.seed)
+    progress = None if args.estimate else Progress(args, recipe, generator, rank, world)
+    return SimpleNamespace(args=args, llm=llm, profiles=profiles, prompt=prompt, observed=observed,
+                           routes=routes, evidence=evidence, tune=tune, report=report, codebook=codebook,
+                           progress=progress)
+
+
+def estimate(run, sample_size=512):
+    """Print users, tokens, FLOPs, memory and time of the run on this machine, from a few batches."""
+    args, prompt, evidence = run.args, run.prompt, run.evidence[-1]
+    soft = prompt.random_soft(1, torch.Generator().manual_seed(args.seed))[0]
+    tokens, sample_tokens, sample_seconds = 0, 0, 0.0
+    for route in run.routes:
+        if args.method == "gradient":
+            scope = f"{args.steps} steps for each" + f", {args.folds + 1} times" * bool(args.folds)
+            index, num_passes = route.text_index(evidence.events), args.steps * (args.folds + 1)
+        else:
+            scope = "each text of the catalogue once; a user costs a sum"
+            index = (route.texts.num_scored_tokens() > 0).nonzero()[:, 0]
+            num_passes = 1 + (route.num_levels > 1)  # for the item and for the rating
+        tokens += num_passes * int(route.texts.length[index].sum())
+        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
+        sample = index[order[:sample_size]]
+        sample_tokens += int(route.texts.length[sample].sum())
+        for _ in range(2):  # the first time pays for what is done only once
+            started = time.time()
+            text_scores(prompt, route, sample, soft, torch.ones(len(FIELDS)), args.tokens_per_batch)
+        sample_seconds += time.time() - started
+    body = sum(weight.numel() for weight in prompt.body.parameters()) - prompt.embed.weight.numel()
+    flops = 4 * (body + prompt.head.weight.numel())  # forward and backward, without weight gradients
+    weights = sum(weight.numel() * weight.element_size() for weight in prompt.model.parameters())
+    profiles = 4 * (args.folds + 1) * evidence.num_users * soft.numel()
+    gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
+    print(f"estimate: {evidence.num_users:,} users, {len(evidence.events.user):,} rows, {tokens:,} tokens of "
+          f"evidence ({scope})\n"
+          f"  {tokens * flops:.3g} FLOPs, {tokens * sample_seconds / max(1, sample_tokens):,.0f} s on "
+          f"{prompt.device}, as measured on {sample_tokens:,} tokens; the shared start, {args.shared_steps} "
+          f"minibatches of 64 texts, and the report come on top\n"
+          f"  memory: weights {gib(weights)}, a batch of {args.tokens_per_batch:,} tokens "
+          f"{gib(args.tokens_per_batch * bytes_per_token(prompt))}; disk: profiles.pt {gib(profiles)}")
