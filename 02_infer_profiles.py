@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from userip.artifacts import lock, read_sidecar, write_artifact
+from userip.artifacts import check_finite, lock, read_sidecar, write_artifact
 from userip.evidence import FIELDS
 from userip.heldout import heldout_nll, print_heldout
 from userip.llm import tiny_stamp
 from userip.new_users import infer_new_users
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
-                            stage_parser, start_stage)
+                            refuse_without_effect, stage_parser, start_stage)
 from userip.prior import (codeword_coordinates, codeword_soft_tokens, descend, make_prior,
                           nearest_coordinates, nearest_soft_tokens)
 from userip.progress import Profiles, join_processes
@@ -107,6 +107,11 @@ def parse_args(argv=None):
         if changed := changed_options(parser, args, ("run_dir", "only_users")):
             parser.error(f"--only-users takes all options from the run: leave out {option_name(changed[0])}")
         return args
+    refuse_without_effect(parser, args, {
+        **dict.fromkeys(["start", "steps", "lr", "batch_size"], (args.method == "gradient", "--method gradient")),
+        **dict.fromkeys(["rank", "map_steps"], (args.method == "score", "--method score")),
+        "max_history": (args.evidence == "history", "--evidence history"),
+        "tiny_steps": (args.llm in ("auto", "tiny"), "--llm tiny")})
     check_evidence(parser, args)
     check_profiles(parser, args)
     return args
@@ -184,6 +189,7 @@ def fit_shared_start(run, evidence, weights, batch_size=64):
                 curve[-1] += loss.item() / batch_size
         optimizer.step()
         schedule.step()
+        check_finite(soft, f"the shared start, step {len(curve)}", "take another --llm")
     return soft.detach()[0].float().cpu(), curve
 
 
@@ -244,6 +250,7 @@ def fit_map(run, soft, coordinates, pull, batch_size=64):
                 (loss / batch_size).backward()
         optimizer.step()
         schedule.step()
+        check_finite(lift, "the map to soft tokens", "lower --pull or take another --llm")
     return lift.detach().cpu() / unit[:, None, None]
 
 
@@ -318,12 +325,13 @@ def infer_block(run, shared, evidence, start):
     soft = start.clone().to(prompt.device).requires_grad_()
     # the optimizer's state is the block's: users are independent
     optimizer = torch.optim.AdamW([soft], lr=args.lr or 0.1 * prompt.scale, weight_decay=0.0)
-    for _ in range(args.steps):
+    for step in range(1, args.steps + 1):
         anchor = nearest_soft_tokens(soft.detach(), shared.prior, anchors) if shared.prior else center
         soft.grad = args.pull * torch.einsum("bpd,pde->bpe", soft.detach() - anchor, noise).contiguous()
         for route, text, owner in evidence:
             prompt.add_gradient(soft, route, text, owner, shared.weights, args.tokens_per_batch)
         optimizer.step()
+        check_finite(soft, f"AdamW's step {step}", "lower --lr or --pull")
     return soft.detach().float().cpu()
 
 

@@ -1,10 +1,16 @@
+import argparse
+import json
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import NAME_TEXTS, TASK_TEXT, dies
+from conftest import NAME_TEXTS, TASK_TEXT, bpe_tokenizer, dies, save_llm
 from llm_cases import prompt_of, texts_of, routes_for, soft_for
 from userip.evidence import FIELDS, Texts, tokenize
+from userip.llm import load_llm
 from userip.prompt import HeadNLL, Prompt
+from userip.setup import load_prompt
 
 
 def hidden_of_block(llm, prompt, soft, block, texts, sees):
@@ -221,5 +227,46 @@ def test_a_llm_that_changes_its_logits_behind_the_head_is_refused(llm, capsys, m
 def test_a_text_longer_than_the_context(llm, capsys):
     prompt = prompt_of(llm)
     long = tokenize(llm[1], [[("title", " racer")], [("title", " red racer" * 200)]])
-    line = dies(capsys, prompt.check_context, long.length, "item", "shorten it")
+    line = dies(capsys, prompt.check_context, long.length, "item {}".format, "shorten it")
     assert "item 1 needs" in line and "256" in line and "shorten it" in line
+
+
+OTHERS = {"gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]),
+          "gptj": dict(n_embd=32, n_layer=2, n_head=2, rotary_dim=4), "bloom": dict(hidden_size=32, n_layer=2, n_head=2),
+          "qwen2": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2),
+          "mamba": dict(hidden_size=32, num_hidden_layers=2), "gpt_neox": dict(
+              hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_llm_honours_the_mask_or_is_refused_by_name(tmp_path, capsys, kind):
+    """As far as the check accepts it, no token sees the future and no text its neighbours."""
+    tokenizer = bpe_tokenizer("gpt2")
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), max_position_embeddings=128, **OTHERS[kind])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = argparse.Namespace(run_dir="unused", llm=str(tmp_path), task_text=TASK_TEXT, soft_tokens=1, mask="fig4",
+                              method="score", rank=1, evidence="items")
+    try:
+        _, _, prompt = load_prompt(args, dict(enumerate(NAME_TEXTS)), [], None, 0)
+    except SystemExit:
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "--llm" in lines[0] and "GPT-2 or Llama kind" in lines[0]
+        assert kind in ("gpt_neo", "gptj", "bloom", "mamba"), lines
+        return
+    assert kind in ("qwen2", "gpt_neox")
+    texts, sees, soft = texts_of((None, tokenizer)), torch.ones(2, dtype=torch.bool), soft_for(prompt, 5)
+    changed = texts._replace(ids=texts.ids.clone())
+    changed.ids[:, 4:] += 1
+    before, after = prompt.nll(soft, texts, sees), prompt.nll(soft, changed, sees)
+    assert torch.allclose(before[:, :4], after[:, :4], atol=1e-5) and not torch.allclose(before, after)
+
+
+def test_a_folder_that_asks_for_eager_attention_gets_the_mask_all_the_same(tmp_path):
+    save_llm(tmp_path, "gpt2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "eager"}))
+    model, _ = load_llm(argparse.Namespace(run_dir="unused"), str(tmp_path))
+    assert model.config._attn_implementation == "sdpa"

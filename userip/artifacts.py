@@ -41,6 +41,12 @@ def warn(message):
     WARNINGS.append(message)
 
 
+def check_finite(values, where, cure):
+    """Stop at the first tensor that holds nan or infinity."""
+    if not torch.isfinite(values).all():
+        fail(f"numbers are no longer finite in {where}: {cure}; what was finished before is kept")
+
+
 def lock(run_dir):
     """Two processes on one run directory would spoil each other's files: the second is refused."""
     path = Path(run_dir) / ".lock"

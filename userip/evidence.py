@@ -265,8 +265,10 @@ class Evidence:
     def check_lengths(self, prompt):
         """Exit when a text and its prompt are longer than the LLM's context."""
         for route in self.routes:
-            prompt.check_context(route.texts.length, "text", "shorten it or take a LLM with a longer context")
+            prompt.check_context(route.texts.length, lambda index: f"the text {join(route.pieces[index])[:60]!r}",
+                                 "shorten it or take a LLM with a longer context")
             if self.is_history:
                 length = route.texts.length[route.text_index(self.events)]
-                prompt.check_context(torch.bincount(self.events.user, length).long(), "history",
+                prompt.check_context(torch.bincount(self.events.user, length).long(),
+                                     lambda user: f"the history of user {user}",
                                      "lower --max-history or take a LLM with a longer context")

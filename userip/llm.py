@@ -33,7 +33,11 @@ def load_llm(args, llm, device="cpu", **model_options):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         part = "weights"
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **model_options)
+        try:  # eager attention would take the mask of Fig. 4 for numbers, whatever the folder's config says
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, **{"attn_implementation": "sdpa"} | model_options)
+        except ValueError:  # an architecture without it: Prompt.check_mask decides
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except Exception as error:  # for one cause transformers raises OSError, ValueError, KeyError and others
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         fail(f"--llm {llm}: no {part} could be loaded ({reason}); give a folder that save_pretrained "

@@ -1,7 +1,6 @@
 """Users who arrive later: their table, and their profiles by scores.pt: a sparse sum each, and no LLM."""
 
-import csv
-import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,47 +8,29 @@ import torch
 
 from userip.artifacts import fail, lock, read_artifacts, read_sidecar, write_artifact
 from userip.score import incidence, user_steps
+from userip.tables import read_frame
 
-
-def _read_table(path, columns):
-    """The table of --only-users with these columns, at least one row, and a user_id in each"""
-    read = pd.read_parquet if path.suffix == ".parquet" else functools.partial(
-        pd.read_csv, sep=None, engine="python", dtype={"user_id": str, "item_id": str}, keep_default_na=False)
-    try:
-        table = read(path) if path.stat().st_size else ()
-        if not len(table):
-            raise ValueError("it holds no rows")
-    except (OSError, ValueError, ImportError, csv.Error) as error:
-        fail(f"--only-users {path}: {str(error).splitlines()[0]}; give a table (csv, tsv, parquet) of "
-             f"user_id, item_id and, where the run reads ratings, rating")
-    if missing := [name for name in columns if name not in table]:
-        fail(f"--only-users {path} has no column {missing[0]}; it needs {', '.join(columns)}")
-    is_nameless = table["user_id"].isna() | (table["user_id"].astype(str).str.strip() == "")
-    if is_nameless.any():
-        fail(f"--only-users {path}: {int(is_nameless.sum())} of {len(table)} rows have no user_id")
-    return table.drop_duplicates(["user_id", "item_id"], keep="last")
+LIMITS = SimpleNamespace(max_line=16, max_ratio=200)  # as stage 1's defaults
 
 
 def read_new_users(args, has_ratings, items):
     """The rows of --only-users' table with items of the run -> user, item, rating level int64 [R]; the users'
     ids, list of N' texts
     """
-    table = _read_table(args.only_users, ["user_id", "item_id", *["rating"] * has_ratings])
+    table = read_frame(args.only_users, ["user_id", "item_id", *["rating"] * has_ratings], LIMITS)
+    table = table.drop_duplicates(["user_id", "item_id"], keep="last")
     item_number = pd.Series(items["item"].to_numpy(), index=items["item_id"].astype(str))
-    item = item_number.reindex(table["item_id"].astype(str)).to_numpy()
-    user, user_ids = pd.factorize(table["user_id"].astype(str), sort=True)
+    item = item_number.reindex(table["item_id"]).to_numpy()
+    user, user_ids = pd.factorize(table["user_id"], sort=True)
     level = np.zeros(len(table))
     if has_ratings:
-        rating = pd.to_numeric(table["rating"], errors="coerce").to_numpy(dtype=float)
-        is_number = np.isfinite(rating)
-        if not is_number.all():
-            fail(f"--only-users {args.only_users}: {int((~is_number).sum())} of {len(table)} rows have no "
-                 f"number as rating, the first of them {str(table['rating'][~is_number].iloc[0])!r}")
-        level = rating > read_sidecar(args, "interactions.parquet")["options"]["threshold"]
+        threshold = read_sidecar(args, "interactions.parquet")["options"]["threshold"]
+        level = table["rating"].to_numpy() > threshold
     is_known = np.isfinite(item)
     if not is_known.all():
         print(f"{int((~is_known).sum())} of {len(table)} rows are left out, of items that the run does not "
-              f"know, the first of them {str(table['item_id'][~is_known].iloc[0])!r}")
+              f"know, the first of them {table['item_id'][~is_known].iloc[0]!r}; its own are such as "
+              f"{items['item_id'].iloc[0]!r}")
     columns = (torch.tensor(column[is_known].astype(np.int64)) for column in (user, item, level))
     return *columns, list(user_ids)
 

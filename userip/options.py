@@ -37,7 +37,7 @@ def at_least(minimum, kind=int):
 
     def parse(text):
         number = kind(text)
-        if not number >= minimum:  # written this way, it refuses nan, too
+        if not minimum <= number < float("inf"):  # written this way, it refuses nan, too
             raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum}")
         return number
 
@@ -73,6 +73,14 @@ def changed_options(parser, args, ignored):
     """The names of the options that differ from their defaults, but for those ignored: list of texts"""
     return [name for name in vars(args) if name not in ignored
             and getattr(args, name) != parser.get_default(name)]
+
+
+def refuse_without_effect(parser, args, conditions):
+    """Refuse an option that nothing reads: conditions {option: (does anything read it?, what would)}"""
+    for name in changed_options(parser, args, ()):
+        is_read, reader = conditions.get(name, (True, ""))
+        if not is_read:
+            parser.error(f"{option_name(name)} means nothing without {reader}: leave it out")
 
 
 def start_stage(args):

@@ -114,12 +114,37 @@ class Prompt:
             fail(f"--llm: a {type(self.model).__name__} changes its logits behind the head, which is not "
                  f"supported; take a LLM of the GPT-2 or Llama kind")
 
-    def check_context(self, lengths, name, cure):
+    @torch.no_grad()
+    def check_mask(self):
+        """Exit unless the LLM honours a boolean mask: of two texts side by side, blind to each other, a token
+        may move what comes behind it in its own text only, and a text reads as it does alone.
+        """
+        ids = (torch.arange(8, device=self.device) * 7 + 5) % self.embed.num_embeddings
+        text, position = torch.arange(8, device=self.device) // 4, torch.arange(8, device=self.device) % 4
+        changed = torch.where(torch.arange(8, device=self.device) == 2, ids.roll(1), ids)
+        mask = (text[:, None] == text) & torch.ones(8, 8, dtype=torch.bool, device=self.device).tril()
+
+        def log_probabilities(ids, rows=slice(None)):
+            hidden = self.body(inputs_embeds=self.embed(ids[rows])[None], use_cache=False,
+                               attention_mask=mask[None, None, rows, rows], position_ids=position[None, rows])
+            return self.head(hidden.last_hidden_state)[0].float().log_softmax(1)
+
+        before = log_probabilities(ids)
+        moved = (before - log_probabilities(changed)).abs().amax(1)  # [8]
+        beside = float((before[4:] - log_probabilities(ids, slice(4, 8))).abs().max())
+        others = float(torch.cat([moved[:2], moved[4:]]).max())
+        limit = 1e-4 if self.embed.weight.dtype == torch.float32 else 0.1  # each shape rounds in its own way
+        if not (others <= 1e-4 and beside <= limit and moved[2] > 0):
+            fail(f"--llm: a {type(self.model).__name__} does not honour the mask of Fig. 4 (a token moves others "
+                 f"that do not read it by {others:.2g} nats, a text beside by {beside:.2g}): take a LLM of the "
+                 f"GPT-2 or Llama kind")
+
+    def check_context(self, lengths, name_of, cure):
         """Exit when a text with its prompt is longer than the LLM's context: lengths [R] in tokens"""
         limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         needed = int(self.position[-1]) + 1 + lengths
         if needed.max() > limit:
-            fail(f"{name} {int(needed.argmax())} needs {int(needed.max()):,} tokens with its prompt, "
+            fail(f"{name_of(int(needed.argmax()))} needs {int(needed.max()):,} tokens with its prompt, "
                  f"but the LLM reads {limit:,} at most: {cure}")
 
     def random_soft(self, num, generator):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from userip.artifacts import read_artifacts
+from userip.artifacts import fail, read_artifacts
 from userip.evidence import FIELDS, Evidence, join, make_routes, observe, tokenize
 from userip.heldout import heldout_events
 from userip.llm import choose_llm, load_llm, make_tiny_llm
@@ -48,7 +48,14 @@ def load_prompt(args, profiles, routes, train, rank):
         dist.barrier()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_llm(args, llm, device)
-    prompt = Prompt((model, tokenizer), profiles, args.task_text, args.soft_tokens, args.mask)
+    try:
+        prompt = Prompt((model, tokenizer), profiles, args.task_text, args.soft_tokens, args.mask)
+        prompt.check_mask()
+    except Exception as error:  # whatever another architecture does not know
+        fail(f"--llm {llm}: a {type(model).__name__} takes no embeddings, mask or cached keys as stage 2 gives "
+             f"them ({type(error).__name__}: {error}): take a LLM of the GPT-2 or Llama kind")
+    if args.method == "score" and args.rank > (width := args.soft_tokens * prompt.embedding.shape[1]):
+        fail(f"--rank {args.rank}: a profile has {width} dimensions, S · D, at most")
     print(f"LLM: {sum(weight.numel() for weight in model.parameters()):,} parameters, D "
           f"{prompt.embedding.shape[1]}, {prompt.scale:.3f} per dimension, {next(model.parameters()).dtype} "
           f"on {device}; prompt of {len(prompt.segment)} tokens")
@@ -75,7 +82,8 @@ def set_up(args, rank, world):
     evidence[-1].check_lengths(prompt)
     tune, report = heldout_events(interactions, observed.rows, routes, args.heldout, args.seed)
     # a GPU wants large batches of texts of one length, which a large block has; profiles are the same
-    args.batch_size = args.batch_size or (1024 if prompt.device.type == "cuda" else 128)
+    if args.method == "gradient":
+        args.batch_size = args.batch_size or (1024 if prompt.device.type == "cuda" else 128)
     # before tokens_per_batch is set: how much memory is free must not decide whether a run goes on
     recipe = recipe_of(args, prompt, inputs + ["codebook.pt"] * bool(args.prior))
     args.tokens_per_batch = args.tokens_per_batch or tokens_that_fit(prompt)

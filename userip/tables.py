@@ -7,6 +7,7 @@ frame numbers the lines of its file (parquet: the rows), for messages.
 import contextlib
 import csv
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ REQUIRED = {"interactions": ["user_id", "item_id", "rating", "timestamp"], "item
             "users": ["user_id"]}
 TEXTS = {"user_id", "item_id", "title", "category", "brand", "review", "split"}
 ALLOWED = {*TEXTS, "rating", "timestamp", "price"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 LARGEST = {"rating": 3e38, "timestamp": 1e20}  # of float32; nanoseconds in the year 5138
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # a terminal would obey them
@@ -129,17 +131,9 @@ def read_table(args):
             continue
         if not paths:
             fail(f"{args.raw} holds no {' or '.join(kind + ending for ending in ENDINGS)}")
-        path = paths[0]
-        print(f"reading {path}")
-        table, numbers = _read_parquet(path) if path.suffix == ".parquet" else _read_text(path, args)
-        unused -= set(table.column_names)
-        table = table.rename_columns([names.get(name, name) for name in table.column_names])
-        frame = frames[kind] = _to_frame(table, numbers, path)
-        if missing := [column for column in columns if column not in frame]:
-            fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, frame))}")
-        check_columns(frame, path)
-        if path.suffix != ".parquet":
-            _check_line_breaks(frame, path, frames["interactions"])
+        frame = frames[kind] = read_frame(paths[0], columns, args, names)
+        unused -= set(frame.attrs["published"])
+        _check_line_breaks(frame, paths[0], frames["interactions"])
     if unused:
         fail(f"--columns: no file has a column {', '.join(unused)}")
     interactions = frames["interactions"]
@@ -152,16 +146,35 @@ def read_table(args):
     return interactions, frames["items"], frames.get("users")
 
 
+def read_frame(path, required, args, names=None):
+    """A table as a frame that has the columns `required`; names: {theirs: ours}; args: limits of its size"""
+    print(f"reading {path}")
+    if not path.is_file():
+        fail(f"{path} is {'no regular file' if path.exists() else 'missing'}")
+    table, numbers = _read_parquet(path) if path.suffix == ".parquet" else _read_text(path, args)
+    if not len(table):
+        fail(f"{path} has no rows: download or export it again")
+    ours = [(names or {}).get(name, name) for name in table.column_names]
+    if missing := [column for column in required if column not in ours]:
+        fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(ours)}")
+    if len(set(ours)) < len(ours):
+        fail(f"{path} has two columns of one name among {', '.join(ours)}")
+    frame = _to_frame(table.rename_columns(ours), numbers, path)
+    check_columns(frame, path)
+    frame.attrs["published"] = table.column_names
+    return frame
+
+
 def _read_text(path, args):
     """A csv or tsv file (also .gz) -> an arrow table of texts, and the line on which each record begins.
 
     Each record must have the fields of the header. Tab-separated files are not quoted. In csv files a quote
     opens or closes a field and is doubled within it: an unclosed one would swallow lines.
     """
-    name, delimiter, quoting = ("tabs", "\t", csv.QUOTE_NONE) if ".tsv" in path.suffixes else \
-        ("commas", ",", csv.QUOTE_MINIMAL)
     lines = text_lines(path, args)
     num_blank, first = next(((count, line) for count, line in enumerate(lines) if line.strip()), (0, ""))
+    delimiter = "\t" if ".tsv" in path.suffixes else next((d for d in DELIMITERS if d in first), ",")
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     csv.field_size_limit(args.max_line << 20)
     reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, quoting=quoting, strict=True,
                         skipinitialspace=f"{delimiter} " in first)
@@ -176,8 +189,8 @@ def _read_text(path, args):
                 records.append(record)
                 numbers.append(number)
             elif record:
-                fail(f"{path}, line {number} has {len(record)} fields between {name}, but the header has "
-                     f"{len(header)}: mend the line; a field that holds a comma must be in quotes (csv only)")
+                fail(f"{path}, line {number} has {len(record)} fields between {DELIMITERS[delimiter]}, but the header has "
+                     f"{len(header)}: mend the line; a field that holds one must be in quotes (csv only)")
             if len(records) == 1 << 16:
                 tables.append(_texts(header, records))
                 records = []
@@ -211,10 +224,6 @@ def _to_frame(table, numbers, path):
 
     Exit code 2 for a column of another type than it should have.
     """
-    if not len(table):
-        fail(f"{path} has no rows: download or export it again")
-    if len(set(table.column_names)) < len(table.column_names):
-        fail(f"{path} has two columns of one name among {', '.join(table.column_names)}")
     columns = {}
     for name, column in zip(table.column_names, table.columns):
         try:
@@ -247,11 +256,13 @@ def _plain(name, column):
 
 def _check_line_breaks(frame, path, interactions):
     """Exit code 2 where a field of a csv file holds a line with ids as in a record: a quote swallowed it."""
+    if path.suffix == ".parquet":
+        return
     names = frame.columns.intersection(["user_id", "item_id"])
     for column in frame.columns[frame.dtypes == "str"]:
         for number, text in frame.loc[frame[column].str.contains("\n", na=False), column].items():
             for line in text.split("\n")[1:]:
-                fields = dict(zip(frame.columns, line.split(",")))
+                fields = dict(zip(frame.columns, re.split("[,;]", line)))
                 if all((interactions[name] == fields.get(name)).any() for name in names):
                     fail(f"{path}, line {number}: {column} goes on with {line[:60]!r}, which looks like a "
                          f"record: close the quote before it")
