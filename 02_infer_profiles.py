@@ -107,9 +107,10 @@ def parse_args(argv=None):
         if changed := changed_options(parser, args, ("run_dir", "only_users")):
             parser.error(f"--only-users takes all options from the run: leave out {option_name(changed[0])}")
         return args
+    is_gradient = args.method == "gradient"
     refuse_without_effect(parser, args, {
-        **dict.fromkeys(["start", "steps", "lr", "batch_size"], (args.method == "gradient", "--method gradient")),
-        **dict.fromkeys(["rank", "map_steps"], (args.method == "score", "--method score")),
+        **dict.fromkeys(["start", "steps", "lr", "batch_size"], (is_gradient, "--method gradient")),
+        **dict.fromkeys(["rank", "map_steps"], (not is_gradient, "--method score")),
         "max_history": (args.evidence == "history", "--evidence history"),
         "tiny_steps": (args.llm in ("auto", "tiny"), "--llm tiny")})
     check_evidence(parser, args)

@@ -303,7 +303,7 @@ def write_run(folder, num_users, num_items, of_user):
 def run_stage_2(folder, llm, *options):
     """The stage in a process of its own -> seconds of inference, peak memory in bytes, seconds in all"""
     command = [sys.executable, ROOT / "02_infer_profiles.py", "--run-dir", folder, "--llm", llm,
-               "--heldout", 50, "--shared-steps", 5, "--map-steps", 20, *options]
+               "--heldout", 50, "--shared-steps", 5, *options]
     # a process between, whose only child is the stage: its peak is that of the children
     told = subprocess.run([sys.executable, "-c", "import resource, subprocess, sys; "
                            "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "

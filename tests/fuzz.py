@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from conftest import (prepare, write_amazon, write_ml_1m, write_ml_100k, write_nete, write_table,  # noqa: E402
-                      write_yelp)
+from conftest import (prepare, write_amazon, write_ml_1m, write_ml_100k, write_nete,  # noqa: E402
+                      write_table, write_yelp)
 
 READERS = {  # name -> (--dataset, a function that writes its files into a folder)
     "amazon-2014": ("games", lambda raw: write_amazon(raw, 2014, suffix="")),
@@ -80,6 +80,7 @@ def run(dataset, folder):
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
         try:
             options = [] if dataset == "nete" else ["--min-interactions", "1"]
+            options += ["--max-bad", "1"] if dataset in ("games", "yelp") else []
             prepare.main(prepare.parse_args(["--dataset", dataset, "--raw", str(folder / "raw"), "--run-dir",
                                              str(folder / "run"), *options]))
         except SystemExit as stop:
@@ -118,11 +119,13 @@ def attempt(dataset, folder, seconds=5, memory=1 << 30):
 
 
 def fuzz(name, num_files, seed):
-    """Damage a reader's files so many times -> counts of "read" and "refused", and faults with their folders"""
+    """Damage a reader's files so many times -> counts of "read" and "refused", faults with their folders"""
     dataset, write = READERS[name]
     counts, faults = {"read": 0, "refused": 0}, []
     with tempfile.TemporaryDirectory() as root:
         write(Path(root) / "good")
+        shutil.copytree(Path(root) / "good", Path(root) / "first/raw")
+        assert run(dataset, Path(root) / "first") == "read"  # and all is imported before the first fork
         for number in range(num_files):
             folder = Path(root) / str(number)
             shutil.copytree(Path(root) / "good", folder / "raw")
@@ -151,7 +154,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reader", choices=READERS, help="one reader only")
     parser.add_argument("--files", type=int, default=1000, help="files for each reader")
     parser.add_argument("--seed", type=int, default=0, help="seed of the damage")

@@ -99,13 +99,21 @@ def weights_of(seed=0):
     return 0.5 + torch.rand(len(FIELDS), generator=torch.Generator().manual_seed(seed))
 
 
+def fast(options):
+    """Small numbers for the options of stage 2 that these options leave a meaning"""
+    words = list(map(str, options))
+    is_gradient = bool({"gradient", "--paper", "--released"} & set(words))
+    is_tiny = "--llm" not in words or "tiny" in words
+    return ["--shared-steps", 4, "--heldout", 60, *(["--steps", 2] if is_gradient else ["--map-steps", 4]),
+            *["--tiny-steps", 6] * is_tiny]
+
+
 def infer_run(small_run, tmp_path, *options, ok=True):
     """Stage 2 on a copy of the small run's stage 1, tiny LLM kept where the texts are the same."""
     run = tmp_path / "run"
     if not run.exists():
         shutil.copytree(small_run[1], run)
-    printed = run_stage("02_infer_profiles.py", "--run-dir", run, "--tiny-steps", 6, "--shared-steps", 4,
-                        "--map-steps", 4, "--heldout", 60, "--steps", 2, *options, ok=ok)
+    printed = run_stage("02_infer_profiles.py", "--run-dir", run, *fast(options), *options, ok=ok)
     if not ok:
         return printed
     stored = torch.load(run / "profiles.pt", weights_only=True)

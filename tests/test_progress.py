@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import dies, infer, run_stage, run_process, ROOT
-from llm_cases import fresh
+from llm_cases import fast, fresh
 from userip.artifacts import lock
 from userip.progress import Progress, join_processes
 
@@ -80,8 +80,8 @@ def test_finished_pieces_are_found_and_the_generator_goes_on_behind_them(tmp_pat
     assert not list(progress.folder.glob("*.pt"))
 
 
-OPTIONS = ["--llm", "tiny", "--tiny-steps", 6, "--shared-steps", 4, "--map-steps", 4, "--heldout", 60,
-           "--steps", 2]
+def small(*options):
+    return ["--llm", "tiny", *fast(options), *options]
 
 
 FORKS = multiprocessing.get_context("forkserver")  # processes that need not import torch anew
@@ -93,7 +93,7 @@ def stage_in_child(run, options):
     torch.set_num_threads(1)
     with open(run.with_suffix(".txt"), "w", buffering=1) as file:
         sys.stdout = file
-        infer.main(infer.parse_args(["--run-dir", str(run), *map(str, [*OPTIONS, *options])]))
+        infer.main(infer.parse_args(["--run-dir", str(run), *map(str, small(*options))]))
 
 
 def process(run, *options):
@@ -114,7 +114,7 @@ def torchrun(run, *options):
     """The same by two processes of torchrun: Popen"""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               ROOT / "02_infer_profiles.py", "--run-dir", run, *OPTIONS, *options]
+               ROOT / "02_infer_profiles.py", "--run-dir", run, *small(*options)]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=environment)
 
@@ -169,7 +169,7 @@ def test_twenty_kills_at_random_instants_change_no_bit(small_run, tmp_path, undi
 def test_a_kill_before_the_rename_and_a_full_disk_lose_nothing(small_run, tmp_path, monkeypatch, undisturbed):
     expected, threads = undisturbed[()], torch.get_num_threads()
     run = fresh(small_run, tmp_path / "run")
-    options = ["--run-dir", run, *OPTIONS]
+    options = ["--run-dir", run, *small()]
     torch.set_num_threads(1)  # as in the undisturbed run: another number adds in another order
     replace = Path.replace
     names = ["shared.pt", "map.pt", "length.pt", "scores.pt", "profiles.pt"]
@@ -191,7 +191,7 @@ def test_a_kill_before_the_rename_and_a_full_disk_lose_nothing(small_run, tmp_pa
 
 def test_a_run_goes_on_with_its_own_batches_when_other_memory_is_free(small_run, tmp_path, monkeypatch):
     run, replace = fresh(small_run, tmp_path / "run"), Path.replace
-    options = ["--run-dir", run, *OPTIONS]
+    options = ["--run-dir", run, *small()]
 
     def full(self, target):
         if Path(target).name == "map.pt":
@@ -231,7 +231,7 @@ def test_several_processes_give_the_bits_of_one_and_the_others_of_a_dead_one_go_
 def test_a_second_process_on_the_same_run_is_refused(small_run, tmp_path):
     run = fresh(small_run, tmp_path / "run")
     locked = lock(run)
-    line = run_process("02_infer_profiles.py", "--run-dir", run, *OPTIONS, ok=False)
+    line = run_process("02_infer_profiles.py", "--run-dir", run, *small(), ok=False)
     assert "another process works on" in line
     locked.close()
     lock(run).close()

@@ -265,8 +265,8 @@ class Evidence:
     def check_lengths(self, prompt):
         """Exit when a text and its prompt are longer than the LLM's context."""
         for route in self.routes:
-            prompt.check_context(route.texts.length, lambda index: f"the text {join(route.pieces[index])[:60]!r}",
-                                 "shorten it or take a LLM with a longer context")
+            show = lambda index: f"the text {join(route.pieces[index])[:60]!r}"
+            prompt.check_context(route.texts.length, show, "shorten it or take a LLM with a longer context")
             if self.is_history:
                 length = route.texts.length[route.text_index(self.events)]
                 prompt.check_context(torch.bincount(self.events.user, length).long(),

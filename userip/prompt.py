@@ -135,9 +135,9 @@ class Prompt:
         others = float(torch.cat([moved[:2], moved[4:]]).max())
         limit = 1e-4 if self.embed.weight.dtype == torch.float32 else 0.1  # each shape rounds in its own way
         if not (others <= 1e-4 and beside <= limit and moved[2] > 0):
-            fail(f"--llm: a {type(self.model).__name__} does not honour the mask of Fig. 4 (a token moves others "
-                 f"that do not read it by {others:.2g} nats, a text beside by {beside:.2g}): take a LLM of the "
-                 f"GPT-2 or Llama kind")
+            fail(f"--llm: a {type(self.model).__name__} does not honour the mask of Fig. 4 (a token moves "
+                 f"others that do not read it by {others:.2g} nats, a text beside by {beside:.2g}): take a "
+                 f"LLM of the GPT-2 or Llama kind")
 
     def check_context(self, lengths, name_of, cure):
         """Exit when a text with its prompt is longer than the LLM's context: lengths [R] in tokens"""

@@ -54,7 +54,7 @@ def text_lines(path, args):
                 lines = block.decode().split("\n")
             except UnicodeDecodeError as error:
                 number = first + block.count(b"\n", 0, error.start)
-                fail(f"{path}, line {number}: {block[error.start:error.end]!r} is not UTF-8: save the file so")
+                fail(f"{path}, line {number}: {block[error.start:error.end]!r} is not UTF-8: save it as such")
             yield from (line + "\n" for line in lines)
     except DAMAGE as error:
         fail(f"{path} is no whole gzip file ({error}): download or export it again")

@@ -52,8 +52,8 @@ def load_prompt(args, profiles, routes, train, rank):
         prompt = Prompt((model, tokenizer), profiles, args.task_text, args.soft_tokens, args.mask)
         prompt.check_mask()
     except Exception as error:  # whatever another architecture does not know
-        fail(f"--llm {llm}: a {type(model).__name__} takes no embeddings, mask or cached keys as stage 2 gives "
-             f"them ({type(error).__name__}: {error}): take a LLM of the GPT-2 or Llama kind")
+        fail(f"--llm {llm}: a {type(model).__name__} takes no embeddings, mask or cached keys as stage 2 "
+             f"gives them ({type(error).__name__}: {error}): take a LLM of the GPT-2 or Llama kind")
     if args.method == "score" and args.rank > (width := args.soft_tokens * prompt.embedding.shape[1]):
         fail(f"--rank {args.rank}: a profile has {width} dimensions, S · D, at most")
     print(f"LLM: {sum(weight.numel() for weight in model.parameters()):,} parameters, D "

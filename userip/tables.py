@@ -155,10 +155,10 @@ def read_frame(path, required, args, names=None):
     if not len(table):
         fail(f"{path} has no rows: download or export it again")
     ours = [(names or {}).get(name, name) for name in table.column_names]
-    if missing := [column for column in required if column not in ours]:
-        fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(ours)}")
     if len(set(ours)) < len(ours):
         fail(f"{path} has two columns of one name among {', '.join(ours)}")
+    if missing := [column for column in required if column not in ours]:
+        fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(ours)}")
     frame = _to_frame(table.rename_columns(ours), numbers, path)
     check_columns(frame, path)
     frame.attrs["published"] = table.column_names
@@ -189,8 +189,9 @@ def _read_text(path, args):
                 records.append(record)
                 numbers.append(number)
             elif record:
-                fail(f"{path}, line {number} has {len(record)} fields between {DELIMITERS[delimiter]}, but the header has "
-                     f"{len(header)}: mend the line; a field that holds one must be in quotes (csv only)")
+                fail(f"{path}, line {number} has {len(record)} fields between {DELIMITERS[delimiter]}, but "
+                     f"the header has {len(header)}: mend the line; a field that holds one must be in quotes "
+                     f"(csv only)")
             if len(records) == 1 << 16:
                 tables.append(_texts(header, records))
                 records = []
