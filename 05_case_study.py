@@ -12,7 +12,7 @@ Writes  report.html, one file with its pictures inside; report/: each picture as
         with --user ID: report/user-N.html and report/user-N/ instead, and the page as text on the screen
 
 Example: python 05_case_study.py        (15 seconds)
-  wrote runs/demo/report.html: 4 users, 7 codes, 6 pictures
+  wrote runs/demo/report.html: 4 users, 7 codes, 4 pictures
 """
 
 import argparse
@@ -41,7 +41,6 @@ def parse_args(argv=None):
     add.data("--seed", type=at_least(0), default=0, help="seed of the choice of users and of the controls")
     add.method("--num-words", type=at_least(1), default=6, help="words shown per profile and per code")
     add.method("--num-scored", type=at_least(2), default=1000, help="users over whom scores are computed")
-    add.method("--num-items", type=at_least(1), default=5, help="items recommended to each user shown")
     return parser.parse_args(argv)
 
 
@@ -141,10 +140,8 @@ def words_of_profiles(args, run, model, tokenizer, users):
 
 
 def held_out_wins(words, texts):
-    """Do a user's words occur in their held-out items more often than those of the control, the user before?
-
-    words: a list per user; texts: the words of their held-out items, a set per user. -> for each user with
-    held-out items 1 (more often), 0 or 0.5 (a tie). The mean is an AUC: 0.5 is chance.
+    """Do a user's words occur in their held-out items, a set of words per user, more often than those of the
+    control, the user before? -> 1, 0 or 0.5 (a tie) for each user with such items; the mean is an AUC.
     """
     hits = lambda index, text: sum(word.lower() in text for word in words[index])
     return np.array([0.5 + 0.5 * np.sign(hits(index, text) - hits(index - 1, text))
@@ -166,20 +163,6 @@ def score_words(run, words, scored):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def attention_to_soft(model, prefix, soft, text):
-    """Attention that each token of a text [B, T] pays to the soft tokens before it: soft [B, S D] -> [B, T]
-
-    The LLM reads name text, θ, text. Mean over layers and heads, sum over the S soft tokens.
-    """
-    before = name_and_soft(model, prefix, soft)
-    inputs = torch.cat([before, model.get_input_embeddings()(text)], 1)
-    attentions = model(inputs_embeds=inputs, use_cache=False, output_attentions=True).attentions
-    weights = torch.stack(attentions, 1).float().mean((1, 2))  # [B, layers, heads, Q, K] -> [B, Q, K]
-    num_read = before.shape[1]
-    return weights[:, num_read:, len(prefix):num_read].sum(2)
-
-
 def sentences_of(profile, rows, items, num_content=3):
     """The sentences of figure 7, by train rows: the noise words of all, {user: content words}
 
@@ -192,34 +175,39 @@ def sentences_of(profile, rows, items, num_content=3):
         level = np.searchsorted(median.quantile([1 / 3, 2 / 3]), median)
         content = {user: [("low", "medium", "high")[third]] for user, third in zip(median.index, level)}
         return "The spending level of this user is".split(), content
-    words, content = (items["category"].fillna("") + " " + items["title"]).str.findall(WORD), {}
-    for user, index in rows.groupby("user")["item"]:
-        counts = words.iloc[index].explode().value_counts(sort=False)
-        if len(counts):
-            content[user] = list(counts.nlargest(num_content).index)
+    words = (items["category"].fillna("") + " " + items["title"]).str.findall(WORD)
+    counts = {user: words.iloc[index].explode().value_counts(sort=False)
+              for user, index in rows.groupby("user")["item"]}
+    content = {user: list(count.nlargest(num_content).index) for user, count in counts.items() if len(count)}
     return "The user likes".split(), content
 
 
+@torch.no_grad()
 def attention_by_word(model, tokenizer, prefix, soft, sentences, batch_size=64):
-    """Attention of the words of B sentences (mean of their tokens) to soft [B, S D]: B arrays [words]"""
+    """Attention that the words of B sentences pay to the soft tokens before them [B, S D]: B arrays [words]
+
+    The LLM reads name text, θ, sentence. Mean over layers, heads and a word's tokens, sum over the S tokens.
+    """
     ids = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
            for words in sentences]
     # pads change nothing before them: attention is causal
-    text = pad_sequence([torch.tensor(sum(row, [])) for row in ids], batch_first=True)  # [B, T]
-    weights = torch.cat([attention_to_soft(model, prefix, *part)
-                         for part in zip(soft.split(batch_size), text.split(batch_size))])
-    result = []
-    for row, words in zip(weights, ids):
-        lengths = list(map(len, words))
-        result.append(np.array([float(part.mean()) for part in row[:sum(lengths)].split(lengths)]))
+    text, result = pad_sequence([torch.tensor(sum(row, [])) for row in ids], batch_first=True), []  # [B, T]
+    for theta, tokens in zip(soft.split(batch_size), text.split(batch_size)):
+        before = name_and_soft(model, prefix, theta)
+        inputs = torch.cat([before, model.get_input_embeddings()(tokens)], 1)
+        attentions = model(inputs_embeds=inputs, use_cache=False, output_attentions=True).attentions
+        weights = torch.stack(attentions, 1).float().mean((1, 2))  # [b, layers, heads, Q, K] -> [b, Q, K]
+        num_read = before.shape[1]
+        for row in weights[:, num_read:, len(prefix):num_read].sum(2):  # [T]
+            lengths = list(map(len, ids[len(result)]))
+            result.append(np.array([float(part.mean()) for part in row[:sum(lengths)].split(lengths)]))
     return result
 
 
 def content_share(attention, num_noise):
     """Share that the words behind the noise words pay, mean over words within each kind: [users]"""
-    content = np.array([weights[num_noise:].mean() for weights in attention])
-    noise = np.array([weights[:num_noise].mean() for weights in attention])
-    return content / (content + noise)
+    means = np.array([(weights[num_noise:].mean(), weights[:num_noise].mean()) for weights in attention])
+    return means[:, 0] / means.sum(1)
 
 
 def measure_attention(args, folder, run, model, tokenizer, scored):
@@ -261,7 +249,7 @@ def click_scores(run, users):
     """
     options, scores = argparse.Namespace(**run.sidecars["results.parquet"]["options"]), {}
     num_items = len(run.items)
-    is_warm = np.bincount(run.split["train"]["user"], minlength=len(run.users)) > 0
+    is_warm = run.users["user"].isin(run.split["train"]["user"]).to_numpy()
     asked = pd.DataFrame({"user": np.repeat(users, num_items),
                           "item": np.tile(np.arange(num_items), len(users))})
     split = {"train": run.split["train"], "valid": run.split["valid"], "asked": asked}
@@ -282,7 +270,7 @@ def click_scores(run, users):
     return scores
 
 
-def user_tables(args, run, found, index):
+def user_tables(run, found, index):
     """Page of user scored[index], {title: data frame}: items they had, codes, words, held-out rows, new items
 
     found: scored, words and clicks, see choose_users, words_of_profiles and click_scores; by profile the
@@ -314,9 +302,8 @@ def user_tables(args, run, found, index):
     tables[f"Held-out items (valid rows), and their rank among the {is_new.sum():,} not had"] = pd.DataFrame(
         rated(held_out) | {f"rank {title}": 1 + np.argsort(items)[held_out["item"]]
                            for title, items in order.items()})
-    best = pd.DataFrame({title: titles[items[:args.num_items]] for title, items in order.items()})
-    best.insert(0, "rank", range(1, len(best) + 1))
-    tables[f"Recommended by {run.sidecars['results.parquet']['options']['models'][0]}"] = best
+    best = {title: titles[items[:5]] for title, items in order.items()}
+    tables[f"Recommended by {run.sidecars['results.parquet']['options']['models'][0]}"] = pd.DataFrame(best)
     return {title: table for title, table in tables.items() if len(table)}
 
 
@@ -337,7 +324,7 @@ def main(args):
                                        for k in range(len(run.names))])
     words = words_of_profiles(args, run, model, tokenizer, scored)
     found = SimpleNamespace(scored=scored, words=words, clicks=click_scores(run, chosen), meanings=meanings)
-    tables = [user_tables(args, run, found, index) for index in range(len(chosen))]
+    tables = [user_tables(run, found, index) for index in range(len(chosen))]
     pages = [tables_as_html(f"User {run.user_ids[user]}", part) for user, part in zip(chosen, tables)]
     if args.user is not None:
         path = folder.with_name(f"{folder.name}.html")

@@ -3,12 +3,12 @@
 import base64
 import html
 import io
-import itertools
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn import functional as F
 
 from common import with_interval
 from userip.artifacts import whole_file
@@ -50,28 +50,24 @@ def tables_as_html(title, tables):
 
 
 def markdown_as_html(text):
-    """results.md: its pipe tables as HTML tables, other lines as paragraphs, without headings"""
+    """results.md: its pipe tables as HTML tables, other blocks as paragraphs, without headings: list of HTML"""
     parts = []
-    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
-        if is_table:
-            header, _, *rows = [line.strip("|").split("|") for line in lines]
+    for block in text.strip().split("\n\n"):
+        if block.startswith("|"):
+            header, _, *rows = [line.strip("|").split("|") for line in block.splitlines()]
             parts.append(table(header, rows))
-        else:
-            parts += [paragraph(line) for line in lines if line and not line.startswith("#")]
-    return "".join(parts)
+        elif not block.startswith("#"):
+            parts.append(paragraph(block))
+    return parts
 
 
 def page(title, chapters):
-    """One HTML file: title, table of contents, chapters {heading: list of HTML}"""
-    links, body = "", ""
-    for k, (heading, parts) in enumerate(chapters.items()):
-        links += f'<li><a href="#part{k}">{html.escape(heading)}</a></li>'
-        body += f'<h2 id="part{k}">{html.escape(heading)}</h2>{"".join(parts)}'
+    """One HTML file: title, chapters {heading: list of HTML}"""
     title = html.escape(title)
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in chapters.items())
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
-            f"<title>{title}</title><style>{STYLE}</style></head>"
-            f"<body><h1>{title}</h1><nav><ul>{links}</ul></nav>{body}</body></html>\n")
+            f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n")
 
 
 def save(folder, name, figure, data, description):
@@ -86,38 +82,29 @@ def save(folder, name, figure, data, description):
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
 
 
-def draw_map(folder, title, plane, groups, labels, marked):
-    """Scatter plot of users: plane [N, 2], groups [N], each one of the labels; marked: {user id: index}"""
-    figure, axis = plt.subplots(figsize=(4.2, 3.6))
-    for index, label in enumerate(labels):
-        axis.scatter(*plane[groups == label].T, s=5, alpha=0.6, color=plt.cm.tab10(index % 10), label=label)
-    for user_id, index in marked.items():
-        axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
-        axis.annotate(user_id, plane[index], fontsize=6, xytext=(5, 5), textcoords="offset points",
-                      bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
-    axis.set(title=title, xticks=[], yticks=[])
-    axis.legend(markerscale=3, fontsize=7, loc="best")
-    data = pd.DataFrame({"x": plane[:, 0], "y": plane[:, 1], "group": groups})
-    return save(folder, f"map-{title.replace(' ', '-')}", figure, data,
-                f"Scatter plot of users' profiles in two dimensions: {title}; the users shown are ringed")
-
-
 def draw_maps(folder, run, chosen):
-    """Profiles in two dimensions, by code and by truth; the users in `chosen` are ringed -> list of <img>"""
-    pictures, rng = [], np.random.default_rng(0)
+    """Profiles in two dimensions, a colour per code; the users in `chosen` are ringed -> list of <img>"""
+    pictures = []
     for k, name in enumerate(run.names):
         users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
         z = ((run.profiles[:, k] - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
         z = z - z.mean(0)
-        plane = (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).numpy()  # [N', 2]
-        if plane.shape[1] == 1:  # C = 1: a random height, so that users do not hide each other
-            plane = np.column_stack([plane, rng.random(len(plane))])
-        marked = {run.user_ids[user]: index for index, user in enumerate(users) if user in chosen}
-        pictures.append(draw_map(folder, f"{name} by code", plane, run.codes[users, k], range(run.sizes[k]),
-                                 marked))
-        if f"true_{name}" in run.users:
-            truth = run.users[f"true_{name}"].to_numpy()[users]
-            pictures.append(draw_map(folder, f"{name} by truth", plane, truth, np.unique(truth), marked))
+        plane = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
+        plane = F.pad(plane, (0, 1))[:, :2].numpy()  # [N', 2]; on a line if C = 1
+        figure, axis = plt.subplots(figsize=(4.2, 3.6))
+        codes = run.codes[users, k]
+        for code in range(run.sizes[k]):
+            axis.scatter(*plane[codes == code].T, s=5, alpha=0.6, color=plt.cm.tab10(code % 10), label=code)
+        for index in np.flatnonzero(np.isin(users, chosen)):
+            axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
+            axis.annotate(run.user_ids[users[index]], plane[index], fontsize=6, xytext=(5, 5),
+                          textcoords="offset points",
+                          bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
+        axis.set(title=f"{name} by code", xticks=[], yticks=[])
+        axis.legend(markerscale=3, fontsize=7, loc="best")
+        data = pd.DataFrame({"x": plane[:, 0], "y": plane[:, 1], "group": codes})
+        pictures.append(save(folder, f"map-{name}-by-code", figure, data, "Scatter plot of users' profiles in "
+                             f"two dimensions: {name} by code; the users shown are ringed"))
     return pictures
 
 
@@ -126,9 +113,9 @@ def draw_attention(folder, name, num_noise, sentences, attention):
 
     sentences: lists of words, the content behind num_noise; attention: {"before", "after": arrays [words]}
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(sentences) + 1.4), squeeze=False)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(sentences) + 1.4))
     rows = []
-    for axis, (when, by_user) in zip(axes[0], attention.items()):
+    for axis, (when, by_user) in zip(axes, attention.items()):
         grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
         for user, (words, weights) in enumerate(zip(sentences, by_user)):
             grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
@@ -194,4 +181,4 @@ def report_page(run, maps, cards, pages, attention, facts):
             "user likes”, before (a random soft token) and after tuning."),
             table(("profile", "before", "after", "after - before", "users"), facts["attention"]),
             *attention],
-        "Does it help click models?": [markdown_as_html(run.results_text)]})
+        "Does it help click models?": markdown_as_html(run.results_text)})
