@@ -8,8 +8,7 @@ items more often than the control's? Attention (figure 7): how much the words of
 the soft token, before and after tuning. Held-out rows are valid ones, never test.
 
 Reads   all artifacts of the run, and the LLM
-Writes  report.html, one file with its pictures inside; report/: each picture as PNG, its data as csv
-        with --user ID: report/user-N.html and report/user-N/ instead, and the page as text on the screen
+Writes  report.html, one file with its pictures inside; with --user ID only text on the screen
 
 Example: python 05_case_study.py        (15 seconds)
   wrote runs/demo/report.html: 4 users, 7 codes, 4 pictures
@@ -17,7 +16,6 @@ Example: python 05_case_study.py        (15 seconds)
 
 import argparse
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,17 +24,17 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
+from userip.artifacts import fail, read_artifacts, read_sidecar, write_artifact
 from userip.code_cards import WORD, agreement, code_cards, user_facts
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
-from userip.report import draw_attention, draw_maps, mean_with_interval, page, report_page, tables_as_html
+from userip.report import draw_attention, draw_maps, mean_with_interval, report_page, tables_as_html
 
 
 def parse_args(argv=None):
     parser, add = stage_parser(__doc__)
-    add.data("--user", metavar="ID", help="one user's page instead of the report: the id as in the data")
+    add.data("--user", metavar="ID", help="print one user's tables, write no report; the id as in the data")
     add.data("--num-users", type=at_least(1), default=4, help="users shown")
     add.data("--seed", type=at_least(0), default=0, help="seed of the choice of users and of the controls")
     add.method("--num-words", type=at_least(1), default=6, help="words shown per profile and per code")
@@ -210,7 +208,7 @@ def content_share(attention, num_noise):
     return means[:, 0] / means.sum(1)
 
 
-def measure_attention(args, folder, run, model, tokenizer, scored):
+def measure_attention(args, run, model, tokenizer, scored):
     """Figure 7 of each profile -> pictures, rows of (profile, share before, after, difference, users)
 
     Before tuning a soft token is random, as in the paper: normal, at the scale of the LLM's embeddings.
@@ -218,10 +216,10 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
     scale = float(model.get_input_embeddings().weight.float().square().mean().sqrt())
     generator = torch.Generator().manual_seed(args.seed)
     pictures, rows = [], []
-    num_shown = 1 if args.user else args.num_users
     for k, name in enumerate(run.names):
         noise, content = sentences_of(k, run.split["train"], run.items)
-        users = [user for user in [*scored[:num_shown], *np.sort(scored[num_shown:])] if user in content]
+        shown, rest = np.split(scored, [args.num_users])
+        users = [user for user in [*shown, *np.sort(rest)] if user in content]
         if not users:
             continue
         sentences = [noise + content[user] for user in users]
@@ -229,7 +227,7 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
         start = scale * torch.randn(soft.shape, generator=generator)
         attention = {when: attention_by_word(model, tokenizer, prefix, theta, sentences)
                      for when, theta in (("before", start), ("after", soft))}
-        pictures.append(draw_attention(folder, name, len(noise), sentences[:num_shown], attention))
+        pictures.append(draw_attention(name, sentences[:args.num_users], attention))
         before, after = (content_share(weights, len(noise)) for weights in attention.values())
         rows.append((name, mean_with_interval(before, ".3f"), mean_with_interval(after, ".3f"),
                      mean_with_interval(after - before, "+.4f"), f"{len(users):,}"))
@@ -271,7 +269,7 @@ def click_scores(run, users):
 
 
 def user_tables(run, found, index):
-    """Page of user scored[index], {title: data frame}: items they had, codes, words, held-out rows, new items
+    """Of user scored[index], {title: data frame}: items they had, codes, words, held-out rows, new items
 
     found: scored, words and clicks, see choose_users, words_of_profiles and click_scores; by profile the
     meanings of its codes. The words stand beside those of the control.
@@ -312,30 +310,24 @@ def main(args):
     started = time.time()
     run = read_run(args)
     chosen, scored = choose_users(args, run)
-    folder = Path(args.run_dir) / "report" / ("" if args.user is None else f"user-{chosen[0]}")
     llm = run.stored["llm"]
     if llm == "tiny" and tiny_stamp(args.run_dir) != run.stored["tiny_llm"]:
         fail(f"{args.run_dir}/tiny_llm is not the LLM that profiles.pt was inferred with: run `python "
              f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
     model, tokenizer = load_llm(args, llm, attn_implementation="eager")  # no other one returns attention
-    maps = draw_maps(folder, run, chosen)
-    attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
     cards, meanings, num_names = zip(*[code_cards(run, k, args.num_words, [args.seed, k])
                                        for k in range(len(run.names))])
     words = words_of_profiles(args, run, model, tokenizer, scored)
     found = SimpleNamespace(scored=scored, words=words, clicks=click_scores(run, chosen), meanings=meanings)
     tables = [user_tables(run, found, index) for index in range(len(chosen))]
-    pages = [tables_as_html(f"User {run.user_ids[user]}", part) for user, part in zip(chosen, tables)]
     if args.user is not None:
-        path = folder.with_name(f"{folder.name}.html")
-        with whole_file(path) as file:
-            file.write(page(f"User {args.user}", {"What is known": [*pages, *maps, *attention]}).encode())
-        text = "\n\n".join(f"{title}\n{table.to_string(index=False, max_colwidth=60)}"
-                           for title, table in tables[0].items())
-        print(f"User {args.user}\n\n{text}\n\nwrote {path}: {len(tables[0])} tables, "
-              f"{len(maps + attention)} pictures")
+        for title, table in tables[0].items():
+            print(f"\n{title}\n{table.to_string(index=False, max_colwidth=60)}")
         return
 
+    pages = [tables_as_html(f"User {run.user_ids[user]}", part) for user, part in zip(chosen, tables)]
+    maps = draw_maps(run, chosen)
+    attention, shares = measure_attention(args, run, model, tokenizer, scored)
     facts = {"words": score_words(run, words, scored), "attention": shares, "agreement": agreement(run),
              "names_found": sum(num_names)}
     path = write_artifact(args, "report.html", report_page(run, maps, cards, pages, attention, facts),

@@ -13,16 +13,15 @@ import torch
 
 from userip.artifacts import fail
 
-GROUPS = ("data", "method", "training", "machine")
-
 
 def stage_parser(doc):
-    """A parser whose --help is the stage's docstring, and `add`: the add_argument of each of the GROUPS."""
+    """A parser whose --help is the stage's docstring, and `add`: the add_argument of each group of options."""
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=32)
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False,
                                      usage="%(prog)s [options]")
     parser.error = lambda message: fail(f"{message}; see --help")  # one line, without the usage block
-    add = SimpleNamespace(**{group: parser.add_argument_group(group).add_argument for group in GROUPS})
+    add = SimpleNamespace(**{group: parser.add_argument_group(group).add_argument
+                             for group in ("data", "method", "training", "machine")})
     add.data("--run-dir", default="runs/demo", help="folder of this run's artifacts",
              type=lambda text: text or parser.error("--run-dir is empty"))  # an unset variable of the shell
     return parser, add

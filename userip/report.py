@@ -1,4 +1,4 @@
-"""report.html and its pictures. The page is one file that needs no network; all its text is escaped."""
+"""report.html: one file with its pictures inside, which needs no network. All its text is escaped."""
 
 import base64
 import html
@@ -6,12 +6,10 @@ import io
 
 import matplotlib
 import numpy as np
-import pandas as pd
 import torch
 from torch.nn import functional as F
 
 from common import with_interval
-from userip.artifacts import whole_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -61,28 +59,16 @@ def markdown_as_html(text):
     return parts
 
 
-def page(title, chapters):
-    """One HTML file: title, chapters {heading: list of HTML}"""
-    title = html.escape(title)
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in chapters.items())
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width">'
-            f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n")
-
-
-def save(folder, name, figure, data, description):
-    """The figure as <img> with a description, and as folder/name.png, its data frame as folder/name.csv"""
+def picture(figure, description):
+    """The figure as <img>, a PNG inside the page"""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
-    for suffix, content in ((".png", buffer.getvalue()), (".csv", data.to_csv(index=False).encode())):
-        with whole_file(folder / f"{name}{suffix}") as file:
-            file.write(content)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
 
 
-def draw_maps(folder, run, chosen):
+def draw_maps(run, chosen):
     """Profiles in two dimensions, a colour per code; the users in `chosen` are ringed -> list of <img>"""
     pictures = []
     for k, name in enumerate(run.names):
@@ -102,19 +88,17 @@ def draw_maps(folder, run, chosen):
                           bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
         axis.set(title=f"{name} by code", xticks=[], yticks=[])
         axis.legend(markerscale=3, fontsize=7, loc="best")
-        data = pd.DataFrame({"x": plane[:, 0], "y": plane[:, 1], "group": codes})
-        pictures.append(save(folder, f"map-{name}-by-code", figure, data, "Scatter plot of users' profiles in "
-                             f"two dimensions: {name} by code; the users shown are ringed"))
+        pictures.append(picture(figure, "Scatter plot of users' profiles in two dimensions: "
+                                f"{name} by code; the users shown are ringed"))
     return pictures
 
 
-def draw_attention(folder, name, num_noise, sentences, attention):
-    """Figure 7: a row per user, a column per word, colours from a user's least to most attention.
+def draw_attention(name, sentences, attention):
+    """Figure 7 as <img>: a row per user, a column per word, colours from a user's least to most attention.
 
-    sentences: lists of words, the content behind num_noise; attention: {"before", "after": arrays [words]}
+    sentences: lists of words; attention: {"before", "after": arrays [words]}
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(sentences) + 1.4))
-    rows = []
     for axis, (when, by_user) in zip(axes, attention.items()):
         grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
         for user, (words, weights) in enumerate(zip(sentences, by_user)):
@@ -122,12 +106,10 @@ def draw_attention(folder, name, num_noise, sentences, attention):
             for column, word in enumerate(words):
                 axis.text(column, user, word, ha="center", va="center", fontsize=6,
                           color="white" if grid[user, column] > 0.6 else "black")
-                rows.append((user, when, word, column >= num_noise, weights[column]))
         axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axis.set(title=f"{name}: {when} tuning", xticks=[], yticks=range(len(sentences)), ylabel="user")
-    data = pd.DataFrame(rows, columns=["user", "when", "word", "is_content", "attention"])
-    return save(folder, f"attention-{name}", figure, data, f"Heat maps of the attention from the words of "
-                f"a sentence to the soft token of {name}, before and after tuning, scaled per user")
+    return picture(figure, "Heat maps of the attention from the words of a sentence to the soft token of "
+                   f"{name}, before and after tuning, scaled per user")
 
 
 def headline(sidecars):
@@ -155,7 +137,7 @@ def report_page(run, maps, cards, pages, attention, facts):
     user shown; facts: rows of words, attention and agreement, as in the sidecar
     """
     names_found, names_by_chance = facts["names_found"]
-    return page("User inherent profiles", {
+    chapters = {
         "Summary": [headline(run.sidecars), paragraph(
             f"{len(run.users):,} users, {len(run.items):,} items, {len(run.split['train']):,} train rows; "
             f"LLM: {run.stored['llm']}; ± is half of a 95% interval.")],
@@ -181,4 +163,9 @@ def report_page(run, maps, cards, pages, attention, facts):
             "user likes”, before (a random soft token) and after tuning."),
             table(("profile", "before", "after", "after - before", "users"), facts["attention"]),
             *attention],
-        "Does it help click models?": markdown_as_html(run.results_text)})
+        "Does it help click models?": markdown_as_html(run.results_text)}
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in chapters.items())
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>User inherent profiles</title><style>{STYLE}</style></head>"
+            f"<body><h1>User inherent profiles</h1>{body}</body></html>\n")
