@@ -91,7 +91,7 @@ def vocabulary_words(tokenizer):
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     words = {index: token[1:] for index, token in enumerate(tokens)
              if token and token[0] in "Ġ▁" and len(token) > 3 and token[1:].isascii() and token[1:].isalpha()}
-    return torch.tensor(list(words), dtype=torch.long), list(words.values())
+    return torch.tensor(list(words), dtype=torch.long), np.array(list(words.values()))
 
 
 def nearest_scores(deviation, embeddings):
@@ -122,18 +122,16 @@ def lens_scores(model, ids, prefix, soft, shared, batch_size=256):
 
 
 def words_of_profiles(args, run, model, tokenizer, users):
-    """{(profile, method): a list of words for each of the users}"""
+    """{(profile, method): the words of each of the users [B, num_words]}"""
     ids, words = vocabulary_words(tokenizer)
-    embeddings = model.get_input_embeddings().weight[ids].float()
-    result = {}
+    embeddings, result = model.get_input_embeddings().weight[ids].float(), {}
     for k, name in enumerate(run.names):
         soft, shared = run.profiles[users, k], run.profiles[run.has_evidence[:, k], k].mean(0)
         deviation = (soft - shared).unflatten(1, (-1, embeddings.shape[1])).mean(1)  # of the S soft tokens
         prefix = tokenizer(run.stored["texts"][k]).input_ids
         for method, score in (("nearest", nearest_scores(deviation, embeddings)),
                               ("lens", lens_scores(model, ids, prefix, soft, shared))):
-            best = score.topk(min(args.num_words, len(words)), dim=1).indices.tolist()
-            result[name, method] = [[words[index] for index in row] for row in best]
+            result[name, method] = words[score.topk(min(args.num_words, len(words)), dim=1).indices]
     return result
 
 

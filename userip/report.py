@@ -4,22 +4,19 @@ import base64
 import html
 import io
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from common import with_interval
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
     "td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}img{max-width:100%}"
-    "h2{margin-top:2.5rem;border-bottom:1px solid #ddd}h4{margin:1rem 0 0}"
-    "@media print{table{display:table}tr,img{break-inside:avoid}}")
+    "h2{margin-top:2.5rem;border-bottom:1px solid #ddd}h4{margin:1rem 0 0}")
 
 
 def mean_with_interval(values, form=".2f"):
@@ -48,7 +45,7 @@ def tables_as_html(title, tables):
 
 
 def markdown_as_html(text):
-    """results.md: its pipe tables as HTML tables, other blocks as paragraphs, without headings: list of HTML"""
+    """The pipe tables and paragraphs of results.md, without headings: list of HTML"""
     parts = []
     for block in text.strip().split("\n\n"):
         if block.startswith("|"):
@@ -63,7 +60,6 @@ def picture(figure, description):
     """The figure as <img>, a PNG inside the page"""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
 
@@ -77,10 +73,10 @@ def draw_maps(run, chosen):
         z = z - z.mean(0)
         plane = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
         plane = F.pad(plane, (0, 1))[:, :2].numpy()  # [N', 2]; on a line if C = 1
-        figure, axis = plt.subplots(figsize=(4.2, 3.6))
-        codes = run.codes[users, k]
+        figure = Figure(figsize=(4.2, 3.6))
+        axis, codes = figure.subplots(), run.codes[users, k]
         for code in range(run.sizes[k]):
-            axis.scatter(*plane[codes == code].T, s=5, alpha=0.6, color=plt.cm.tab10(code % 10), label=code)
+            axis.scatter(*plane[codes == code].T, s=5, alpha=0.6, color=colormaps["tab10"](code % 10), label=code)
         for index in np.flatnonzero(np.isin(users, chosen)):
             axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
             axis.annotate(run.user_ids[users[index]], plane[index], fontsize=6, xytext=(5, 5),
@@ -98,8 +94,8 @@ def draw_attention(name, sentences, attention):
 
     sentences: lists of words; attention: {"before", "after": arrays [words]}
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(sentences) + 1.4))
-    for axis, (when, by_user) in zip(axes, attention.items()):
+    figure = Figure(figsize=(10, 0.5 * len(sentences) + 1.4))
+    for axis, (when, by_user) in zip(figure.subplots(1, 2), attention.items()):
         grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
         for user, (words, weights) in enumerate(zip(sentences, by_user)):
             grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
@@ -133,8 +129,8 @@ def headline(sidecars):
 
 
 def report_page(run, maps, cards, pages, attention, facts):
-    """report.html. maps, attention: pictures, lists of <img>; cards: a data frame by profile; pages: HTML by
-    user shown; facts: rows of words, attention and agreement, as in the sidecar
+    """maps, attention: lists of <img>; cards: a data frame by profile; pages: HTML by user shown; facts: rows
+    of words, attention and agreement, as in the sidecar
     """
     names_found, names_by_chance = facts["names_found"]
     chapters = {
