@@ -67,12 +67,10 @@ def parse_args(argv=None):
              help="first fetch what is not in --raw yet (Amazon 2014, MovieLens); URL: folder of a mirror")
     add.data("--max-bad", type=at_least(0, float), default=0.01,
              help="Amazon, Yelp: share of bad lines above which a file is refused")
-    add.method("--min-interactions", type=at_least(1), default=4,
-               help="drop users and items with fewer, iterated")
+    add.method("--min-interactions", type=at_least(1), default=4, help="drop users and items with fewer")
     add.method("--threshold", type=float, default=3, help="a rating above this is a positive label")
     add.method("--split", choices=SPLITS, help="see above (default: random; nete: published)")
-    add.method("--split-seed", type=at_least(0),
-               help="random, cold-user: seed of the split alone (default: --seed)")
+    add.method("--split-seed", type=at_least(0), help="random, cold-user: its seed (default: --seed)")
     args = parser.parse_args(argv)
     args.split = args.split or ("published" if args.dataset == "nete" else "random")
     check_options(parser, args)
@@ -89,9 +87,8 @@ def check_options(parser, args):
     for name in changed_options(parser, args):
         chosen = {args.dataset, args.split, f"{args.dataset} {args.split}"}
         if name in BELONGS and chosen.isdisjoint(BELONGS[name]):
-            advice = "fetch it by hand" if name == "download" else "leave it out"
             parser.error(f"{option_name(name)} means nothing for --dataset {args.dataset} "
-                         f"--split {args.split}: {advice}")
+                         f"--split {args.split}: leave it out")
     if args.split == "published" and args.dataset not in ("nete", "table"):
         parser.error(f"--split published: {args.dataset} is published without one")
     if args.dataset == "amazon" and args.download is not None and not args.category:

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from userip.artifacts import fail, read_artifacts, read_sidecar, write_artifact
-from userip.code_cards import WORD, agreement, code_cards, user_facts
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
-from userip.report import draw_attention, draw_maps, mean_with_interval, report_page, tables_as_html
+from userip.report import (WORD, agreement, code_cards, draw_attention, draw_maps, mean_with_interval,
+                           report_page, tables_as_html, user_facts)
 
 
 def parse_args(argv=None):
@@ -107,9 +107,8 @@ def name_and_soft(model, prefix, soft):
 
 @torch.no_grad()
 def lens_scores(model, ids, prefix, soft, shared, batch_size=256):
-    """How much the log-probability of each word is higher after θ_u than after the mean θ: [B, W]
-
-    ids [W]: the words; prefix: token ids of "This user's hobby is"; soft [B, S D], shared [S D].
+    """How much the log-probability of each word, ids [W], is higher after θ_u, soft [B, S D], than after the
+    mean θ, shared [S D]: [B, W]. prefix: token ids of "This user's hobby is"
     """
 
     def log_probability(theta):
@@ -160,10 +159,9 @@ def score_words(run, words, scored):
 
 
 def sentences_of(profile, rows, items, num_content=3):
-    """The sentences of figure 7, by train rows: the noise words of all, {user: content words}
-
-    First profile: "The user likes" and the most frequent words of their items' titles and categories. Other
-    profiles, if there are prices: "The spending level of this user is" low, medium or high.
+    """The sentences of figure 7, by train rows: the noise words of all, {user: content words}. First profile:
+    "The user likes" and the most frequent words of their items' titles and categories. Other profiles, if
+    there are prices: "The spending level of this user is" low, medium or high.
     """
     price = rows["item"].map(items["price"])
     if profile and price.notna().any():
@@ -180,8 +178,7 @@ def sentences_of(profile, rows, items, num_content=3):
 
 @torch.no_grad()
 def attention_by_word(model, tokenizer, prefix, soft, sentences, batch_size=64):
-    """Attention that the words of B sentences pay to the soft tokens before them [B, S D]: B arrays [words]
-
+    """Attention that the words of B sentences pay to the soft tokens before them [B, S D]: B arrays [words].
     The LLM reads name text, θ, sentence. Mean over layers, heads and a word's tokens, sum over the S tokens.
     """
     ids = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
@@ -207,16 +204,14 @@ def content_share(attention, num_noise):
 
 
 def measure_attention(args, run, model, tokenizer, scored):
-    """Figure 7 of each profile -> pictures, rows of (profile, share before, after, difference, users)
-
-    Before tuning a soft token is random, as in the paper: normal, at the scale of the LLM's embeddings.
+    """Figure 7 of each profile -> pictures, rows of (profile, share before, after, difference, users). Before
+    tuning a soft token is random, as in the paper: normal, at the scale of the LLM's embeddings.
     """
     scale = float(model.get_input_embeddings().weight.float().square().mean().sqrt())
-    generator = torch.Generator().manual_seed(args.seed)
-    pictures, rows = [], []
+    generator, pictures, rows = torch.Generator().manual_seed(args.seed), [], []
+    shown, rest = np.split(scored, [args.num_users])
     for k, name in enumerate(run.names):
         noise, content = sentences_of(k, run.split["train"], run.items)
-        shown, rest = np.split(scored, [args.num_users])
         users = [user for user in [*shown, *np.sort(rest)] if user in content]
         if not users:
             continue
@@ -238,16 +233,13 @@ def measure_attention(args, run, model, tokenizer, scored):
 
 
 def click_scores(run, users):
-    """Click probability of every item for the users: {"without codes": [B, M], "with codes": [B, M]}
-
-    By the first model of stage 4's table, trained once more with the options of its first row: stage 4 keeps
-    figures, not weights.
+    """Click probability of every item for the users: {"without codes": [B, M], "with codes": [B, M]}, by the
+    first model of stage 4, which keeps no weights: trained once more, with the options of its first row
     """
     options, scores = argparse.Namespace(**run.sidecars["results.parquet"]["options"]), {}
     num_items = len(run.items)
     is_warm = run.users["user"].isin(run.split["train"]["user"]).to_numpy()
-    asked = pd.DataFrame({"user": np.repeat(users, num_items),
-                          "item": np.tile(np.arange(num_items), len(users))})
+    asked = pd.MultiIndex.from_product([users, range(num_items)], names=["user", "item"]).to_frame()
     split = {"train": run.split["train"], "valid": run.split["valid"], "asked": asked}
     labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid")}
     for title, feature, num_fields in (("without codes", "none", 0), ("with codes", "codes", len(run.names))):
@@ -267,10 +259,8 @@ def click_scores(run, users):
 
 
 def user_tables(run, found, index):
-    """Of user scored[index], {title: data frame}: items they had, codes, words, held-out rows, new items
-
-    found: scored, words and clicks, see choose_users, words_of_profiles and click_scores; by profile the
-    meanings of its codes. The words stand beside those of the control.
+    """Of user scored[index], {title: data frame}: items they had, codes, words beside those of the control,
+    held-out rows, new items. found: scored, words, clicks, and by profile the meanings of its codes
     """
     user, control = found.scored[[index, index - 1]]
     titles = run.items["title"].to_numpy()

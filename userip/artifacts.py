@@ -93,10 +93,10 @@ def _write_tensors(tensors, file):
 
 
 def _write_value(value, file):
-    """Write a dict for `_write_tensors`, text, bytes, a data frame, or an iterator of arrow tables (row groups
-    that need not fit into memory together) into an open file: given a path, torch writes its *name* into it.
+    """value: text, bytes, a data frame, an iterator of arrow tables (row groups that need not fit into memory
+    together), or a dict for `_write_tensors`.
     """
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # into an open file: given a path, torch writes its *name* into it
         _write_tensors(value, file)
     elif isinstance(value, (str, bytes)):
         file.write(value if isinstance(value, bytes) else value.encode())
@@ -155,8 +155,8 @@ def _read_frame(path):
 
 
 def read_artifacts(args, *names):
-    """Artifacts of one run as a list of data frames, dicts and texts. Each must have the digest in its sidecar
-    and have been made from the very files beside it: two data sets or seeds never mix silently.
+    """Artifacts of one run: a list of data frames, dicts and texts. Each must have its sidecar's digest and
+    have been made from the very files beside it: two data sets or seeds never mix silently.
     """
     run_dir = Path(args.run_dir)
     digest_of = functools.cache(lambda path: sha256_of(path) if path.exists() else "missing")

@@ -60,6 +60,5 @@ def _fetch(url, path):
         if (kept := part.stat().st_size) < size:
             raise OSError(f"the connection was closed early; {kept:,} of {size:,} bytes are kept")
     except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
-        fail(f"{url} cannot be fetched ({error}): try again, which goes on from there, or another mirror; to "
-             f"begin anew, delete {part}")
+        fail(f"{url} cannot be fetched ({error}): try again or another mirror; to begin anew, delete {part}")
     part.replace(path)

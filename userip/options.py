@@ -15,7 +15,7 @@ from userip.artifacts import fail
 
 
 def stage_parser(doc):
-    """A parser whose --help is the stage's docstring, and `add`: the add_argument of each group of options."""
+    """A parser whose --help is the stage's docstring, and `add`: add_argument of each group of options."""
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=32)
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False,
                                      usage="%(prog)s [options]")

@@ -59,9 +59,7 @@ def read_planted(args):
 
 
 def _draw_world(seed):
-    """What decides interactions and ratings: items, what users are; p(item | hobby, background) and the fit of
-    the item to them [4, 3, M]
-    """
+    """Items, what users are, p(item | hobby, background) and the fit of the item to both [4, 3, M]"""
     rng = np.random.default_rng([seed, 1])
     nouns = {category: words.split() for hobby in HOBBIES.values() for category, words in hobby.items()}
     categories = list(nouns)

@@ -1,17 +1,22 @@
-"""report.html: one file with its pictures inside, which needs no network. All its text is escaped."""
+"""Code cards, pictures, and report.html, one file that holds them; needs no network; all text is escaped."""
 
 import base64
 import html
 import io
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from scipy import sparse, stats
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.metrics import adjusted_mutual_info_score
 from torch.nn import functional as F
 
 from common import with_interval
 
+WORD = r"[^\W\d_]{3,}"  # at least three letters
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
@@ -25,6 +30,157 @@ def mean_with_interval(values, form=".2f"):
         return "–"
     half = 1.96 * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):{form}} ± {half:{form.strip('+')}}"
+
+
+def overrepresented(counts, names, num_words):
+    """counts [K, W] of what each code's users have -> per code the names whose share is surely higher than
+    in the other codes: (name, odds ratio, ends of its 95% interval), the surest first. Log-odds with a
+    Dirichlet prior, a tenth of all counts (Monroe et al., 2008). Sure: one-sided at 2.5% for all W names
+    together (Bonferroni), else some of a thousand words would stand out by chance.
+    """
+    prior, threshold = 0.1 * counts.sum(0) + 0.01, stats.norm.isf(0.025 / len(names))
+    result = []
+    for own in counts:
+        first, second = own + prior, counts.sum(0) - own + prior
+        odds = np.log(first / (first.sum() - first)) - np.log(second / (second.sum() - second))
+        error = np.sqrt(1 / first + 1 / second)
+        best = np.argsort(-odds / error, kind="stable")[:num_words]
+        result.append([(names[k], *np.exp(odds[k] + np.array([0, -1.96, 1.96]) * error[k]).tolist())
+                       for k in best if odds[k] > threshold * error[k]])
+    return result
+
+
+def item_features(items):
+    """Categories, brands, price levels, title words: {term: (counts [M, W], names [W])}"""
+    price = items["price"].astype(float)
+    low, high = price.quantile([1 / 3, 2 / 3])
+    level = np.select([price <= low, price <= high], [f"up to ${low:.2f}", f"${low:.2f} to ${high:.2f}"],
+                      f"above ${high:.2f}")
+    columns = {"categories": items["category"], "brands": items["brand"],
+               "price levels": pd.Series(level).where(price.notna())}
+    one_hot = {term: pd.get_dummies(column) for term, column in columns.items()}
+    features = {term: (counts.to_numpy(float), list(counts)) for term, counts in one_hot.items()}
+    vectorizer = CountVectorizer(token_pattern=WORD, min_df=2, stop_words="english")
+    try:
+        features["title words"] = vectorizer.fit_transform(items["title"]), vectorizer.get_feature_names_out()
+    except ValueError:  # no word is in two titles
+        pass
+    return {term: part for term, part in features.items() if len(part[1]) > 1}
+
+
+def user_facts(users):
+    """What is known of users: {fact: values [N], None where unknown}. Numbers of many values fall into
+    quarters; facts with too many groups (zip codes) are left out.
+    """
+    facts = {}
+    for column in users.columns.drop(["user", "user_id"]):
+        values = users[column]
+        if pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
+            quarter = pd.qcut(values, 4, labels=False, duplicates="drop")
+            values = values.groupby(quarter).transform(lambda part: f"{part.min():g} to {part.max():g}")
+        if 1 < values.nunique() <= max(8, len(users) / 20):
+            facts[column.replace("_", " ")] = values.astype(object).where(values.notna(), None)
+    return facts
+
+
+def agreement(run):
+    """Codes against each fact of user_facts: rows of (profile, fact, adjusted mutual information, p)"""
+    rows = []
+    for name, codes, num_codes in zip(run.names, run.codes.T, run.sizes):
+        for fact, values in run.user_facts.items():
+            is_known = (codes < num_codes) & values.notna().to_numpy()
+            table = pd.crosstab(codes[is_known], values[is_known].to_numpy())
+            if min(table.shape) > 1:
+                information = adjusted_mutual_info_score(codes[is_known], values[is_known].astype(str))
+                p = stats.chi2_contingency(table).pvalue
+                rows.append((name, fact, f"{information:.3f}", f"{p:.2g}" if p > 1e-16 else "below 1e-16"))
+    return rows
+
+
+def code_cards(run, k, num_words, seed):
+    """Profile k -> cards, a data frame with a column per code; meanings of the codes, the unknown one's last;
+    how many names of items are overrepresented [with these codes, with the codes shuffled among users]
+    """
+    train, codes, num_codes = run.split["train"], run.codes[:, k], run.sizes[k]
+    shuffled = np.random.default_rng(seed).permutation(codes)
+    is_member, is_shuffled = ((np.arange(num_codes)[:, None] == column).astype(float)
+                              for column in (codes, shuffled))  # [K, N]
+    pairs = train[["user", "item"]].drop_duplicates()
+    had = sparse.csr_matrix((np.ones(len(pairs)), (pairs["user"], pairs["item"])),
+                            (len(codes), len(run.items)))
+    odds_text = lambda names: ", ".join(f"{name} ×{odds:.1f} ({low:.1f}–{high:.1f})"
+                                        for name, odds, low, high in names) or "none above chance"
+    cards = {"users": [f"{int(size):,}" for size in is_member.sum(1)]}  # {term: texts [K]}
+    meanings, num_names = [[] for _ in range(num_codes)], np.zeros(2, dtype=int)
+    for term, (item_counts, names) in item_features(run.items).items():
+        own, control = (overrepresented(np.asarray((had.T @ member.T).T @ item_counts), names, num_words)
+                        for member in (is_member, is_shuffled))
+        num_names += [sum(map(len, own)), sum(map(len, control))]
+        cards[term] = list(map(odds_text, own))
+        for meaning, names_of_code in zip(meanings, own):
+            meaning += [str(name) for name, *_ in names_of_code[:2]]
+    departure = train["rating"] - train.groupby("item")["rating"].transform("mean")
+    habits = pd.DataFrame({"share rated positive": train["label"], "rating less the item's mean": departure})
+    for term, habit in habits.groupby(train["user"]).mean().items():  # by user with train rows
+        cards[term] = [mean_with_interval(habit[member[habit.index] > 0]) for member in is_member]
+    for fact, values in run.user_facts.items():
+        one_hot = pd.get_dummies(values)
+        names = overrepresented(is_member @ one_hot.to_numpy(float), list(one_hot.columns), num_words)
+        cards[fact] = list(map(odds_text, names))
+    cards = pd.DataFrame(cards, index=[f"{run.names[k]} {code}" for code in range(num_codes)])
+    meanings = [", ".join(meaning) or "nothing above chance" for meaning in meanings]
+    return cards.T.reset_index(names=""), [*meanings, "no evidence"], num_names
+
+
+def picture(figure, description):
+    """The figure as <img>, a PNG inside the page"""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
+
+
+def draw_maps(run, chosen):
+    """Profiles in two dimensions, a colour per code; the users in `chosen` are ringed -> list of <img>"""
+    pictures = []
+    for k, name in enumerate(run.names):
+        users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
+        z = ((run.profiles[:, k] - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
+        z = z - z.mean(0)
+        plane = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
+        plane = F.pad(plane, (0, 1))[:, :2].numpy()  # [N', 2]; on a line if C = 1
+        figure = Figure(figsize=(4.2, 3.6))
+        axis, codes, colours = figure.subplots(), run.codes[users, k], colormaps["tab10"]
+        for code in range(run.sizes[k]):
+            axis.scatter(*plane[codes == code].T, s=5, alpha=0.6, color=colours(code % 10), label=code)
+        for index in np.flatnonzero(np.isin(users, chosen)):
+            axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
+            axis.annotate(run.user_ids[users[index]], plane[index], fontsize=6, xytext=(5, 5),
+                          textcoords="offset points",
+                          bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
+        axis.set(title=f"{name} by code", xticks=[], yticks=[])
+        axis.legend(markerscale=3, fontsize=7, loc="best")
+        pictures.append(picture(figure, "Scatter plot of users' profiles in two dimensions: "
+                                f"{name} by code; the users shown are ringed"))
+    return pictures
+
+
+def draw_attention(name, sentences, attention):
+    """Figure 7 as <img>: a row per user, a column per word, colours from a user's least to most attention;
+    sentences: lists of words; attention: {"before", "after": arrays [words]}
+    """
+    figure = Figure(figsize=(10, 0.5 * len(sentences) + 1.4))
+    for axis, (when, by_user) in zip(figure.subplots(1, 2), attention.items()):
+        grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
+        for user, (words, weights) in enumerate(zip(sentences, by_user)):
+            grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
+            for column, word in enumerate(words):
+                axis.text(column, user, word, ha="center", va="center", fontsize=6,
+                          color="white" if grid[user, column] > 0.6 else "black")
+        axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axis.set(title=f"{name}: {when} tuning", xticks=[], yticks=range(len(sentences)), ylabel="user")
+    return picture(figure, "Heat maps of the attention from the words of a sentence to the soft token of "
+                   f"{name}, before and after tuning, scaled per user")
 
 
 def paragraph(text):
@@ -56,58 +212,6 @@ def markdown_as_html(text):
     return parts
 
 
-def picture(figure, description):
-    """The figure as <img>, a PNG inside the page"""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
-
-
-def draw_maps(run, chosen):
-    """Profiles in two dimensions, a colour per code; the users in `chosen` are ringed -> list of <img>"""
-    pictures = []
-    for k, name in enumerate(run.names):
-        users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
-        z = ((run.profiles[:, k] - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
-        z = z - z.mean(0)
-        plane = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
-        plane = F.pad(plane, (0, 1))[:, :2].numpy()  # [N', 2]; on a line if C = 1
-        figure = Figure(figsize=(4.2, 3.6))
-        axis, codes = figure.subplots(), run.codes[users, k]
-        for code in range(run.sizes[k]):
-            axis.scatter(*plane[codes == code].T, s=5, alpha=0.6, color=colormaps["tab10"](code % 10), label=code)
-        for index in np.flatnonzero(np.isin(users, chosen)):
-            axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
-            axis.annotate(run.user_ids[users[index]], plane[index], fontsize=6, xytext=(5, 5),
-                          textcoords="offset points",
-                          bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
-        axis.set(title=f"{name} by code", xticks=[], yticks=[])
-        axis.legend(markerscale=3, fontsize=7, loc="best")
-        pictures.append(picture(figure, "Scatter plot of users' profiles in two dimensions: "
-                                f"{name} by code; the users shown are ringed"))
-    return pictures
-
-
-def draw_attention(name, sentences, attention):
-    """Figure 7 as <img>: a row per user, a column per word, colours from a user's least to most attention.
-
-    sentences: lists of words; attention: {"before", "after": arrays [words]}
-    """
-    figure = Figure(figsize=(10, 0.5 * len(sentences) + 1.4))
-    for axis, (when, by_user) in zip(figure.subplots(1, 2), attention.items()):
-        grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
-        for user, (words, weights) in enumerate(zip(sentences, by_user)):
-            grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
-            for column, word in enumerate(words):
-                axis.text(column, user, word, ha="center", va="center", fontsize=6,
-                          color="white" if grid[user, column] > 0.6 else "black")
-        axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axis.set(title=f"{name}: {when} tuning", xticks=[], yticks=range(len(sentences)), ylabel="user")
-    return picture(figure, "Heat maps of the attention from the words of a sentence to the soft token of "
-                   f"{name}, before and after tuning, scaled per user")
-
-
 def headline(sidecars):
     """Table: what was inferred, how much of the truth was found, and did it help?"""
     nll, quantized = sidecars["profiles.pt"]["heldout_nll"], sidecars["feature_bank.parquet"]
@@ -129,9 +233,7 @@ def headline(sidecars):
 
 
 def report_page(run, maps, cards, pages, attention, facts):
-    """maps, attention: lists of <img>; cards: a data frame by profile; pages: HTML by user shown; facts: rows
-    of words, attention and agreement, as in the sidecar
-    """
+    """maps, attention: lists of <img>; cards: data frames; pages: HTML by user; facts: as in the sidecar"""
     names_found, names_by_chance = facts["names_found"]
     chapters = {
         "Summary": [headline(run.sidecars), paragraph(
