@@ -8,14 +8,16 @@ items more often than the control's? Attention (figure 7): how much the words of
 the soft token, before and after tuning. Held-out rows are valid ones, never test.
 
 Reads   all artifacts of the run, and the LLM
-Writes  report.html, one file with its pictures inside; with --user ID only text on the screen
+Writes  report.html, one file with its pictures inside; report/: each picture as PNG, its data as csv
+        with --user ID: report/user-N.html instead, and its tables on the screen
 
 Example: python 05_case_study.py        (15 seconds)
-  wrote runs/demo/report.html: 4 users, 7 codes, 4 pictures
+  wrote runs/demo/report.html: 4 users, 7 codes, 6 pictures
 """
 
 import argparse
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,17 +26,17 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from userip.artifacts import fail, read_artifacts, read_sidecar, write_artifact
+from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
 from userip.report import (WORD, agreement, code_cards, draw_attention, draw_maps, mean_with_interval,
-                           report_page, tables_as_html, user_facts)
+                           page, report_page, tables_as_html, user_facts)
 
 
 def parse_args(argv=None):
     parser, add = stage_parser(__doc__)
-    add.data("--user", metavar="ID", help="print one user's tables, write no report; the id as in the data")
+    add.data("--user", metavar="ID", help="one user's page instead of the report: the id as in the data")
     add.data("--num-users", type=at_least(1), default=4, help="users shown")
     add.data("--seed", type=at_least(0), default=0, help="seed of the choice of users and of the controls")
     add.method("--num-words", type=at_least(1), default=6, help="words shown per profile and per code")
@@ -203,7 +205,7 @@ def content_share(attention, num_noise):
     return means[:, 0] / means.sum(1)
 
 
-def measure_attention(args, run, model, tokenizer, scored):
+def measure_attention(args, folder, run, model, tokenizer, scored):
     """Figure 7 of each profile -> pictures, rows of (profile, share before, after, difference, users). Before
     tuning a soft token is random, as in the paper: normal, at the scale of the LLM's embeddings.
     """
@@ -220,7 +222,7 @@ def measure_attention(args, run, model, tokenizer, scored):
         start = scale * torch.randn(soft.shape, generator=generator)
         attention = {when: attention_by_word(model, tokenizer, prefix, theta, sentences)
                      for when, theta in (("before", start), ("after", soft))}
-        pictures.append(draw_attention(name, sentences[:args.num_users], attention))
+        pictures.append(draw_attention(folder, name, len(noise), sentences[:args.num_users], attention))
         before, after = (content_share(weights, len(noise)) for weights in attention.values())
         rows.append((name, mean_with_interval(before, ".3f"), mean_with_interval(after, ".3f"),
                      mean_with_interval(after - before, "+.4f"), f"{len(users):,}"))
@@ -308,14 +310,19 @@ def main(args):
     words = words_of_profiles(args, run, model, tokenizer, scored)
     found = SimpleNamespace(scored=scored, words=words, clicks=click_scores(run, chosen), meanings=meanings)
     tables = [user_tables(run, found, index) for index in range(len(chosen))]
+    pages = [tables_as_html(f"User {run.user_ids[user]}", part) for user, part in zip(chosen, tables)]
+    folder = Path(args.run_dir) / "report"
     if args.user is not None:
         for title, table in tables[0].items():
             print(f"\n{title}\n{table.to_string(index=False, max_colwidth=60)}")
+        path = folder / f"user-{chosen[0]}.html"
+        with whole_file(path) as file:
+            file.write(page(f"User {args.user}", pages[0]).encode())
+        print(f"wrote {path}: {len(tables[0])} tables")
         return
 
-    pages = [tables_as_html(f"User {run.user_ids[user]}", part) for user, part in zip(chosen, tables)]
-    maps = draw_maps(run, chosen)
-    attention, shares = measure_attention(args, run, model, tokenizer, scored)
+    maps = draw_maps(folder, run, chosen)
+    attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
     facts = {"words": score_words(run, words, scored), "attention": shares, "agreement": agreement(run),
              "names_found": sum(num_names)}
     path = write_artifact(args, "report.html", report_page(run, maps, cards, pages, attention, facts),

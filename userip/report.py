@@ -15,6 +15,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch.nn import functional as F
 
 from common import with_interval
+from userip.artifacts import whole_file
 
 WORD = r"[^\W\d_]{3,}"  # at least three letters
 STYLE = (
@@ -132,16 +133,36 @@ def code_cards(run, k, num_words, seed):
     return cards.T.reset_index(names=""), [*meanings, "no evidence"], num_names
 
 
-def picture(figure, description):
-    """The figure as <img>, a PNG inside the page"""
+def picture(folder, name, figure, data, description):
+    """The figure as <img>, and as folder/name.png, with its data frame as folder/name.csv"""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    for suffix, content in ((".png", buffer.getvalue()), (".csv", data.to_csv(index=False).encode())):
+        with whole_file(folder / f"{name}{suffix}") as file:
+            file.write(content)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
 
 
-def draw_maps(run, chosen):
-    """Profiles in two dimensions, a colour per code; the users in `chosen` are ringed -> list of <img>"""
+def draw_map(folder, title, plane, groups, marked):
+    """Scatter plot of users: plane [N, 2], a colour per group [N]; marked: {user id: index}, ringed"""
+    figure = Figure(figsize=(4.2, 3.6))
+    axis, colours = figure.subplots(), colormaps["tab10"]
+    for number, group in enumerate(np.unique(groups)):
+        axis.scatter(*plane[groups == group].T, s=5, alpha=0.6, color=colours(number % 10), label=group)
+    for user_id, index in marked.items():
+        axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
+        axis.annotate(user_id, plane[index], fontsize=6, xytext=(5, 5), textcoords="offset points",
+                      bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.legend(markerscale=3, fontsize=7, loc="best")
+    data = pd.DataFrame({"x": plane[:, 0], "y": plane[:, 1], "group": groups})
+    return picture(folder, f"map-{title.replace(' ', '-')}", figure, data,
+                   f"Scatter plot of users' profiles in two dimensions: {title}; the users shown are ringed")
+
+
+def draw_maps(folder, run, chosen):
+    """Profiles in two dimensions, by code and by truth; the users in `chosen` are ringed -> list of <img>"""
     pictures = []
     for k, name in enumerate(run.names):
         users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
@@ -149,27 +170,20 @@ def draw_maps(run, chosen):
         z = z - z.mean(0)
         plane = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
         plane = F.pad(plane, (0, 1))[:, :2].numpy()  # [N', 2]; on a line if C = 1
-        figure = Figure(figsize=(4.2, 3.6))
-        axis, codes, colours = figure.subplots(), run.codes[users, k], colormaps["tab10"]
-        for code in range(run.sizes[k]):
-            axis.scatter(*plane[codes == code].T, s=5, alpha=0.6, color=colours(code % 10), label=code)
-        for index in np.flatnonzero(np.isin(users, chosen)):
-            axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
-            axis.annotate(run.user_ids[users[index]], plane[index], fontsize=6, xytext=(5, 5),
-                          textcoords="offset points",
-                          bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
-        axis.set(title=f"{name} by code", xticks=[], yticks=[])
-        axis.legend(markerscale=3, fontsize=7, loc="best")
-        pictures.append(picture(figure, "Scatter plot of users' profiles in two dimensions: "
-                                f"{name} by code; the users shown are ringed"))
+        marked = {run.user_ids[user]: index for index, user in enumerate(users) if user in chosen}
+        pictures.append(draw_map(folder, f"{name} by code", plane, run.codes[users, k], marked))
+        if f"true_{name}" in run.users:
+            truth = run.users[f"true_{name}"].fillna("unknown").to_numpy()[users]
+            pictures.append(draw_map(folder, f"{name} by truth", plane, truth, marked))
     return pictures
 
 
-def draw_attention(name, sentences, attention):
-    """Figure 7 as <img>: a row per user, a column per word, colours from a user's least to most attention;
-    sentences: lists of words; attention: {"before", "after": arrays [words]}
+def draw_attention(folder, name, num_noise, sentences, attention):
+    """Figure 7 as <img>: a row per user, a column per word, colours from a user's least to most attention.
+
+    sentences: lists of words, the content behind num_noise; attention: {"before", "after": arrays [words]}
     """
-    figure = Figure(figsize=(10, 0.5 * len(sentences) + 1.4))
+    figure, rows = Figure(figsize=(10, 0.5 * len(sentences) + 1.4)), []
     for axis, (when, by_user) in zip(figure.subplots(1, 2), attention.items()):
         grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
         for user, (words, weights) in enumerate(zip(sentences, by_user)):
@@ -177,10 +191,12 @@ def draw_attention(name, sentences, attention):
             for column, word in enumerate(words):
                 axis.text(column, user, word, ha="center", va="center", fontsize=6,
                           color="white" if grid[user, column] > 0.6 else "black")
+                rows.append((user, when, word, column >= num_noise, weights[column]))
         axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axis.set(title=f"{name}: {when} tuning", xticks=[], yticks=range(len(sentences)), ylabel="user")
-    return picture(figure, "Heat maps of the attention from the words of a sentence to the soft token of "
-                   f"{name}, before and after tuning, scaled per user")
+    data = pd.DataFrame(rows, columns=["user", "when", "word", "is_content", "attention"])
+    return picture(folder, f"attention-{name}", figure, data, "Heat maps of the attention from the words of "
+                   f"a sentence to the soft token of {name}, before and after tuning, scaled per user")
 
 
 def paragraph(text):
@@ -232,6 +248,14 @@ def headline(sidecars):
     return table(("question", "answer"), rows)
 
 
+def page(title, body):
+    """One HTML file"""
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
+            f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n")
+
+
 def report_page(run, maps, cards, pages, attention, facts):
     """maps, attention: lists of <img>; cards: data frames; pages: HTML by user; facts: as in the sidecar"""
     names_found, names_by_chance = facts["names_found"]
@@ -263,7 +287,4 @@ def report_page(run, maps, cards, pages, attention, facts):
             *attention],
         "Does it help click models?": markdown_as_html(run.results_text)}
     body = "".join(f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in chapters.items())
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width">'
-            f"<title>User inherent profiles</title><style>{STYLE}</style></head>"
-            f"<body><h1>User inherent profiles</h1>{body}</body></html>\n")
+    return page("User inherent profiles", body)
