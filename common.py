@@ -62,7 +62,6 @@ class DCN(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers=3, hidden=(16, 16), dropout=0.0):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)  # see ctr_models.py
         input_dim = num_fields * field_dim
         self.weights = nn.Parameter(torch.randn(num_layers, input_dim) / math.sqrt(input_dim))
         self.biases = nn.Parameter(torch.zeros(num_layers, input_dim))

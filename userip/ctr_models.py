@@ -14,15 +14,15 @@ from torch import nn
 from common import DCN, MLP
 
 
-def pairs(x, y):
-    """x, y [B, F, …] -> x_p, y_q of all pairs p < q, two of [B, F (F - 1) / 2, …]"""
+def pair_products(x, y):
+    """x, y [B, F, E] -> x_p ∘ y_q for all p < q [B, F (F - 1) / 2, E]"""
     p, q = torch.triu_indices(x.shape[1], x.shape[1], offset=1, device=x.device)
-    return x[:, p], y[:, q]
+    return x[:, p] * y[:, q]
 
 
 def inner_products(e):
     """e [B, F, E] -> <e_p, e_q> for all p < q [B, F (F - 1) / 2]"""
-    return torch.mul(*pairs(e, e)).sum(2)
+    return pair_products(e, e).sum(2)
 
 
 def crossed_products(e):
@@ -67,7 +67,6 @@ class FFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = num_fields * field_dim + 1, True, 0
         self.field_dim = field_dim
         self.bias = nn.Parameter(torch.zeros(()))
 
@@ -84,7 +83,6 @@ class AFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim + 1, True, field_dim
         self.bias = nn.Parameter(torch.zeros(()))
         self.attention = nn.Linear(field_dim, field_dim)
         self.score = nn.Linear(field_dim, 1, bias=False)
@@ -92,7 +90,7 @@ class AFM(nn.Module):
 
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
-        product = torch.mul(*pairs(e, e))  # [B, F (F - 1) / 2, E]
+        product = pair_products(e, e)  # [B, F (F - 1) / 2, E]
         attention = self.score(self.attention(product).relu()).softmax(1)
         pooled = (attention * product).sum(1)  # [B, E]
         pooled = pooled if keep is None else pooled * keep
@@ -104,7 +102,6 @@ class DeepFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
         self.bias = nn.Parameter(torch.zeros(()))
         self.deep = DeepPart(num_fields * field_dim, hidden, bias=False)
 
@@ -122,7 +119,6 @@ class FiBiNET(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
         self.squeeze = nn.Linear(num_fields, max(1, num_fields // 3), bias=False)
         self.excite = nn.Linear(max(1, num_fields // 3), num_fields, bias=False)
         self.bilinear = nn.ModuleList(nn.Linear(field_dim, field_dim, bias=False) for _ in range(2))
@@ -131,7 +127,7 @@ class FiBiNET(nn.Module):
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
         a = self.excite(self.squeeze(e.mean(2)).relu()).relu()  # [B, F]
-        products = [torch.mul(*pairs(layer(x), x)) for layer, x in zip(self.bilinear, (e, a[:, :, None] * e))]
+        products = [pair_products(layer(x), x) for layer, x in zip(self.bilinear, (e, a[:, :, None] * e))]
         return w.sum(1) + self.deep(torch.cat(products, 1).flatten(1), keep)
 
 
@@ -143,7 +139,6 @@ class DIFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
         self.bias = nn.Parameter(torch.zeros(()))
         self.attention = FieldAttention(field_dim)
         self.mlp = MLP(num_fields * field_dim, hidden)
@@ -164,7 +159,6 @@ class AFN(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
         self.smallest, num_neurons = 1e-4, hidden[0]
         self.powers = nn.Linear(num_fields, num_neurons, bias=False)
         self.before, self.behind = nn.BatchNorm1d(num_neurons), nn.BatchNorm1d(num_neurons)
@@ -181,7 +175,6 @@ class AutoInt(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, 0
         self.layers = nn.Sequential(*(FieldAttention(field_dim) for _ in range(num_layers)))
         self.head = nn.Linear(num_fields * field_dim, 1)
 
@@ -194,7 +187,6 @@ class PNN(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
         self.deep = DeepPart(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden)
 
     def forward(self, e, keep=None):
@@ -209,7 +201,6 @@ class ONN(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = num_fields * field_dim, False, sum(hidden)
         self.field_dim = field_dim
         self.deep = DeepPart(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden)
 
@@ -224,7 +215,6 @@ class DCNv2(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
         input_dim = num_fields * field_dim
         self.layers = nn.ModuleList(nn.Linear(input_dim, input_dim) for _ in range(num_layers))
         self.mlp = MLP(input_dim, hidden)
@@ -244,11 +234,10 @@ MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, 
 class WithVectors(nn.Module):
     """The last P fields are vectors, each mapped to a row (table 3): rows [B, F - P, W], vectors [B, ΣC]"""
 
-    def __init__(self, model, dims):
+    def __init__(self, model, width, dims):
         super().__init__()
         self.model, self.dims = model, list(dims)
-        self.width, self.first_order, self.num_units = model.width, model.first_order, model.num_units
-        self.maps = nn.ModuleList(nn.Linear(dim, model.width) for dim in dims)
+        self.maps = nn.ModuleList(nn.Linear(dim, width) for dim in dims)
 
     def forward(self, rows, keep=None, vectors=None):
         fields = [layer(part) for layer, part in zip(self.maps, vectors.split(self.dims, 1))]
@@ -256,6 +245,13 @@ class WithVectors(nn.Module):
 
 
 def build(name, num_fields, field_dim, num_layers, hidden, dims=()):
-    """A model of MODELS whose last fields are vectors of widths `dims`, if there are any."""
+    """A model of MODELS whose last fields are vectors of widths `dims`, if there are any. It knows the width
+    of its rows, whether their last number is a first-order weight, and how many units dropout may drop.
+    """
+    first_order = name in ("ffm", "afm", "fibinet", "difm", "deepfm")
+    width = field_dim * (num_fields if name in ("ffm", "onn") else 1) + first_order
     model = MODELS[name](num_fields, field_dim, num_layers, hidden)
-    return WithVectors(model, dims) if dims else model
+    model = WithVectors(model, width, dims) if dims else model
+    model.width, model.first_order = width, first_order
+    model.num_units = {"ffm": 0, "autoint": 0, "afm": field_dim}.get(name, sum(hidden))
+    return model

@@ -3,8 +3,8 @@
 groups: {(model, features): frame of results}, rows in the order of split and seed, the base rate first.
 """
 
-import io
 import itertools
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +12,14 @@ import pandas as pd
 from scipy import stats
 
 from common import with_interval
-from userip.artifacts import write_artifact
-from userip.ctr_training import CHOICES
+from userip.further_runs import command_line
 
 DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("codes", "cf"),
                ("codes", "leniency"), ("codes", "dense"), ("random", "none"), ("cf", "none"),
                ("leniency", "none"), ("dense", "none")]
-PAPER_DATA = {"clothing": 179_223, "movies": 441_783, "games": 19_927, "yelp": 1_293_247}  # interactions
-
-
-def paper_figures():
-    """Tables 2, 3 (dense) and 4 of the paper, Llama-2: a frame of auc and logloss by data, model, features"""
-    path = Path(__file__).resolve().parent.parent / "assets/paper.csv"
-    return pd.read_csv(path, index_col=["data", "model", "features"])
+PAPER_DATA = {179_223: "clothing", 441_783: "movies", 19_927: "games", 1_293_247: "yelp"}  # by interactions
+# tables 2, 3 (dense) and 4 of the paper, Llama-2
+PAPER = Path(__file__).resolve().parent.parent / "assets/paper.csv"
 
 
 def rela_impr_auc(auc, reference):
@@ -60,8 +55,7 @@ def group_results(results):
 
 def spread(figures):
     """Mean ± standard deviation as text."""
-    deviation = f" ± {figures.std(ddof=1):.4f}" if len(figures) > 1 else ""
-    return f"{figures.mean():.4f}{deviation}"
+    return f"{figures.mean():.4f}" + (f" ± {figures.std():.4f}" if len(figures) > 1 else "")
 
 
 def markdown(header, lines):
@@ -71,20 +65,18 @@ def markdown(header, lines):
 
 def table_of_means(groups, data=None):
     """Tables 2 (`none`), 3 (`dense`), 4 (`codes`): means over draws, the paper's on `data` beside"""
-    columns = ["auc", "logloss", "calibration_error"]
-    header = ["model", "features", "AUC", "logloss", "calibration error", "RelaImpr AUC (%)",
-              "RelaImpr logloss (%)", *(["paper: AUC", "logloss"] if data else [])]
-    lines, papers = [], paper_figures()
-    for (model, features), frame in groups.items():
-        improvements, paper = ["", ""], ["", ""] if data else []
-        if (model, "none") in groups and features != "none":
-            mean, reference = frame[columns].mean(), groups[model, "none"][columns].mean()
-            improvements = [f"{rela_impr_auc(mean['auc'], reference['auc']):+.2f}",
-                            f"{rela_impr_logloss(mean['logloss'], reference['logloss']):+.2f}"]
-        if (data, model, features) in papers.index:
-            paper = [f"{figure:.4f}" for figure in papers.loc[data, model, features]]
-        lines.append([model, features, *(spread(frame[column]) for column in columns), *improvements, *paper])
-    return markdown(header, lines)
+    lines, paper = [], pd.read_csv(PAPER, index_col=["data", "model", "features"])
+    for key, frame in groups.items():
+        reference, line = groups.get((key[0], "none")), [*key, spread(frame["auc"]), spread(frame["logloss"])]
+        line += ["", ""] if reference is None or reference is frame else [
+            f"{rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f}",
+            f"{rela_impr_logloss(frame['logloss'].mean(), reference['logloss'].mean()):+.2f}"]
+        if data:
+            line += ([f"{figure:.4f}" for figure in paper.loc[(data, *key)]] if (data, *key) in paper.index
+                     else ["", ""])
+        lines.append(line)
+    header = ["model", "features", "AUC", "logloss", "RelaImpr AUC (%)", "RelaImpr logloss (%)"]
+    return markdown(header + (["paper: AUC", "logloss"] if data else []), lines)
 
 
 def table_of_differences(groups, overlap):
@@ -110,45 +102,27 @@ def table_of_differences(groups, overlap):
                     lines), gains
 
 
-def table_of_choices(args, results):
-    """Learning rate, penalty and start of each model; with --tune of each feature set and split"""
-    keys = ["model", "features", "split_seed"] if args.tune else ["model"]
-    chosen = results[results["model"] != "base rate"].groupby(keys, sort=False)[list(CHOICES)].first()
-    lines = [[*map(str, row[:len(keys)]), *(f"{number:g}" for number in row[len(keys):])]
-             for row in chosen.reset_index().itertuples(index=False)]
-    return markdown([*keys, "lr", "weight decay of the embeddings", "start"], lines)
-
-
-def summarize(args, results, runs, meaning):
+def summarize(options, results, runs, meaning):
     """results.md, and what the codes gain by model. runs: one per split; meaning: {feature set: its text}"""
-    first, groups = runs[0], group_results(results)
-    num_splits, num_seeds = len(runs), results.loc[results["model"] != "base rate", "seed"].nunique()
-    num_test, num_train = len(first.labels["test"]), len(first.labels["train"])
-    num_cold = int((first.history[first.split["test"]["user"]] == 0).sum())
+    prepared, num_splits = runs[0].prepared, len(runs)
+    num_train, num_test = (len(runs[0].labels[name]) for name in ("train", "test"))
+    num_cold = int((runs[0].history[runs[0].split["test"]["user"]] == 0).sum())
+    data = PAPER_DATA.get(prepared["interactions"])
+    groups = group_results(results)
     differences, gains = table_of_differences(groups, num_test / num_train if num_splits > 1 else 0.0)
     interval = ("over splits and seeds, corrected for the splits' overlap (Nadeau and Bengio, 2003)"
                 if num_splits > 1 else "over the seeds of one split, which says nothing of other splits")
-    features = "; ".join(f"`{name}`: {text}" for name, text in meaning.items()
-                         if name in set(results["features"]))
-    dataset, interactions = first.prepared["dataset"], first.prepared["interactions"]
-    # NETE's dumps are told by their sizes
-    data = next((name for name, size in PAPER_DATA.items() if dataset == name or interactions == size), None)
-    paper = (f" The paper's columns are its figures on {data}, {PAPER_DATA[data]:,} interactions; here are "
-             f"{interactions:,}." if data else "")
-    text = [f"# Click-through rate: {dataset}, {num_test:,} test rows", "",
-            f"Split: {first.prepared['split']}. Draws: {num_splits}, seeds of each: {num_seeds}. "
+    features = "; ".join(f"`{name}`: {meaning[name]}" for name in results["features"].unique())
+    text = [f"# Click-through rate: {prepared['dataset']}, {num_test:,} test rows", "",
+            f"Split: {prepared['split']}. Draws: {num_splits}, seeds of each: {options['seeds']}. "
             f"{num_cold:,} test rows of the first draw are of users without a train row, who share the "
             "unknown user's id. ± is the standard deviation over draws and seeds.", "",
             f"What models read: {features}. A gain counts only against `random`.", "",
-            f"E {args.field_dim}, {args.layers} layers, MLP ({', '.join(map(str, args.hidden))}), dropout "
-            f"{args.dropout:g}, id dropout {args.id_dropout:g}, batch {args.batch_size}, at most "
-            f"{args.epochs} epochs, patience {args.patience}"
-            + (", the rest chosen on valid:" if args.tune else ":"), "",
-            *table_of_choices(args, results), "",
+            f"Options: `{shlex.join(command_line(options))}`", "",
             "## Tables 2, 3 and 4", "",
-            "Logloss in nats; calibration error: mean gap of probability and share of clicks over ten bins "
-            "of equal size; RelaImpr (eq. 10, 11): against the same model with `none`, more is better. "
-            f"`none` is table 2, `dense` table 3 (without VQ), `codes` (UserIP) table 4.{paper}", "",
+            "Logloss in nats. RelaImpr (eq. 10, 11): against the same model with `none`, more is better. "
+            "`none` is table 2, `dense` table 3 (without VQ), `codes` (UserIP) table 4."
+            + (f" The paper's columns are its figures on {data}." if data else ""), "",
             *table_of_means(groups, data), ""]
     if num_lines := len(differences) - 2:
         text += ["## Paired differences", "",
@@ -159,30 +133,15 @@ def summarize(args, results, runs, meaning):
 
 
 def draw_figure(args, name, title, rows):
-    """Figures 5 and 6: AUC and logloss by codebook size, mean and band of one deviation -> the picture's path
+    """Figures 5 and 6: AUC and logloss by codebook size, mean and standard deviation over the seeds
 
     rows: dicts as in results, each with its codebook `size`.
     """
-    import matplotlib
+    from userip.report import plt, save  # matplotlib, which no other part of stage 4 needs
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    for axis, metric, label in zip(axes, ("auc", "logloss"), ("AUC", "logloss (nats)")):
-        for features, frame in pd.DataFrame(rows).groupby("features", sort=False):
-            by_size = frame.groupby("size")[metric].agg(["mean", "std"]).fillna(0)
-            axis.plot(by_size.index, by_size["mean"], marker="o", label=features)
-            axis.fill_between(by_size.index, by_size["mean"] - by_size["std"],
-                              by_size["mean"] + by_size["std"], alpha=0.2)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(by_size.index, [str(size) for size in by_size.index])
-        axis.set(xlabel=title, ylabel=label)
-        axis.legend()
-    figure.suptitle(f"{args.models[0]}, {args.seeds} seeds; band: one standard deviation", fontsize=9)
-    figure.tight_layout()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-    inputs = ["interactions.parquet", "profiles.pt"]
-    return write_artifact(args, name, picture.getvalue(), inputs, figures=rows)
+    results, (figure, axes) = pd.DataFrame(rows), plt.subplots(1, 2, figsize=(9, 3.4))
+    for axis, metric in zip(axes, ("auc", "logloss")):
+        mean, deviation = (results.pivot_table(metric, "size", "features", function).fillna(0)
+                           for function in ("mean", "std"))
+        mean.plot(ax=axis, yerr=deviation, logx=True, marker="o", xlabel=title, ylabel=metric)
+    save(Path(args.run_dir), name, figure, results, f"AUC and logloss of {args.models[0]} by {title}")

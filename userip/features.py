@@ -64,20 +64,16 @@ def leniency_codes(split, seed, num_codes=4, num_folds=5):
     return codes
 
 
-def profile_vectors(profiles, codebook, names):
-    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [(F + 1) N, C] per name,
-    fold behind fold; the last N have all evidence
+def profile_vectors(run, device):
+    """Table 3, w/o VQ: the profiles in the codebook's coordinates as the last fields of Rows. A train row
+    reads those without its own fold, the others the last ones, with all evidence.
     """
-    return [((profiles["profiles"][..., k, :] - codebook[name]["mean"]) @ codebook[name]["transform"])
-            .flatten(0, -2) for k, name in enumerate(names)]
-
-
-def dense_fields(run, device):
-    """The profiles as the last fields of Rows; a train row reads those without its own fold, run.fold [n]"""
-    users = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in run.labels}
-    if run.fold is not None:
-        num_folds = len(run.vectors[0]) // len(run.users) - 1
-        users = {name: user + len(run.users) * (run.fold if name == "train" else num_folds)
-                 for name, user in users.items()}
-    return {"vectors": torch.cat(run.vectors, 1).to(device), "dims": tuple(v.shape[1] for v in run.vectors),
+    profiles = run.stored["profiles"].reshape(-1, len(run.users), *run.stored["profiles"].shape[-2:])
+    vectors = [(profiles[:, :, k] - run.codebook[name]["mean"]) @ run.codebook[name]["transform"]
+               for k, name in enumerate(run.names)]  # of [F + 1, N, C]
+    fold = dict.fromkeys(run.labels, len(profiles) - 1) | {"train": run.stored.get("fold", 0)}
+    users = {name: torch.tensor(run.split[name]["user"].to_numpy()) + len(run.users) * fold[name]
+             for name in fold}
+    return {"vectors": torch.cat(vectors, 2).flatten(0, 1).to(device),  # [(F + 1) N, ΣC]
+            "dims": tuple(z.shape[2] for z in vectors),
             "users": {name: user.to(device) for name, user in users.items()}}

@@ -34,7 +34,7 @@ def read_rows(interactions, split, fold=None):
 
 
 def read_profiles(args, stored, rows, defaults):
-    """profiles.pt -> a namespace per profile name; sets args.codes. defaults: of stage 3's options, see below
+    """profiles.pt -> a namespace per profile name; sets args.codes. defaults: of stage 3's options
 
     It holds θ of all users without each of the F folds and, last, with all evidence.
     """
@@ -43,16 +43,14 @@ def read_profiles(args, stored, rows, defaults):
     is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
     is_warm[rows.user] = True
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
-    routes = options.get("route", ["none"])
-    routes = ["rating"] * len(names) if routes == ["none"] else routes
-    has_ratings = options.get("ratings", "none") != "none"
-    reads_ratings = [has_ratings and "rating" in route.split("+") for route in routes]
+    has_ratings, routes = options.get("ratings", "none") != "none", options.get("route", ["none"])
+    reads_ratings = [has_ratings and (routes == ["none"] or "rating" in routes[k].split("+"))
+                     for k in range(len(names))]
     sizes = args.codes or [8 if reads else 3 if k == 1 else 4 for k, reads in enumerate(reads_ratings)]
-    if "prior" in stored:  # no option may be changed
+    if "prior" in stored:
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
-        allowed = defaults | {"run_dir": args.run_dir, "seed": args.seed}
-        for name, value in vars(args).items():
-            if value != allowed[name] and (name, value) != ("codes", sizes):
+        for name in set(defaults) - {"run_dir", "seed"}:
+            if getattr(args, name) != defaults[name]:
                 fail(f"{option_name(name)}: the profiles have a codebook of {sizes} codes as prior, which "
                      f"only moves to its users' means now; leave it out, or run stage 2 without --prior")
     if len(sizes) != len(names):
@@ -106,12 +104,9 @@ def compare_with_truth(bank, names, users, bayes_ari):
     return facts
 
 
-def probe_auc(features, labels, num_repeats=3):
+def probe_auc(features, labels):
     """AUC of a logistic regression on features [N, C] over 5 folds, mean of three random ways to fold"""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    aucs = []
-    for seed in range(num_repeats):
-        folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-        scores = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")[:, 1]
-        aucs.append(roc_auc_score(labels, scores))
-    return float(np.mean(aucs))
+    folds = [StratifiedKFold(5, shuffle=True, random_state=seed) for seed in range(3)]
+    return float(np.mean([roc_auc_score(labels, cross_val_predict(
+        model, features, labels, cv=fold, method="predict_proba")[:, 1]) for fold in folds]))
