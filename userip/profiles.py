@@ -49,8 +49,8 @@ def read_profiles(args, stored, rows, defaults):
     sizes = args.codes or [8 if reads else 3 if k == 1 else 4 for k, reads in enumerate(reads_ratings)]
     if "prior" in stored:
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
-        for name in set(defaults) - {"run_dir", "seed"}:
-            if getattr(args, name) != defaults[name]:
+        for name, default in defaults.items():
+            if name not in ("run_dir", "seed") and getattr(args, name) != default:
                 fail(f"{option_name(name)}: the profiles have a codebook of {sizes} codes as prior, which "
                      f"only moves to its users' means now; leave it out, or run stage 2 without --prior")
     if len(sizes) != len(names):
