@@ -73,8 +73,8 @@ def parse_args(argv=None):
 
 
 def whiten(deviation, gain, noise):
-    """Coordinates in which noise has variance 1, by falling variance between users: deviation [N, D], gain
-    [N], noise [D, D] (covariance of gain · deviation if users were alike) -> transform [D, R], eigenvalues [R]
+    """Coordinates in which noise has variance 1, by falling variance between users: deviation [N, D], gain [N],
+    noise [D, D] (covariance of gain · deviation of equal users) -> transform [D, R], eigenvalues [R]
     """
     values, vectors = torch.linalg.eigh(noise.double())
     kept = values > 1e-6 * values.max()  # smaller ones are float32's rounding
@@ -201,10 +201,9 @@ class Quantizer(nn.Module):
     def revive(self, deviation):
         """Move codewords that no row took since the last call to random users' θ [N, D]"""
         dead = self.num_rows == 0
+        users = torch.randint(len(deviation), (int(dead.sum()),))
+        self.vq.codebook.data[dead] = deviation[users] @ self.transform
         self.num_rows.zero_()
-        if dead.any():
-            users = torch.randint(len(deviation), (int(dead.sum()),))
-            self.vq.codebook.data[dead] = deviation[users] @ self.transform
 
 
 class Surrogate(nn.Module):
@@ -234,7 +233,7 @@ def nearest_codes(part, theta, num_evidence):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# train: eq. 5, or the codebook's step of EM
+# train (eq. 5, or the codebook's step of EM) and evaluate
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -309,11 +308,6 @@ def move_codewords(profile, prior, max_rounds=100):
     print(f"{profile.name}: VQ loss {losses[0]:.4f} -> {losses[-1]:.4f} per user, codewords moved to the "
           f"means of their users")
     return {"codebook": codebook, "mean": prior["mean"], "transform": prior["transform"]}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# evaluate
-# ----------------------------------------------------------------------------------------------------------
 
 
 def probe_profiles(args, profiles, users):

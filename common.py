@@ -28,8 +28,7 @@ def fig4_mask(segment, is_soft, may_read, is_causal=False):
     reader[(segment == num_profiles).nonzero().max()] = True  # the last task token
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     allowed = causal & ((query == key) | reader[:, None] | is_causal)  # [T, T]
-    # [T, P]: which profile each position belongs to, if any
-    profile = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]
+    profile = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]  # [T, P]
     is_hidden = is_soft & (may_read.float() @ profile.T.float() == 0)  # [B, T] soft tokens hidden from a row
     return (allowed & ~(is_hidden[:, None, :] & reader[:, None]))[:, None]
 

@@ -2,10 +2,9 @@
 
 e_f [E] is the embedding of field f, e their concatenation, w_f a first-order weight, p < q a pair of fields,
 MLP the layers of widths `hidden`; `num_layers` counts cross or attention layers. An id's row is W wide: E, or
-F E where an id has one embedding per field, and one more, the last, with first-order weights.
-
-keep [B, num_units]: factors of dropout, 0 or 1 / (1 - p), an argument so that each of the models that train
-side by side (userip/ctr_training.py) has noise of its own; None at evaluation.
+F E where an id has one embedding per field, and one more, the last, with first-order weights. keep [B,
+num_units]: factors of dropout, 0 or 1 / (1 - p), an argument so that each of the models that train side by
+side (userip/ctr_training.py) has noise of its own; None at evaluation.
 """
 
 import torch
@@ -67,11 +66,10 @@ class FFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.field_dim = field_dim
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, rows, keep=None):
-        w, e = rows[..., -1], rows[..., :-1].unflatten(2, (-1, self.field_dim))  # [B, F], [B, F, F, E]
+        w, e = rows[..., -1], rows[..., :-1].unflatten(2, (rows.shape[1], -1))  # [B, F], [B, F, F, E]
         return self.bias + w.sum(1) + crossed_products(e).sum(1)
 
 
@@ -193,19 +191,14 @@ class PNN(nn.Module):
         return self.deep(torch.cat([e.flatten(1), inner_products(e)], 1), keep)
 
 
-class ONN(nn.Module):
+class ONN(PNN):
     """Operation-aware network (Yang et al., 2020): MLP([e^raw ; <e_p^(q), e_q^(p)> for p < q])
 
     Each id has F embeddings: one for each partner field, and at the index of its own field the raw one.
     """
 
-    def __init__(self, num_fields, field_dim, num_layers, hidden):
-        super().__init__()
-        self.field_dim = field_dim
-        self.deep = DeepPart(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden)
-
     def forward(self, rows, keep=None):
-        e = rows.unflatten(2, (-1, self.field_dim))  # [B, F, F, E]
+        e = rows.unflatten(2, (rows.shape[1], -1))  # [B, F, F, E]
         raw = e.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # [B, E, F] -> [B, F E]
         return self.deep(torch.cat([raw, crossed_products(e)], 1), keep)
 
@@ -245,8 +238,8 @@ class WithVectors(nn.Module):
 
 
 def build(name, num_fields, field_dim, num_layers, hidden, dims=()):
-    """A model of MODELS whose last fields are vectors of widths `dims`, if there are any. It knows the width
-    of its rows, whether their last number is a first-order weight, and how many units dropout may drop.
+    """A model, with the width of its rows, whether they end in a first-order weight, and how many units dropout
+    may drop. Its last fields may be vectors of widths `dims`.
     """
     first_order = name in ("ffm", "afm", "fibinet", "difm", "deepfm")
     width = field_dim * (num_fields if name in ("ffm", "onn") else 1) + first_order
