@@ -73,8 +73,8 @@ def parse_args(argv=None):
 
 
 def whiten(deviation, gain, noise):
-    """Coordinates in which noise has variance 1, by falling variance between users: deviation [N, D], gain [N],
-    noise [D, D] (covariance of gain · deviation of equal users) -> transform [D, R], eigenvalues [R]
+    """Coordinates in which noise has variance 1, by falling variance between users: deviation [N, D], gain
+    [N], noise [D, D] (covariance of gain · deviation of equal users) -> transform [D, R], eigenvalues [R]
     """
     values, vectors = torch.linalg.eigh(noise.double())
     kept = values > 1e-6 * values.max()  # smaller ones are float32's rounding

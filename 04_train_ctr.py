@@ -50,13 +50,7 @@ PAPER = {"lr": 0.001}  # the paper gives neither batch size nor penalty
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
 # the decay as a multiple of the model's own
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}
-FEATURES = {
-    "none": "user id and item id only", "codes": "ids and the codes of the feature bank (UserIP)",
-    "random": "ids and the same codes dealt to users at random: more parameters, no information",
-    "truth": "ids and the planted truth: the upper bound",
-    "cf": "ids and k-means codes of the users' SVD factors, without a LLM",
-    "leniency": "ids and the quartile of how generously the user rates, without a LLM",
-    "dense": "ids and the profiles themselves, not quantized (UserIP w.o. VQ)"}
+FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 FIGURES = {"figure5": (4, 16, 64, 256), "figure6": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
 
@@ -158,7 +152,7 @@ def sparse_fields(feature, run, seed):
         codes = cf_codes(run.split, len(run.users), run.code_sizes, seed)
     elif feature == "truth":
         codes = np.stack([pd.factorize(run.users[f"true_{name}"], sort=True)[0] for name in run.names], 1)
-        sizes = [int(size) + 1 for size in codes.max(0)]
+        sizes = (codes.max(0) + 1).tolist()
     elif feature != "codes":  # none, dense
         codes, sizes = run.codes[:, :0], []
     fields = {name: codes[frame["user"]] for name, frame in run.split.items()}
@@ -234,7 +228,7 @@ def group_key(args, run, model, features, seeds):
     options = {key: option for key, option in vars(args).items() if key not in ignored | set(CHOICES)}
     # what reads no profile is the same for any codebook
     inputs = {name: digest for name, digest in run.digests.items()
-              if name == "interactions.parquet" or features[0] not in ("none", "leniency")}
+              if name == "interactions.parquet" or not {"none", "leniency"} >= set(features)}
     decisive = [options, candidates(args, model), inputs, model, features, list(seeds), code_digests()]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -299,7 +293,7 @@ def main(args):
 
     options = {key: option for key, option in vars(args).items() if key != "run_dir"}
     results = pd.DataFrame(rows).assign(options=json.dumps(options, sort_keys=True))
-    text, gains = summarize(options, results, runs, FEATURES)
+    text, gains = summarize(options, results, runs)
     print(text)
     facts = {"gains": gains}
     if args.codebook_sizes:

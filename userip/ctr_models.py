@@ -238,8 +238,8 @@ class WithVectors(nn.Module):
 
 
 def build(name, num_fields, field_dim, num_layers, hidden, dims=()):
-    """A model, with the width of its rows, whether they end in a first-order weight, and how many units dropout
-    may drop. Its last fields may be vectors of widths `dims`.
+    """A model, with the width of its rows, whether they end in a first-order weight, and how many units
+    dropout may drop. Its last fields may be vectors of widths `dims`.
     """
     first_order = name in ("ffm", "afm", "fibinet", "difm", "deepfm")
     width = field_dim * (num_fields if name in ("ffm", "onn") else 1) + first_order

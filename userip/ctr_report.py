@@ -102,8 +102,8 @@ def table_of_differences(groups, overlap):
                     lines), gains
 
 
-def summarize(options, results, runs, meaning):
-    """results.md, and what the codes gain by model. runs: one per split; meaning: {feature set: its text}"""
+def summarize(options, results, runs):
+    """results.md, and what the codes gain by model. options: of the stage; runs: one per split"""
     prepared, num_splits = runs[0].prepared, len(runs)
     num_train, num_test = (len(runs[0].labels[name]) for name in ("train", "test"))
     num_cold = int((runs[0].history[runs[0].split["test"]["user"]] == 0).sum())
@@ -112,13 +112,12 @@ def summarize(options, results, runs, meaning):
     differences, gains = table_of_differences(groups, num_test / num_train if num_splits > 1 else 0.0)
     interval = ("over splits and seeds, corrected for the splits' overlap (Nadeau and Bengio, 2003)"
                 if num_splits > 1 else "over the seeds of one split, which says nothing of other splits")
-    features = "; ".join(f"`{name}`: {meaning[name]}" for name in results["features"].unique())
     text = [f"# Click-through rate: {prepared['dataset']}, {num_test:,} test rows", "",
             f"Split: {prepared['split']}. Draws: {num_splits}, seeds of each: {options['seeds']}. "
             f"{num_cold:,} test rows of the first draw are of users without a train row, who share the "
             "unknown user's id. ± is the standard deviation over draws and seeds.", "",
-            f"What models read: {features}. A gain counts only against `random`.", "",
-            f"Options: `{shlex.join(command_line(options))}`", "",
+            f"`04_train_ctr.py {shlex.join(command_line(options))}`", "",
+            "Features: see `--help`. A gain counts only against `random`.", "",
             "## Tables 2, 3 and 4", "",
             "Logloss in nats. RelaImpr (eq. 10, 11): against the same model with `none`, more is better. "
             "`none` is table 2, `dense` table 3 (without VQ), `codes` (UserIP) table 4."

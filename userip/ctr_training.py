@@ -150,8 +150,9 @@ class Stack:
         return (ids + first[:, None, None]).flatten()
 
     def train_step(self, ids, *inputs):
-        """Adam on the parameters, and on the embedding rows of the batch; all other rows stay as they are. ids
-        [G, B, F]; inputs: units that dropout keeps bool [G, B, num_units], labels [G, B], vectors if any
+        """Adam on the parameters, and on the embedding rows of the batch; all other rows stay as they are.
+
+        ids [G, B, F]; inputs: units that dropout keeps bool [G, B, num_units], labels [G, B], vectors if any
         """
         step_models_, adam_ = self.steps[ids.shape[1] == self.batch_size]
         state, index, num_models = self.state, self.index(ids), len(ids)

@@ -78,11 +78,10 @@ def describe_codes(name, codes, num_codes):
     known = [column[column < num_codes] for column in codes]
     aris = [adjusted_rand_score(*pair) for pair in itertools.combinations(known, 2)]
     share, stability = usage.min() / max(usage.sum(), 1), float(np.mean(aris)) if aris else None
-    text = (f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} "
-            f"| smallest share {share:.3f}")
-    text += f" | ARI between seeds {stability:.3f}" if aris else ""
-    text += "  <- below K/2: the codebook is collapsing" if perplexity < num_codes / 2 else ""
-    print(text)
+    between = f" | ARI between seeds {stability:.3f}" if aris else ""
+    warning = "  <- below K/2: the codebook is collapsing" if perplexity < num_codes / 2 else ""
+    print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} "
+          f"| smallest share {share:.3f}{between}{warning}")
     return {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share,
             f"{name}_stability": stability}
 
