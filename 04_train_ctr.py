@@ -17,8 +17,7 @@ Writes  results.parquet: the base rate's row, and one per (model, features, spli
         with --codebook-sizes figure5.png, figure6.png (AUC and logloss by K), and as csv
 
 Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
-  wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0782 ± 0.0118, 77% of what the truth
-  gains
+  wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0782 ± 0.0118, 77% of what …
 """
 
 import hashlib
@@ -78,9 +77,7 @@ def parse_args(argv=None):
     add.training("--batch-size", type=at_least(1), default=512, help="rows per step")
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add.training("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress")
-    grid = "; ".join(f"{option_name(key)} {' or '.join(map(str, GRID[key]))}" for key in GRID)
-    add.training("--tune", action="store_true",
-                 help=f"choose on valid, for each model and feature set: {grid} (decay: of the model's own)")
+    add.training("--tune", action="store_true", help="choose lr, decay, start on valid, by model and features")
     add.machine("--compile", action="store_true", help="compile each model's step (10 s; for large data)")
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
@@ -249,12 +246,7 @@ def train_run(args, run, models, features, seeds):
                         for (feature, seed), figures in trained.items()]
             with whole_file(path) as file:
                 file.write(json.dumps(finished).encode())
-        for row in finished:
-            choice = " ".join(f"{row[option]:g}" for option in CHOICES)
-            print(f"{model:7} {row['features']:8} split {run.split_seed} seed {row['seed']} | "
-                  f"lr, decay, start {choice} | epoch {row['best_epoch']:02d}/{args.epochs} | "
-                  f"valid auc {row['valid_auc']:.4f} logloss {row['valid_logloss']:.4f} | "
-                  f"test auc {row['auc']:.4f} logloss {row['logloss']:.4f}", flush=True)
+        print(pd.DataFrame(finished).to_string(index=False, float_format="{:.4f}".format), flush=True)
         rows += finished
     return rows
 

@@ -40,9 +40,8 @@ def check_further_runs(args, split):
     if args.splits > 1 and split not in ("random", "cold-user"):
         fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
     if (args.splits > 1 or args.codebook_sizes) and read_sidecar(args, "profiles.pt")["options"].get("prior"):
-        option = "--splits" if args.splits > 1 else "--codebook-sizes"
-        fail(f"{option}: the profiles of {args.run_dir} come from a round of EM, which further runs do not "
-             f"repeat: run stages 2 and 3 without --prior, or leave {option} out")
+        fail("--splits and --codebook-sizes do not repeat rounds of EM: leave them out, or run stages 2 and "
+             "3 without --prior")
 
 
 def further_run(args, name, first_stage, changes):
