@@ -116,8 +116,7 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
     transform [D, C], deviation [F + 1, N, D] -> the direction that predicts labels best [D, 1]
     """
     x = (deviation[rows.fold, rows.user] @ transform).double()  # [R, C]
-    num_rows, num_likes = (torch.bincount(rows.item, weights, minlength=rows.num_items).double()
-                           for weights in (torch.ones_like(rows.label), rows.label))
+    num_rows, num_likes = rows.item.bincount().double(), rows.item.bincount(rows.label).double()  # by item
     item_mean = (num_likes + prior_weight * rows.label.mean()) / (num_rows + prior_weight)
     x, residual = x - x.mean(0), rows.label - item_mean[rows.item]
     covariance = x.T @ x
@@ -134,8 +133,8 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
     another candidate's loss is lower by more than the standard error of the difference.
     """
     candidates = {f"leading {dims}": leading[:, :dims] for dims in range(1, leading.shape[1] + 1)}
-    best = all_leading = f"leading {leading.shape[1]}"
-    candidates["of the label"], losses = by_label, {}
+    all_leading, losses = list(candidates)[-1], {}
+    candidates["of the label"] = by_label
     for name, transform in candidates.items():
         z = profile.deviation[-1, profile.is_fitted] @ transform  # [N', C']
         kmeans = KMeans(profile.num_codes, n_init=4, random_state=args.seed).fit(z.numpy())
@@ -145,8 +144,7 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
                                 for seed in (args.seed, args.seed + 1)], 0)
     lowest = min(losses, key=lambda name: losses[name].mean())
     gain = losses[all_leading] - losses[lowest]  # [R] of valid
-    if gain.mean() > gain.std() / math.sqrt(len(gain)):
-        best = lowest
+    best = lowest if gain.mean() > gain.std() / math.sqrt(len(gain)) else all_leading
     means = "  ".join(f"{name} {loss.mean():.4f}" for name, loss in losses.items())
     print(f"  recommendation loss on valid by directions kept: {means} | {best}")
     return candidates[best]

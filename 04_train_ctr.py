@@ -13,8 +13,7 @@ Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds tr
 Writes  results.parquet: the base rate's row, and one per (model, features, split seed, seed): rows (of
         train), auc, logloss, valid figures, what was chosen, options
         results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
-        finished/: rows that were finished here with this code; none is trained twice
-        with --codebook-sizes figure5.png, figure6.png (AUC and logloss by K), and as csv
+        finished/: rows that are not trained again; with --codebook-sizes figure5, figure6 as png and csv
 
 Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
   wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0782 ± 0.0118, 77% of what …
@@ -39,8 +38,8 @@ from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whol
 from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
-from userip.features import cf_codes, leniency_codes, profile_vectors, random_codes
-from userip.further_runs import check_further_runs, code_digests, further_run, read_json
+from userip.features import cf_codes, leniency_codes, profile_vectors
+from userip.further_runs import check_further_runs, further_run, read_json
 from userip.options import at_least, option_name, options_text, parse_with_presets, stage_parser, start_stage
 from userip.serving import serving_figures, serving_table
 
@@ -50,6 +49,8 @@ WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibin
 # the decay as a multiple of the model's own
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
+CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
+        "userip/features.py")  # it decides what is trained: other code trains finished rows again
 FIGURES = {"figure5": (4, 16, 64, 256), "figure6": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
 
@@ -77,7 +78,7 @@ def parse_args(argv=None):
     add.training("--batch-size", type=at_least(1), default=512, help="rows per step")
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add.training("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress")
-    add.training("--tune", action="store_true", help="choose lr, decay, start on valid, by model and features")
+    add.training("--tune", action="store_true", help="choose lr, decay, start on valid for each feature set")
     add.machine("--compile", action="store_true", help="compile each model's step (10 s; for large data)")
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
@@ -143,8 +144,9 @@ def sparse_fields(feature, run, seed):
         return leniency_codes(run.split, seed), [5]
     # the others are functions of the user
     codes, sizes = run.codes, [size + 1 for size in run.code_sizes]  # eq. 8; the last code is "unknown"
-    if feature == "random":
-        codes = random_codes(run.codes, seed)
+    if feature == "random":  # sizes and usage stay, the meaning goes
+        codes = np.stack([np.random.default_rng([seed, k]).permutation(code)
+                          for k, code in enumerate(codes.T)], 1)
     elif feature == "cf":
         codes = cf_codes(run.split, len(run.users), run.code_sizes, seed)
     elif feature == "truth":
@@ -181,17 +183,9 @@ def candidates(args, model):
     return [(lr, share * decay, start) for lr, share, start in itertools.product(*GRID.values())]
 
 
-def same_shape(features, num_profiles):
-    """Feature sets by shape, each a list that trains in one stack: F = 2, 2 + P or 3 fields, or P vectors"""
-    shapes = {"none": 0, "leniency": 1, "dense": "vectors"}
-    key = lambda feature: str(shapes.get(feature, num_profiles))
-    return [list(group) for _, group in itertools.groupby(sorted(features, key=key), key)]
-
-
 def train_group(args, name, run, features, seeds):
-    """Train a model with feature sets of one shape, all candidates -> {(feature set, seed): figures}.
-
-    The candidate of the best mean valid logloss over the seeds is chosen; test labels are read for it only.
+    """Train a model with feature sets of one shape -> {(feature set, seed): figures} of the candidate of the
+    best mean valid logloss over the seeds; test labels are read for it only.
     """
     pairs, choices = list(itertools.product(features, seeds)), candidates(args, name)
     rows, labels = read_rows(args, run, pairs), run.labels["test"]
@@ -207,9 +201,8 @@ def train_group(args, name, run, features, seeds):
         probabilities += list(stack.predict(rows, "test"))
     losses = np.reshape([one["valid_logloss"] for one in figures], (len(choices), len(features), -1)).mean(2)
     if not np.isfinite(losses.min(0)).all():
-        rates = " or ".join(f"{lr:g}" for lr in sorted({lr for lr, *_ in choices}))
         fail(f"{name} with {features[losses.min(0).argmax()]} diverged: no finite logloss on valid with --lr "
-             f"{rates}; lower it")
+             f"{max(choices)[0]:g}; lower it")
     for index, pair in enumerate(pairs):
         choice = losses[:, features.index(pair[0])].argmin()
         member = choice * len(pairs) + index
@@ -226,7 +219,9 @@ def group_key(args, run, model, features, seeds):
     # what reads no profile is the same for any codebook
     inputs = {name: digest for name, digest in run.digests.items()
               if name == "interactions.parquet" or not {"none", "leniency"} >= set(features)}
-    decisive = [options, candidates(args, model), inputs, model, features, list(seeds), code_digests()]
+    code = [sha256_of(Path(__file__).parent / file) for file in CODE]
+    decisive = [options, candidates(args, model), inputs, model, features, list(seeds), code,
+                torch.__version__, torch.cuda.is_available()]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -235,7 +230,11 @@ def train_run(args, run, models, features, seeds):
     facts = {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
     rows = [{"model": "base rate", "features": "none", **facts, "seed": 0, "auc": 0.5,
              "logloss": logloss(run.labels["test"], float(run.labels["train"].mean()))}]
-    for model, group in itertools.product(models, same_shape(features, len(run.names))):
+    # sets of F = 2, 2 + P or 3 fields, or with P vectors: those of one shape train in one stack
+    shapes = {"none": "0", "leniency": "1", "dense": "vectors"}
+    shape = lambda feature: shapes.get(feature, str(len(run.names)))
+    groups = [list(group) for _, group in itertools.groupby(sorted(features, key=shape), shape)]
+    for model, group in itertools.product(models, groups):
         path = Path(args.run_dir) / "finished" / f"{group_key(args, run, model, group, seeds)}.json"
         finished = read_json(path)
         print(f"{model} with {', '.join(group)}: {len(group) * len(seeds)} rows of split {run.split_seed} "

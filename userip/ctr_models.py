@@ -19,11 +19,6 @@ def pair_products(x, y):
     return x[:, p] * y[:, q]
 
 
-def inner_products(e):
-    """e [B, F, E] -> <e_p, e_q> for all p < q [B, F (F - 1) / 2]"""
-    return pair_products(e, e).sum(2)
-
-
 def crossed_products(e):
     """e [B, F, F, E], e[:, p, q] = e_p^(q) -> <e_p^(q), e_q^(p)> for all p < q [B, F (F - 1) / 2]"""
     p, q = torch.triu_indices(e.shape[1], e.shape[1], offset=1, device=e.device)
@@ -106,7 +101,7 @@ class DeepFM(nn.Module):
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
         deep = self.deep(e.flatten(1), keep)
-        return self.bias + w.sum(1) + inner_products(e).sum(1) + deep
+        return self.bias + w.sum(1) + pair_products(e, e).sum(2).sum(1) + deep
 
 
 class FiBiNET(nn.Module):
@@ -146,7 +141,8 @@ class DIFM(nn.Module):
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
         m = self.from_vectors(self.attention(e).flatten(1)) + self.from_bits(self.mlp(e.flatten(1), keep))
-        return self.bias + (m * w).sum(1) + inner_products(m[:, :, None] * e).sum(1)
+        e = m[:, :, None] * e
+        return self.bias + (m * w).sum(1) + pair_products(e, e).sum(2).sum(1)
 
 
 class AFN(nn.Module):
@@ -188,7 +184,7 @@ class PNN(nn.Module):
         self.deep = DeepPart(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden)
 
     def forward(self, e, keep=None):
-        return self.deep(torch.cat([e.flatten(1), inner_products(e)], 1), keep)
+        return self.deep(torch.cat([e.flatten(1), pair_products(e, e).sum(2)], 1), keep)
 
 
 class ONN(PNN):

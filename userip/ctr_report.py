@@ -1,6 +1,6 @@
 """The report of stage 4: statistics (eq. 10, 11, paired intervals), the paper's tables, figures 5 and 6.
 
-groups: {(model, features): frame of results}, rows in the order of split and seed, the base rate first.
+groups: {(model, features): frame of results}, rows of all in the same order of split and seed.
 """
 
 import itertools
@@ -18,8 +18,7 @@ DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("co
                ("codes", "leniency"), ("codes", "dense"), ("random", "none"), ("cf", "none"),
                ("leniency", "none"), ("dense", "none")]
 PAPER_DATA = {179_223: "clothing", 441_783: "movies", 19_927: "games", 1_293_247: "yelp"}  # by interactions
-# tables 2, 3 (dense) and 4 of the paper, Llama-2
-PAPER = Path(__file__).resolve().parent.parent / "assets/paper.csv"
+PAPER = Path(__file__).resolve().parent.parent / "assets/paper.csv"  # tables 2, 3 (dense) and 4, Llama-2
 
 
 def rela_impr_auc(auc, reference):
@@ -35,8 +34,8 @@ def rela_impr_logloss(loss, reference):
 def paired_interval(differences, overlap=0.0):
     """Mean of paired differences [S], half of its 95% interval, p that it is 0 (t test); nan for one of them.
 
-    overlap: test rows per train row where splits of the same rows differ, and so train sets overlap (the
-    corrected resampled t test, Nadeau and Bengio, 2003); 0 for seeds of one split.
+    overlap: test rows per train row, if splits differ whose train sets overlap (the corrected resampled t
+    test, Nadeau and Bengio, 2003); 0 for seeds of one split.
     """
     differences = np.asarray(differences)
     num, mean = len(differences), float(differences.mean())
@@ -47,17 +46,6 @@ def paired_interval(differences, overlap=0.0):
     return mean, float(stats.t.ppf(0.975, num - 1) * error), float(p)
 
 
-def group_results(results):
-    """results, a frame with a row per (model, features, split seed, seed) -> groups"""
-    ordered = results.sort_values(["split_seed", "seed"], kind="stable")
-    return dict(list(ordered.groupby(["model", "features"], sort=False)))
-
-
-def spread(figures):
-    """Mean ± standard deviation as text."""
-    return f"{figures.mean():.4f}" + (f" ± {figures.std():.4f}" if len(figures) > 1 else "")
-
-
 def markdown(header, lines):
     """A pipe table as a list of lines: header a list of names, lines a list of lists of texts"""
     return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines]]
@@ -66,6 +54,7 @@ def markdown(header, lines):
 def table_of_means(groups, data=None):
     """Tables 2 (`none`), 3 (`dense`), 4 (`codes`): means over draws, the paper's on `data` beside"""
     lines, paper = [], pd.read_csv(PAPER, index_col=["data", "model", "features"])
+    spread = lambda figures: f"{figures.mean():.4f} ± {figures.std():.4f}".replace(" ± nan", "")
     for key, frame in groups.items():
         reference, line = groups.get((key[0], "none")), [*key, spread(frame["auc"]), spread(frame["logloss"])]
         line += ["", ""] if reference is None or reference is frame else [
@@ -105,10 +94,8 @@ def summarize(options, results, runs):
     num_train, num_test = (len(runs[0].labels[name]) for name in ("train", "test"))
     num_cold = int((runs[0].history[runs[0].split["test"]["user"]] == 0).sum())
     data = PAPER_DATA.get(prepared["interactions"])
-    groups = group_results(results)
+    groups = dict(list(results.groupby(["model", "features"], sort=False)))
     differences, gains = table_of_differences(groups, num_test / num_train if num_splits > 1 else 0.0)
-    interval = ("over splits and seeds, corrected for the splits' overlap (Nadeau and Bengio, 2003)"
-                if num_splits > 1 else "over the seeds of one split, which says nothing of other splits")
     text = [f"# Click-through rate: {prepared['dataset']}, {num_test:,} test rows", "",
             f"Split: {prepared['split']}. Draws: {num_splits}, seeds of each: {options['seeds']}. "
             f"{num_cold:,} test rows of the first draw are of users without a train row, who share the "
@@ -122,17 +109,14 @@ def summarize(options, results, runs):
             *table_of_means(groups, data), ""]
     if num_lines := len(differences) - 2:
         text += ["## Paired differences", "",
-                 f"Here ± is half of the 95% interval of a t test {interval}. AUC: more is better, logloss: "
-                 f"less. p: that the difference is 0, not corrected for {2 * num_lines} looks.", "",
-                 *differences, ""]
+                 "± is half of the 95% interval of a t test over splits and seeds, corrected for the splits' "
+                 "overlap (Nadeau and Bengio, 2003); seeds of one split say nothing of other splits. p: that "
+                 f"the difference is 0, not corrected for {2 * num_lines} looks.", "", *differences, ""]
     return "\n".join(text), gains
 
 
 def draw_figure(args, name, title, rows):
-    """Figures 5 and 6: AUC and logloss by codebook size, mean and standard deviation over the seeds
-
-    rows: dicts as in results, each with its codebook `size`.
-    """
+    """Figures 5 and 6: AUC and logloss by the `size` of rows, mean and standard deviation over the seeds"""
     from userip.report import plt, save  # matplotlib, which no other part of stage 4 needs
 
     results, (figure, axes) = pd.DataFrame(rows), plt.subplots(1, 2, figsize=(9, 3.4))

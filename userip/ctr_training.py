@@ -48,8 +48,7 @@ class Rows(NamedTuple):
 
 def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
     """User, item and further `fields` {split: int64 [n, P]} of `sizes` as rows of one table (eq. 8): {split:
-    int64 [n, 2 + P]}, rows of the table, row of the unknown user, whom users without a train row (not is_warm
-    [N]) share; has_unknown adds it in any case
+    int64 [n, 2 + P]}, rows of the table, row of the unknown user, shared by all who are not is_warm [N]
     """
     num_users = len(is_warm) + (has_unknown or not is_warm.all())
     user_id = np.where(is_warm, np.arange(len(is_warm)), len(is_warm))
@@ -124,9 +123,8 @@ class Stack:
 
         An id of n train rows starts with deviation start · n / (n + 100): products of small embeddings start
         on a saddle, which codes must leave, but the start of a rare id is noise that its few rows never wash
-        out (0.08 of AUC on sparse data). interval: steps, on average, from one batch that has the id to the
-        next. The L2 penalty is due in every step, but only rows of the batch move: there it is as many times
-        as large. Otherwise rare ids, which are the least certain, would be the least penalised.
+        out (0.08 of AUC on sparse data). interval: mean steps between two batches that have the id. The L2
+        penalty is due in every step, but only rows of the batch move: there it is as many times as large.
         """
         ids, num_rows = rows.ids["train"][member.fields], rows.num_rows[member.fields]
         count = ids.flatten().bincount(minlength=max(rows.num_rows)).cpu()  # train rows of each id

@@ -12,11 +12,6 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
 
-def random_codes(codes, seed):
-    """The same codes [N, P] dealt to users at random: sizes and usage stay, the meaning goes."""
-    return np.stack([np.random.default_rng([seed, k]).permutation(code) for k, code in enumerate(codes.T)], 1)
-
-
 def cf_codes(split, num_users, sizes, seed, rank=8):
     """Collaborative filtering without a LLM: k-means of users' factors, one field per size: int64 [N, P]
 

@@ -1,6 +1,5 @@
-"""Rows of stage 4 that are finished, and further runs: stages 1 to 3 once more, as processes, for another
-split or other codebook sizes, in RUN_DIR/split-1, RUN_DIR/codes-16-3, …: no profile may have read the rows
-that it is judged by.
+"""Stages 1 to 3 once more, as processes, for another split or other codebook sizes, in RUN_DIR/split-1,
+RUN_DIR/codes-16-3, …: no profile may have read the rows that it is judged by.
 """
 
 import json
@@ -9,22 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from userip.artifacts import COMMANDS, fail, read_sidecar, sha256_of
+from userip.artifacts import COMMANDS, fail, read_sidecar
 from userip.options import option_name
 
 _ROOT = Path(__file__).resolve().parent.parent
-_CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
-         "userip/features.py")
 _STAGES = {"01_prepare.py": "interactions.parquet", "02_infer_profiles.py": "profiles.pt",
            "03_quantize.py": "feature_bank.parquet"}
-
-
-def code_digests():
-    """What of the program decides a row's figures: the files that train it; torch's version, the device"""
-    digests = [sha256_of(_ROOT / file) for file in _CODE]
-    return [*digests, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu"]
 
 
 def read_json(path):
@@ -45,9 +34,8 @@ def check_further_runs(args, split):
 
 
 def further_run(args, name, first_stage, changes):
-    """RUN_DIR/name: a run with this one's options, but for `changes` in first_stage. Returns its folder.
-
-    Artifacts of earlier stages are linked. A stage is skipped if its artifact has these options and inputs.
+    """The folder RUN_DIR/name: a run with this one's options, but for `changes` in first_stage. Artifacts of
+    earlier stages are linked. A stage is skipped if its artifact has these options and inputs.
     """
     folder = Path(args.run_dir) / name
     folder.mkdir(exist_ok=True)
