@@ -95,11 +95,12 @@ def compare_with_truth(bank, names, users, bayes_ari):
         ari = {f"{name}_vs_{truth}": adjusted_rand_score(users[truth], bank[name])
                for truth in users if truth.startswith("true_")}
         facts |= ari
-        if f"{name}_vs_true_{name}" in ari and name in bayes_ari:
+        if f"{name}_vs_true_{name}" in ari and bayes_ari.get(name):
             own, best = ari.pop(f"{name}_vs_true_{name}"), bayes_ari[name]
             facts[f"{name}_share_of_bayes"] = own / best
             cross = ", ".join(f"{value:.3f} {key}" for key, value in ari.items())
-            print(f"{name}: ARI {own:.3f} of the Bayes-optimal {best:.3f} ({own / best:.0%}); cross-ARI {cross}")
+            print(f"{name}: ARI {own:.3f} of the Bayes-optimal {best:.3f} ({own / best:.0%}); "
+                  f"cross-ARI {cross}")
     return facts
 
 
