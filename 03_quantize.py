@@ -128,9 +128,9 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
 def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
     """The candidate, a transform [D, C'], whose codes give the smallest recommendation loss on valid rows
 
-    Users may differ most in a direction that says nothing of what they like. The candidates are the first
-    1, 2, … directions of `leading`, and by_label [D, 1]. Valid rows are few: all of `leading` are kept unless
-    another candidate's loss is lower by more than the standard error of the difference.
+    Users may differ most in what says nothing of their likes. Candidates: the first 1, 2, … directions of
+    `leading`, and by_label [D, 1]. Valid rows are few: all of `leading` are kept unless another candidate's
+    loss is lower by more than the standard error of the difference.
     """
     candidates = {f"leading {dims}": leading[:, :dims] for dims in range(1, leading.shape[1] + 1)}
     all_leading, losses = list(candidates)[-1], {}

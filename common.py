@@ -75,9 +75,8 @@ class DCN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, ReLU, dropout for each width in `hidden`: [B, input_dim] -> [B, hidden[-1]]
-
-    keep [B, sum(hidden)]: the dropout's factors, 0 or 1 / (1 - p), where the caller draws them.
+    """Linear, ReLU, dropout for each width in `hidden`: [B, input_dim] -> [B, hidden[-1]]. keep [B,
+    sum(hidden)]: the dropout's factors, 0 or 1 / (1 - p), where the caller draws them.
     """
 
     def __init__(self, input_dim, hidden, dropout=0.0):

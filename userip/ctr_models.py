@@ -3,8 +3,8 @@
 e_f [E] is the embedding of field f, e their concatenation, w_f a first-order weight, p < q a pair of fields,
 MLP the layers of widths `hidden`; `num_layers` counts cross or attention layers. An id's row is W wide: E, or
 F E where an id has one embedding per field, and one more, the last, with first-order weights. keep [B,
-num_units]: factors of dropout, 0 or 1 / (1 - p), an argument so that each of the models that train side by
-side (userip/ctr_training.py) has noise of its own; None at evaluation.
+num_units]: factors of dropout, 0 or 1 / (1 - p), so that each of the models that train side by side has noise
+of its own; None at evaluation.
 """
 
 import torch

@@ -1,6 +1,5 @@
-"""Fields that need no LLM, the controls beside the codes: how a user rates, who had what; and the vectors.
-
-split: by name frames with columns user, item, rating, of which train and support are read.
+"""Fields beside the codes: controls that need no LLM, from the train and support rows of `split`, frames by
+name with columns user, item, rating; and the profiles as vectors.
 """
 
 import numpy as np
@@ -13,9 +12,8 @@ from sklearn.preprocessing import normalize
 
 
 def cf_codes(split, num_users, sizes, seed, rank=8):
-    """Collaborative filtering without a LLM: k-means of users' factors, one field per size: int64 [N, P]
-
-    Factors: truncated SVD of train rows; support rows of cold users are folded in. Neither: the code K.
+    """k-means of users' factors, one field per size: int64 [N, P]. Factors: truncated SVD of train rows; the
+    support rows of cold users are folded in. A user with neither has the code K.
     """
     num_items = 1 + max(int(frame["item"].max()) for frame in split.values() if len(frame))
     train, support = (sparse.csr_matrix((np.ones(len(rows)), (rows["user"], rows["item"])),
@@ -30,9 +28,8 @@ def cf_codes(split, num_users, sizes, seed, rank=8):
 
 
 def leniency_codes(split, seed, num_codes=4, num_folds=5):
-    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; K is unknown
-
-    A train row's code leaves out its own fold of the rows, or it would contain its own label.
+    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; K is unknown. A
+    train row's code leaves out its own fold of the rows, or it would contain its own label.
     """
     train = split["train"]
     rated = pd.concat([train, split["support"]])

@@ -34,9 +34,8 @@ def read_rows(interactions, split, fold=None):
 
 
 def read_profiles(args, stored, rows, defaults):
-    """profiles.pt -> a namespace per profile name; sets args.codes. defaults: of stage 3's options
-
-    It holds θ of all users without each of the F folds and, last, with all evidence.
+    """profiles.pt -> a namespace per profile name, θ of all users without each of the F folds and, last, with
+    all evidence; sets args.codes. defaults: of stage 3's options
     """
     if "fold" not in stored:
         stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
