@@ -61,8 +61,7 @@ def parse_args(argv=None):
     add.training("--rec-weight", type=at_least(0, float), default=1.0, help="weight of the rec. loss, γ")
     add.training("--seed", type=at_least(0), default=0, help="seed of k-means++ and of the training")
     args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
-    changed = changed_options(parser, args, ignored=("run_dir", "apply"))
-    if args.apply and changed:
+    if args.apply and (changed := changed_options(parser, args, ignored=("run_dir", "apply"))):
         parser.error(f"--apply uses the codebook as it is: leave out {option_name(changed[0])}")
     return args
 
@@ -133,8 +132,7 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
     loss is lower by more than the standard error of the difference.
     """
     candidates = {f"leading {dims}": leading[:, :dims] for dims in range(1, leading.shape[1] + 1)}
-    all_leading, losses = list(candidates)[-1], {}
-    candidates["of the label"] = by_label
+    candidates["of the label"], losses = by_label, {}
     for name, transform in candidates.items():
         z = profile.deviation[-1, profile.is_fitted] @ transform  # [N', C']
         kmeans = KMeans(profile.num_codes, n_init=4, random_state=args.seed).fit(z.numpy())
@@ -143,6 +141,7 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
         losses[name] = np.mean([recommendation_losses(codes, profile.num_codes, train_rows, valid_rows, seed)
                                 for seed in (args.seed, args.seed + 1)], 0)
     lowest = min(losses, key=lambda name: losses[name].mean())
+    all_leading = f"leading {leading.shape[1]}"
     gain = losses[all_leading] - losses[lowest]  # [R] of valid
     best = lowest if gain.mean() > gain.std() / math.sqrt(len(gain)) else all_leading
     means = "  ".join(f"{name} {loss.mean():.4f}" for name, loss in losses.items())
@@ -303,8 +302,7 @@ def move_codewords(profile, prior, max_rounds=100):
         previous = codes
         for code in codes.unique():
             codebook[code] = z[codes == code].mean(0)
-    print(f"{profile.name}: VQ loss {losses[0]:.4f} -> {losses[-1]:.4f} per user, codewords moved to the "
-          f"means of their users")
+    print(f"{profile.name}: VQ loss {losses[0]:.4f} -> {losses[-1]:.4f} per user, codewords at users' means")
     return {"codebook": codebook, "mean": prior["mean"], "transform": prior["transform"]}
 
 
@@ -321,8 +319,7 @@ def probe_profiles(args, profiles, users):
     features, users = torch.cat(features, 1).numpy(), users[is_probed.numpy()]
     labels = {"gender": users["gender"] == "M", "age_over_30": pd.to_numeric(users["age"], "coerce") > 30}
     aucs = {name: probe_auc(features, label.to_numpy()) for name, label in labels.items()}
-    print("probe (logistic regression on the profiles, 5 folds): "
-          + "  ".join(f"{name} AUC {auc:.3f}" for name, auc in aucs.items()))
+    print("probe of the profiles: " + "  ".join(f"{name} AUC {auc:.3f}" for name, auc in aucs.items()))
     return {f"probe_{name}": auc for name, auc in aucs.items()}
 
 
@@ -371,9 +368,8 @@ def main(args):
     facts |= compare_with_truth(bank, names, users, bayes_ari) | probe_profiles(args, profiles, users)
     facts |= {"names": names, "codes": args.codes, "users": len(bank), "seconds": time.time() - started}
 
-    inputs = ["profiles.pt", "interactions.parquet"]
-    write_artifact(args, "codebook.pt", codebook, inputs, **facts)
-    inputs.append("codebook.pt")
+    inputs = ["profiles.pt", "interactions.parquet", "codebook.pt"]
+    write_artifact(args, "codebook.pt", codebook, inputs[:2], **facts)
     if has_folds:
         write_artifact(args, "train_codes.parquet", train_codes, inputs, names=names)
     path = write_artifact(args, "feature_bank.parquet", bank, inputs, has_folds=has_folds, **facts)

@@ -46,7 +46,7 @@ from userip.serving import serving_figures, serving_table
 PAPER = {"lr": 0.001}  # the paper gives neither batch size nor penalty
 # penalty of the embeddings: smaller where no network can scale embeddings or first-order weights up again
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
-GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}  # decay: times the model's own
+GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}  # decay: times the default
 FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
         "userip/features.py")  # it decides what is trained: other code trains finished rows again

@@ -135,8 +135,7 @@ class Stack:
         table[:num_rows, :self.width] = deviation[:num_rows, None] * torch.randn(num_rows, self.width)
         if model.first_order:
             table[:, self.width - 1] = 0.0
-        interval = (len(ids) / (count * self.batch_size)).clamp(min=1)
-        interval[count == 0] = 1
+        interval = (len(ids) / (count * self.batch_size)).clamp(min=1).nan_to_num(posinf=1.0)
         flat = parameters_to_vector(model.parameters()).detach()
         numbers = {key: torch.tensor([getattr(member, key)]) for key in ("fields", "lr", "weight_decay")}
         return {"flat": flat, "mean": torch.zeros_like(flat), "square": torch.zeros_like(flat),

@@ -8,8 +8,6 @@ import torch
 from userip.ctr_models import build
 from userip.ctr_report import markdown
 
-ROUNDS = {1: 1000, 10_000: 60}  # batch size: how many batches are timed
-
 
 class FoldedDCN:
     """A DCN ready to serve: users and items keep the few numbers that it reads of them, the bank folded in.
@@ -46,9 +44,10 @@ class FoldedDCN:
 
 
 @torch.no_grad()
-def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
+def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=((1, 1000), (10_000, 60))):
     """codes int64 [N, P], vectors [N, C] (the profiles) -> {mode of serving: megabytes held, median and p99
     seconds per 10,000 rows by batch size}. All modes answer the same requests in turn, with random weights.
+    rounds: batch size, and how many batches are timed
     """
     torch.manual_seed(0)
     sizes = [len(codes), num_items, *code_sizes]
@@ -75,7 +74,7 @@ def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
         "DCN + bank, folded": (folded_bank, [folded_bank.users, folded_bank.items])}
     figures = {name: {"megabytes": sum(part.nbytes for part in held) / 2**20}
                for name, (_, held) in modes.items()}
-    for size, num_rounds in rounds.items():
+    for size, num_rounds in rounds:
         taken = {name: [] for name in modes}
         for _ in range(num_rounds):
             user, item = (torch.randint(limit, (size,)) for limit in (len(codes), num_items))
