@@ -150,9 +150,7 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
 
 
 def recommendation_losses(codes, num_codes, train_rows, valid_rows, seed):
-    """codes int64 [F + 1, N] -> logloss of each valid row [R] at the best of 15 epochs of a surrogate, which
-    reads item and code and is trained on the first 200,000 rows
-    """
+    """codes int64 [F + 1, N] -> logloss of each valid row [R] at the best of 15 epochs of a surrogate"""
     torch.manual_seed(seed)
     surrogate = Surrogate([num_codes + 1], train_rows.num_items)
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=0.01)

@@ -141,7 +141,6 @@ def sparse_fields(feature, run, seed):
     """The ids of a feature set beside user and item: {split: int64 [n, P']}, and how many each field has."""
     if feature == "leniency":
         return leniency_codes(run.split, seed), [5]
-    # the others are functions of the user
     codes, sizes = run.codes, [size + 1 for size in run.code_sizes]  # eq. 8; the last code is "unknown"
     if feature == "random":  # sizes and usage stay, the meaning goes
         codes = np.stack([np.random.default_rng([seed, k]).permutation(code)
@@ -229,9 +228,8 @@ def train_run(args, run, models, features, seeds):
     facts = {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
     rows = [{"model": "base rate", "features": "none", **facts, "seed": 0, "auc": 0.5,
              "logloss": logloss(run.labels["test"], float(run.labels["train"].mean()))}]
-    # sets of F = 2, 2 + P or 3 fields, or with P vectors: those of one shape train in one stack
-    shapes = {"none": "0", "leniency": "1", "dense": "vectors"}
-    shape = lambda feature: shapes.get(feature, str(len(run.names)))
+    # by fields beside the ids: 0, 1, P, or P vectors; feature sets of one shape train in one stack
+    shape = lambda feature: {"none": "0", "leniency": "1", "dense": "z"}.get(feature, str(len(run.names)))
     groups = [list(group) for _, group in itertools.groupby(sorted(features, key=shape), shape)]
     for model, group in itertools.product(models, groups):
         path = Path(args.run_dir) / "finished" / f"{group_key(args, run, model, group, seeds)}.json"
@@ -302,8 +300,7 @@ def main(args):
     path = write_artifact(args, "results.parquet", results, runs[0].inputs, **facts)
     final = f"wrote {path}: {len(results)} rows"
     for model, gain in list(gains.items())[:1]:
-        interval = with_interval(gain["auc_gain"], gain["auc_half_interval"])
-        final += f" | {model}: codes - random AUC {interval}"
+        final += f" | {model}: codes - random AUC {with_interval(gain['auc_gain'], gain['auc_half_interval'])}"
         if "share_of_oracle" in gain:
             final += f", {gain['share_of_oracle']:.0%} of what the truth gains"
     print(final)

@@ -69,9 +69,7 @@ def adam_(averages, grad, lr, step, penalty=None):
 
 @functools.cache  # a compiled step serves all stacks of its shape
 def _functions(options, dropout, is_compiled):
-    """A model, its logits for G copies, and {is the batch full: (step of the models, Adam's step)}; a batch
-    that is cut short has a shape of its own and is not compiled
-    """
+    """A model, its logits for G copies, {is the batch full, so compiled: (step of the models, Adam's step)}"""
     model = build(*options)
     named = dict(model.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]
@@ -218,14 +216,12 @@ def train_stack(args, name, members, rows, is_compiled=False):
 
 
 def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
-    """One pass over the train rows, gathered for num_steps batches at once; generators: one for each of S
-    seeds; seed_index [G]: each member's
-    """
+    """One pass over the train rows; generators: one for each of S seeds; seed_index [G]: each member's"""
     labels = torch.from_numpy(rows.labels["train"]).to(stack.state["flat"])
     fields, device = stack.state["fields"], stack.device
     stack.model.train()
     order = torch.stack([torch.randperm(len(labels), generator=generator) for generator in generators])
-    for part in order.split(args.batch_size * num_steps, 1):  # [S, n]
+    for part in order.split(args.batch_size * num_steps, 1):  # [S, n], num_steps batches at once
         keep = torch.empty(*part.shape, stack.model.num_units, dtype=torch.bool)
         is_dropped = torch.empty(part.shape, dtype=torch.bool)
         for k, generator in enumerate(generators):

@@ -11,7 +11,6 @@ from pathlib import Path
 from userip.artifacts import COMMANDS, fail, read_sidecar
 from userip.options import option_name
 
-_ROOT = Path(__file__).resolve().parent.parent
 _STAGES = {"01_prepare.py": "interactions.parquet", "02_infer_profiles.py": "profiles.pt",
            "03_quantize.py": "feature_bank.parquet"}
 
@@ -53,7 +52,7 @@ def further_run(args, name, first_stage, changes):
         if sidecar.get("options") == options and all(sidecar_of(file).get("sha256") == digest
                                                      for file, digest in sidecar["inputs"].items()):
             continue
-        command = [sys.executable, str(_ROOT / stage), *command_line(options)]
+        command = [sys.executable, str(Path(__file__).resolve().parents[1] / stage), *command_line(options)]
         print(f"{folder}: {stage}", flush=True)
         if subprocess.run(command).returncode:
             fail(f"{stage} failed for {folder}: {shlex.join(command)}")

@@ -107,5 +107,5 @@ def probe_auc(features, labels):
     """AUC of a logistic regression on features [N, C] over 5 folds, mean of three random ways to fold"""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     folds = [StratifiedKFold(5, shuffle=True, random_state=seed) for seed in range(3)]
-    return float(np.mean([roc_auc_score(labels, cross_val_predict(
-        model, features, labels, cv=fold, method="predict_proba")[:, 1]) for fold in folds]))
+    scores = [cross_val_predict(model, features, labels, cv=fold, method="predict_proba") for fold in folds]
+    return float(np.mean([roc_auc_score(labels, score[:, 1]) for score in scores]))
