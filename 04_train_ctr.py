@@ -298,12 +298,12 @@ def main(args):
     facts["seconds"] = time.time() - started
     write_artifact(args, "results.md", text, runs[0].inputs, **facts)
     path = write_artifact(args, "results.parquet", results, runs[0].inputs, **facts)
-    final = f"wrote {path}: {len(results)} rows"
+    line = f"wrote {path}: {len(results)} rows"
     for model, gain in list(gains.items())[:1]:
-        final += f" | {model}: codes - random AUC {with_interval(gain['auc_gain'], gain['auc_half_interval'])}"
+        line += f" | {model}: codes - random AUC {with_interval(gain['auc_gain'], gain['auc_half_interval'])}"
         if "share_of_oracle" in gain:
-            final += f", {gain['share_of_oracle']:.0%} of what the truth gains"
-    print(final)
+            line += f", {gain['share_of_oracle']:.0%} of what the truth gains"
+    print(line)
 
 
 if __name__ == "__main__":

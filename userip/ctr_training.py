@@ -69,7 +69,7 @@ def adam_(averages, grad, lr, step, penalty=None):
 
 @functools.cache  # a compiled step serves all stacks of its shape
 def _functions(options, dropout, is_compiled):
-    """A model, its logits for G copies, {is the batch full, so compiled: (step of the models, Adam's step)}"""
+    """A model, its logits for G copies, {is the batch full, so compiled: (the models' step, Adam's step)}"""
     model = build(*options)
     named = dict(model.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]

@@ -45,9 +45,8 @@ class FoldedDCN:
 
 @torch.no_grad()
 def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=((1, 1000), (10_000, 60))):
-    """codes int64 [N, P], vectors [N, C] (the profiles) -> {mode of serving: megabytes held, median and p99
-    seconds per 10,000 rows by batch size}, with random weights. rounds: batch size, number of requests, which
-    all modes answer in turn
+    """codes int64 [N, P], vectors [N, C] (the profiles), rounds: batch size, number of requests -> {mode of
+    serving: megabytes held, median and p99 seconds per 10,000 rows by batch size}, with random weights
     """
     torch.manual_seed(0)
     sizes = [len(codes), num_items, *code_sizes]
