@@ -22,7 +22,7 @@ MADE_BY = {name: command for command, names in {
     "02_infer_profiles.py --only-users FILE": "new_profiles.pt",
     "03_quantize.py": "codebook.pt train_codes.parquet feature_bank.parquet",
     "03_quantize.py --apply": "new_codes.parquet",
-    "04_train_ctr.py": "results.parquet results.md figure5.png figure6.png",
+    "04_train_ctr.py": "results.parquet results.md",
     "05_case_study.py": "report.html",
 }.items() for name in names.split()}  # artifact -> the command that makes it
 WARNINGS = []  # what `warn` printed in this process; stage 1 clears it at its start and stores it at its end
