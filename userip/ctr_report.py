@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy import stats
 
 from common import with_interval
 from userip.further_runs import command_line
+from userip.report import picture
 
 DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("codes", "cf"),
                ("codes", "leniency"), ("codes", "dense"), ("random", "none"), ("cf", "none"),
@@ -115,11 +117,9 @@ def summarize(options, results, runs):
 
 def draw_figure(args, name, title, rows):
     """Figures 5 and 6: AUC and logloss by the `size` of rows, mean and standard deviation over the seeds"""
-    from userip.report import plt, save  # matplotlib, which no other part of stage 4 needs
-
-    results, (figure, axes) = pd.DataFrame(rows), plt.subplots(1, 2, figsize=(9, 3.4))
-    for axis, metric in zip(axes, ("auc", "logloss")):
+    results, figure = pd.DataFrame(rows), Figure(figsize=(9, 3.4))
+    for axis, metric in zip(figure.subplots(1, 2), ("auc", "logloss")):
         mean, deviation = (results.pivot_table(metric, "size", "features", function).fillna(0)
                            for function in ("mean", "std"))
         mean.plot(ax=axis, yerr=deviation, logx=True, marker="o", xlabel=title, ylabel=metric)
-    save(Path(args.run_dir), name, figure, results, f"AUC and logloss of {args.models[0]} by {title}")
+    picture(Path(args.run_dir), name, figure, results, f"AUC and logloss of {args.models[0]} by {title}")

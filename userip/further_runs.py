@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from userip.artifacts import COMMANDS, fail, read_sidecar
+from userip.artifacts import MADE_BY, fail, read_sidecar
 from userip.options import option_name
 
 _STAGES = {"01_prepare.py": "interactions.parquet", "02_infer_profiles.py": "profiles.pt",
@@ -41,7 +41,8 @@ def further_run(args, name, first_stage, changes):
     sidecar_of = lambda file: read_json(folder / f"{file}.json") or {}
     for stage, artifact in _STAGES.items():
         if stage < first_stage:
-            for file in (f"{made}{ending}" for made in COMMANDS[stage].split() for ending in ("", ".json")):
+            made = [name for name, command in MADE_BY.items() if command == stage]
+            for file in (f"{name}{ending}" for name in made for ending in ("", ".json")):
                 (folder / file).unlink(missing_ok=True)
                 if (folder.parent / file).exists():  # some methods make no scores.pt
                     (folder / file).symlink_to(Path("..") / file)
