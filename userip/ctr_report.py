@@ -117,7 +117,7 @@ def draw_figure(args, name, title, rows):
     """Figures 5 and 6: AUC and logloss by the `size` of rows, mean and standard deviation over the seeds"""
     from userip.report import plt, save  # matplotlib, which no other part of stage 4 needs
 
-    results, (figure, axes) = pd.DataFrame(rows), plt.subplots(1, 2, figsize=(9, 3.4))
+    results, (figure, axes) = pd.DataFrame(rows), plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for axis, metric in zip(axes, ("auc", "logloss")):
         mean, deviation = (results.pivot_table(metric, "size", "features", function).fillna(0)
                            for function in ("mean", "std"))
