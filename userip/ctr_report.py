@@ -117,7 +117,7 @@ def summarize(options, results, runs):
 
 def draw_figure(args, name, title, rows):
     """Figures 5 and 6: AUC and logloss by the `size` of rows, mean and standard deviation over the seeds"""
-    results, figure = pd.DataFrame(rows), Figure(figsize=(9, 3.4))
+    results, figure = pd.DataFrame(rows), Figure(figsize=(9, 3), layout="constrained")
     for axis, metric in zip(figure.subplots(1, 2), ("auc", "logloss")):
         mean, deviation = (results.pivot_table(metric, "size", "features", function).fillna(0)
                            for function in ("mean", "std"))
