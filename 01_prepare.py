@@ -2,7 +2,7 @@
 
 Users and items with fewer than 4 interactions are dropped until none is left (paper, section 3.2). A rating
 above 3 is a positive label. Of several interactions of a user with an item the latest is kept. `planted`
-draws users with a true hobby and background, so that later stages can report how much of it they found.
+draws users with a true hobby and background: later stages report how much of it they found.
 
 Reads   --raw DIR, files as published, plain or gzip, recognized by their content:
           clothing, movies, games, amazon   Amazon reviews and metadata of 2014, 2018 or 2023
@@ -18,7 +18,7 @@ Writes  interactions.parquet  user, item int64, rating float32, label int8, time
 Splits  random     8:1:1 per interaction (the paper's)
         temporal   of each user's interactions the last tenth is test, the tenth before it valid
         cold-user  a tenth of the users is never in train or valid: the first half of their interactions is
-                   support, evidence for their own profile only, the rest is test
+                   support, evidence for their own profile only, the rest is test; a ninth of others' is valid
         published  that of the data set (nete, or a table with a column `split`); nothing is dropped
 
 Example: python 01_prepare.py        (2 seconds)
@@ -69,12 +69,10 @@ def parse_args(argv=None):
              help="Amazon, Yelp: share of bad lines above which a file is refused")
     add.data("--max-line", type=at_least(1), default=16, help="longest line of a text file, in MiB")
     add.data("--max-ratio", type=at_least(1), default=200, help="largest factor by which gzip files expand")
-    add.method("--min-interactions", type=at_least(1), default=4,
-               help="drop users and items with fewer, iterated")
+    add.method("--min-interactions", type=at_least(1), default=4, help="drop users and items with fewer")
     add.method("--threshold", type=float, default=3, help="a rating above this is a positive label")
     add.method("--split", choices=SPLITS, help="see above (default: random; nete: published)")
-    add.method("--split-seed", type=at_least(0),
-               help="random, cold-user: seed of the split alone (default: --seed)")
+    add.method("--split-seed", type=at_least(0), help="random, cold-user: its seed (default: --seed)")
     args = parser.parse_args(argv)
     args.split = args.split or ("published" if args.dataset == "nete" else "random")
     check_options(parser, args)
@@ -88,12 +86,11 @@ def check_options(parser, args):
     if (args.raw is None) != (args.dataset == "planted"):
         advice = "draws its own data: leave --raw out" if args.raw else "needs --raw DIR"
         parser.error(f"--dataset {args.dataset} {advice}")
-    for name in changed_options(parser, args, ignored=()):
+    for name in changed_options(parser, args):
         chosen = {args.dataset, args.split, f"{args.dataset} {args.split}"}
         if name in BELONGS and chosen.isdisjoint(BELONGS[name]):
-            advice = "fetch it by hand" if name == "download" else "leave it out"
             parser.error(f"{option_name(name)} means nothing for --dataset {args.dataset} "
-                         f"--split {args.split}: {advice}")
+                         f"--split {args.split}: leave it out")
     if args.split == "published" and args.dataset not in ("nete", "table"):
         parser.error(f"--split published: {args.dataset} is published without one")
     if args.dataset == "amazon" and args.download is not None and not args.category:
@@ -177,68 +174,48 @@ def index_ids(interactions, *listed):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def split_random(num_rows, seed):
-    """8:1:1 per interaction: array of "train", "valid", "test" [R]"""
-    order = np.random.default_rng([seed, 2]).permutation(num_rows)
-    split = np.full(num_rows, "train", dtype=object)
-    tenth = round(num_rows / 10)
-    split[order[:tenth]], split[order[tenth:2 * tenth]] = "test", "valid"
+def draw_split(name, table, seed):
+    """table, sorted by user and time -> split of each row, an array of texts [R]"""
+    rng, split = np.random.default_rng([seed, 2]), np.full(len(table), "train", dtype=object)
+    size = table.groupby("user")["user"].transform("size").to_numpy()  # of the row's user
+    num_earlier = table.groupby("user").cumcount().to_numpy()  # rows of the same user
+    if name == "random":
+        order, tenth = rng.permutation(len(table)), round(len(table) / 10)
+        split[order[:tenth]], split[order[tenth:2 * tenth]] = "test", "valid"
+    elif name == "temporal":
+        num_left, tenth = size - num_earlier, np.maximum(1, np.round(size / 10))
+        split[(num_left <= 2 * tenth) & (size > 2)] = "valid"
+        split[(num_left <= tenth) & (size > 1)] = "test"  # a single row is train
+    else:  # cold-user
+        users = rng.permutation(table["user"].max() + 1)
+        is_cold = table["user"].isin(users[:max(1, round(len(users) / 10))]).to_numpy()
+        split[is_cold] = np.where(num_earlier < size // 2, "support", "test")[is_cold]
+        warm = rng.permutation(np.flatnonzero(~is_cold))
+        split[warm[:round(len(warm) / 9)]] = "valid"
     return split
 
 
-def split_temporal(table):
-    """Each user's last tenth (at least one row) is test, the tenth before it valid: table by time -> [R]"""
-    size = table.groupby("user")["item"].transform("size").to_numpy()
-    num_later = size - 1 - table.groupby("user").cumcount().to_numpy()  # later rows of the same user
-    tenth = np.maximum(1, np.round(size / 10))
-    split = np.full(len(table), "train", dtype=object)
-    split[(num_later < 2 * tenth) & (size > 2)] = "valid"
-    split[(num_later < tenth) & (size > 1)] = "test"  # a single row is train
-    return split
-
-
-def split_cold_user(table, seed):
-    """A tenth of the users is cold: support, then test; of the other users' rows a ninth is valid -> [R]"""
-    rng = np.random.default_rng([seed, 2])
-    user, num_users = table["user"].to_numpy(), int(table["user"].max()) + 1
-    is_cold = np.zeros(num_users, dtype=bool)
-    is_cold[rng.permutation(num_users)[:max(1, round(num_users / 10))]] = True
-    size = table.groupby("user")["item"].transform("size").to_numpy()
-    is_first_half = table.groupby("user").cumcount().to_numpy() < size // 2
-    split = np.where(is_cold[user], np.where(is_first_half, "support", "test"), "train").astype(object)
-    warm = rng.permutation(np.flatnonzero(~is_cold[user]))
-    split[warm[:round(len(warm) / 9)]] = "valid"
-    return split
-
-
-def count_untrained(table):
-    """Users, items and rows of valid and test without a train row: dict of counts"""
-    trained = table[table["split"] == "train"]
-    held_out = table[table["split"].isin(["valid", "test"])]
-    no_user, no_item = (~held_out[name].isin(trained[name]) for name in ("user", "item"))
-    return {"users": int(held_out.loc[no_user, "user"].nunique()),
-            "items": int(held_out.loc[no_item, "item"].nunique()), "rows": int((no_user | no_item).sum())}
-
-
-def draw_split(args, table):
+def add_split(args, table):
     """Set the column `split`, in place -> facts: rows per split, users and items without a train row."""
-    if args.split == "random":
-        table["split"] = split_random(len(table), args.split_seed)
-    elif args.split == "temporal":
-        if table["timestamp"].nunique() < 2:
-            fail(f"--split temporal: all rows of {args.raw} have the same time; choose another split")
-        table["split"] = split_temporal(table)
-    elif args.split == "cold-user":
-        table["split"] = split_cold_user(table, args.split_seed)
+    if args.split == "temporal" and table["timestamp"].nunique() < 2:
+        fail(f"--split temporal: all rows of {args.raw} have the same time; choose another split")
+    if args.split != "published":
+        table["split"] = draw_split(args.split, table, args.split_seed)
     elif num_repeated := int(table.duplicated(["user", "item"]).sum()):
         num_splits = table.groupby(["user", "item"])["split"].nunique()
         warn(f"{num_repeated:,} rows repeat a (user, item) of the published split, which keeps them; "
              f"{int((num_splits > 1).sum()):,} pairs stand in two of its parts")
-    counts = table["split"].value_counts()
-    if missing := [name for name in ("train", "valid", "test") if name not in counts]:
+    num_rows = table["split"].value_counts()
+    if missing := [name for name in ("train", "valid", "test") if name not in num_rows]:
         fail(f"--split {args.split} leaves no {missing[0]} row among {len(table):,}: take more data")
-    names = [name for name in ("train", "valid", "test", "support") if name in counts]
-    return {"untrained": count_untrained(table), "rows_of_split": {name: int(counts[name]) for name in names}}
+    trained = table[table["split"] == "train"]
+    held_out = table[table["split"].isin(["valid", "test"])]
+    no_user, no_item = (~held_out[name].isin(trained[name]) for name in ("user", "item"))
+    return {"untrained": {"users": int(held_out.loc[no_user, "user"].nunique()),
+                          "items": int(held_out.loc[no_item, "item"].nunique()),
+                          "rows": int((no_user | no_item).sum())},
+            "rows_of_split": {name: int(num_rows[name]) for name in ("train", "valid", "test", "support")
+                              if name in num_rows}}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -330,15 +307,15 @@ def main(args):
               "positive_share": positive, "base_rate_logloss": logloss(table["label"], positive)}
     facts |= counts
     facts |= {"split": args.split, "split_seed": args.fold if args.split == "published" else args.split_seed}
-    facts |= draw_split(args, table)
+    facts |= add_split(args, table)
     if args.dataset == "planted":
         facts["bayes_ari"] = bayes_ari(args.seed, table, items, users)
     report(args, facts)
 
     facts["warnings"] = WARNINGS
     row = json.dumps(facts, indent=2) + "\n"  # without seconds: the same run gives the same bits
-    facts["seconds"] = time.time() - started
-    facts["seconds_of"] = {"read": read - started, "filter and split": time.time() - read}
+    facts |= {"seconds": time.time() - started,
+              "seconds_of": {"read": read - started, "filter and split": time.time() - read}}
     artifacts = {"users.parquet": users, "items.parquet": items,
                  "interactions.parquet": row_groups(table, reviews)}
     for name, content in artifacts.items():

@@ -61,8 +61,7 @@ def parse_args(argv=None):
     add.training("--rec-weight", type=at_least(0, float), default=1.0, help="weight of the rec. loss, γ")
     add.training("--seed", type=at_least(0), default=0, help="seed of k-means++ and of the training")
     args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
-    changed = changed_options(parser, args, ignored=("run_dir", "apply"))
-    if args.apply and changed:
+    if args.apply and (changed := changed_options(parser, args, ignored=("run_dir", "apply"))):
         parser.error(f"--apply uses the codebook as it is: leave out {option_name(changed[0])}")
     return args
 
@@ -73,9 +72,8 @@ def parse_args(argv=None):
 
 
 def whiten(deviation, gain, noise):
-    """Coordinates in which noise has variance 1, sorted by the variance between users: deviation θ - mean
-    [N, D], gain [N], noise [D, D] (covariance of gain · deviation if users were alike) -> transform [D, R],
-    eigenvalues [R]
+    """Coordinates in which noise has variance 1, by falling variance between users: deviation [N, D], gain
+    [N], noise [D, D] (covariance of gain · deviation of equal users) -> transform [D, R], eigenvalues [R]
     """
     values, vectors = torch.linalg.eigh(noise.double())
     kept = values > 1e-6 * values.max()  # smaller ones are float32's rounding
@@ -88,8 +86,8 @@ def whiten(deviation, gain, noise):
 def first_transform(args, profile, train_rows, valid_rows):
     """The transform [D, C] that training starts from, eigenvalues of the whitened profiles (None if not)
 
-    Pure noise of N users in D dimensions stays below (1 + √(D/N))² times its level (Marchenko and Pastur).
-    `02 --method gradient` does not know the level; as most directions are noise, it is their median.
+    Pure noise of N users in D dimensions stays below (1 + √(D/N))² times its level (Marchenko and Pastur),
+    which `02 --method gradient` does not know: as most directions are noise, it is their median.
     """
     deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D]
     print(f"{profile.name}: {len(deviation):,} users with evidence in train rows, {num_codes} codes")
@@ -117,8 +115,7 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
     transform [D, C], deviation [F + 1, N, D] -> the direction that predicts labels best [D, 1]
     """
     x = (deviation[rows.fold, rows.user] @ transform).double()  # [R, C]
-    num_rows, num_likes = (torch.bincount(rows.item, weights, minlength=rows.num_items).double()
-                           for weights in (torch.ones_like(rows.label), rows.label))
+    num_rows, num_likes = rows.item.bincount().double(), rows.item.bincount(rows.label).double()  # by item
     item_mean = (num_likes + prior_weight * rows.label.mean()) / (num_rows + prior_weight)
     x, residual = x - x.mean(0), rows.label - item_mean[rows.item]
     covariance = x.T @ x
@@ -130,12 +127,11 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
 def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
     """The candidate, a transform [D, C'], whose codes give the smallest recommendation loss on valid rows
 
-    Users may differ most in a direction that says nothing of what they like. The candidates are the first
-    1, 2, … directions of `leading`, and by_label [D, 1]. Valid rows are few: all of `leading` are kept unless
-    another candidate's loss is lower by more than the standard error of the difference.
+    Users may differ most in what says nothing of their likes. Candidates: the first 1, 2, … directions of
+    `leading`, and by_label [D, 1]. Valid rows are few: all of `leading` are kept unless another candidate's
+    loss is lower by more than the standard error of the difference.
     """
     candidates = {f"leading {dims}": leading[:, :dims] for dims in range(1, leading.shape[1] + 1)}
-    best = all_leading = f"leading {leading.shape[1]}"
     candidates["of the label"], losses = by_label, {}
     for name, transform in candidates.items():
         z = profile.deviation[-1, profile.is_fitted] @ transform  # [N', C']
@@ -145,18 +141,16 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
         losses[name] = np.mean([recommendation_losses(codes, profile.num_codes, train_rows, valid_rows, seed)
                                 for seed in (args.seed, args.seed + 1)], 0)
     lowest = min(losses, key=lambda name: losses[name].mean())
+    all_leading = f"leading {leading.shape[1]}"
     gain = losses[all_leading] - losses[lowest]  # [R] of valid
-    if gain.mean() > gain.std() / math.sqrt(len(gain)):
-        best = lowest
+    best = lowest if gain.mean() > gain.std() / math.sqrt(len(gain)) else all_leading
     means = "  ".join(f"{name} {loss.mean():.4f}" for name, loss in losses.items())
     print(f"  recommendation loss on valid by directions kept: {means} | {best}")
     return candidates[best]
 
 
 def recommendation_losses(codes, num_codes, train_rows, valid_rows, seed):
-    """codes int64 [F + 1, N] -> logloss of each valid row [R] at the best of 15 epochs of a surrogate, which
-    reads item and code and is trained on the first 200,000 rows
-    """
+    """codes int64 [F + 1, N] -> logloss of each valid row [R] at the best of 15 epochs of a surrogate"""
     torch.manual_seed(seed)
     surrogate = Surrogate([num_codes + 1], train_rows.num_items)
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=0.01)
@@ -200,13 +194,11 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, deviation):
-        """Move codewords that no row took since the last call to random users' θ [N, D] -> how many moved"""
+        """Move codewords that no row took since the last call to random users' θ [N, D]"""
         dead = self.num_rows == 0
+        users = torch.randint(len(deviation), (int(dead.sum()),))
+        self.vq.codebook.data[dead] = deviation[users] @ self.transform
         self.num_rows.zero_()
-        if dead.any():
-            users = torch.randint(len(deviation), (int(dead.sum()),))
-            self.vq.codebook.data[dead] = deviation[users] @ self.transform
-        return int(dead.sum())
 
 
 class Surrogate(nn.Module):
@@ -236,7 +228,7 @@ def nearest_codes(part, theta, num_evidence):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# train: eq. 5, or the codebook's step of EM
+# train (eq. 5, or the codebook's step of EM) and evaluate
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -262,14 +254,12 @@ def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
             optimizer.step()
             sums += len(batch) * torch.stack([vq_loss, rec_loss, drift]).detach()
         curve.append(dict(zip(("vq_loss", "rec_loss", "drift"), (sums / len(rows.user)).tolist())))
-        num_revived = 0
         if args.init == "kmeans":
-            num_revived = sum(quantizer.revive(deviation[-1][rows.user.unique()])
-                              for quantizer, deviation in zip(quantizers, deviations))
+            for quantizer, deviation in zip(quantizers, deviations):
+                quantizer.revive(deviation[-1][rows.user.unique()])
         if not is_quiet:
             losses = " ".join(f"{name.removesuffix('_loss')} {loss:.4f}" for name, loss in curve[-1].items())
-            print(f"epoch {epoch:02d}/{args.epochs} | {losses} | {time.time() - started:.1f}s"
-                  + (f" | {num_revived} codewords revived" if num_revived else ""))
+            print(f"epoch {epoch:02d}/{args.epochs} | {losses} | {time.time() - started:.1f}s")
     return curve
 
 
@@ -310,14 +300,8 @@ def move_codewords(profile, prior, max_rounds=100):
         previous = codes
         for code in codes.unique():
             codebook[code] = z[codes == code].mean(0)
-    print(f"{profile.name}: VQ loss {losses[0]:.4f} -> {losses[-1]:.4f} per user, codewords moved to the "
-          f"means of their users")
+    print(f"{profile.name}: VQ loss {losses[0]:.4f} -> {losses[-1]:.4f} per user, codewords at users' means")
     return {"codebook": codebook, "mean": prior["mean"], "transform": prior["transform"]}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# evaluate
-# ----------------------------------------------------------------------------------------------------------
 
 
 def probe_profiles(args, profiles, users):
@@ -332,10 +316,9 @@ def probe_profiles(args, profiles, users):
             features[-1] @= whiten(features[-1], profile.gain[is_probed], profile.noise)[0][:, :32]
     features, users = torch.cat(features, 1).numpy(), users[is_probed.numpy()]
     labels = {"gender": users["gender"] == "M", "age_over_30": pd.to_numeric(users["age"], "coerce") > 30}
-    facts = {f"probe_{name}": probe_auc(features, label.to_numpy()) for name, label in labels.items()}
-    print("probe (logistic regression on the profiles, 5 folds): "
-          + "  ".join(f"{name.removeprefix('probe_')} AUC {value:.3f}" for name, value in facts.items()))
-    return facts
+    aucs = {name: probe_auc(features, label.to_numpy()) for name, label in labels.items()}
+    print("probe of the profiles: " + "  ".join(f"{name} AUC {auc:.3f}" for name, auc in aucs.items()))
+    return {f"probe_{name}": auc for name, auc in aucs.items()}
 
 
 def apply(args):
@@ -356,21 +339,21 @@ def main(args):
         return apply(args)
     started, facts = time.time(), {}
     stored, interactions, users = read_artifacts(args, "profiles.pt", "interactions.parquet", "users.parquet")
+    has_folds, names = "fold" in stored, stored["names"]
     train_rows = read_rows(interactions, "train", stored.get("fold"))
     valid_rows = read_rows(interactions, "valid")
     profiles = read_profiles(args, stored, train_rows, vars(parse_args([])))
     if "prior" in stored:  # a round of EM
         fits = [[move_codewords(*pair) for pair in zip(profiles, stored["prior"].values())]]
     else:
-        starts = [first_transform(args, profile, train_rows, valid_rows) for profile in profiles]
-        facts |= {f"{profile.name}_eigenvalues": eigenvalues for profile, (_, eigenvalues)
-                  in zip(profiles, starts) if args.whiten}
-        transforms = [transform for transform, _ in starts]
+        transforms, eigenvalues = zip(*[first_transform(args, profile, train_rows, valid_rows)
+                                        for profile in profiles])
+        facts |= {f"{name}_eigenvalues": values for name, values in zip(names, eigenvalues) if args.whiten}
         seeds = range(args.seed, args.seed + 1 + args.stability)
         fits, curves = zip(*[fit(args, profiles, transforms, train_rows, seed) for seed in seeds])
         facts["curve"] = curves[0]
 
-    bank, codebook = pd.DataFrame({"user": users["user"], "user_id": users["user_id"]}), {}
+    bank, codebook = users[["user", "user_id"]].copy(), {}
     train_codes = pd.DataFrame({"user": train_rows.user, "item": train_rows.item})
     for k, profile in enumerate(profiles):
         codes = [nearest_codes(parts[k], profile.theta, profile.num_evidence).numpy() for parts in fits]
@@ -380,19 +363,16 @@ def main(args):
         usage, _ = usage_of(codes[0][-1, train_rows.user.unique()], profile.num_codes)  # not of cold users
         codebook[profile.name] = fits[0][k] | {"usage": torch.tensor(usage)}
     bayes_ari = read_sidecar(args, "users.parquet").get("bayes_ari", {})
-    facts |= compare_with_truth(bank, stored["names"], users, bayes_ari)
-    facts |= probe_profiles(args, profiles, users)
+    facts |= compare_with_truth(bank, names, users, bayes_ari) | probe_profiles(args, profiles, users)
+    facts |= {"names": names, "codes": args.codes, "users": len(bank), "seconds": time.time() - started}
 
-    facts |= {"names": stored["names"], "codes": args.codes, "users": len(bank),
-              "seconds": time.time() - started}
-    inputs, has_folds = ["profiles.pt", "interactions.parquet"], "fold" in stored
-    write_artifact(args, "codebook.pt", codebook, inputs, **facts)
-    inputs.append("codebook.pt")
+    inputs = ["profiles.pt", "interactions.parquet", "codebook.pt"]
+    write_artifact(args, "codebook.pt", codebook, inputs[:2], **facts)
     if has_folds:
-        write_artifact(args, "train_codes.parquet", train_codes, inputs, names=stored["names"])
+        write_artifact(args, "train_codes.parquet", train_codes, inputs, names=names)
     path = write_artifact(args, "feature_bank.parquet", bank, inputs, has_folds=has_folds, **facts)
-    perplexities = [f"{profile.name} {facts[f'{profile.name}_perplexity']:.2f} of {profile.num_codes}"
-                    for profile in profiles]
+    perplexities = [f"{name} {facts[f'{name}_perplexity']:.2f} of {num_codes}"
+                    for name, num_codes in zip(names, args.codes)]
     print(f"wrote {path}: {len(bank):,} users | perplexity {', '.join(perplexities)}")
 
 

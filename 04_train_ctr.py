@@ -11,14 +11,12 @@ stages 1 to 3 run again for each further split, into RUN_DIR/split-SEED. A kille
 Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds train_codes.parquet; with
         `dense` profiles.pt, codebook.pt; with --bench profiles.pt
 Writes  results.parquet: the base rate's row, and one per (model, features, split seed, seed): rows (of
-        train), auc, logloss, calibration error, valid figures, what was chosen, options
+        train), auc, logloss, valid figures, what was chosen, options
         results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
-        finished.jsonl: every row that was finished here with this code; none is trained twice
-        with --codebook-sizes figure5.png, figure6.png (AUC and logloss by K)
+        finished/: rows that are not trained again; with --codebook-sizes figure5, figure6 as png and csv
 
 Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
-  wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0782 ± 0.0118, 77% of what the truth
-  gains
+  wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0782 ± 0.0118, 77% of what …
 """
 
 import hashlib
@@ -36,28 +34,23 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from common import logloss, with_interval
-from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, write_artifact
+from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
 from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
-from userip.features import cf_codes, dense_fields, leniency_codes, profile_vectors, random_codes
-from userip.further_runs import FinishedRows, check_further_runs, code_digests, further_run
+from userip.features import cf_codes, leniency_codes, profile_vectors
+from userip.further_runs import check_further_runs, further_run, read_json
 from userip.options import at_least, option_name, options_text, parse_with_presets, stage_parser, start_stage
 from userip.serving import serving_figures, serving_table
 
 PAPER = {"lr": 0.001}  # the paper gives neither batch size nor penalty
 # penalty of the embeddings: smaller where no network can scale embeddings or first-order weights up again
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
-# the decay as a multiple of the model's own
-GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}
-FEATURES = {
-    "none": "user id and item id only", "codes": "ids and the codes of the feature bank (UserIP)",
-    "random": "ids and the same codes dealt to users at random: more parameters, no information",
-    "truth": "ids and the planted truth: the upper bound",
-    "cf": "ids and k-means codes of the users' SVD factors, without a LLM",
-    "leniency": "ids and the quartile of how generously the user rates, without a LLM",
-    "dense": "ids and the profiles themselves, not quantized (UserIP w.o. VQ)"}
-FIGURES = {"figure5.png": (4, 16, 64, 256), "figure6.png": (3, 9, 27, 81)}  # K of hobby, of background
+GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}  # decay: times the default
+FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
+CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
+        "userip/features.py")  # it decides what is trained: other code trains finished rows again
+FIGURES = {"figure5": (4, 16, 64, 256), "figure6": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
 
 
@@ -84,9 +77,7 @@ def parse_args(argv=None):
     add.training("--batch-size", type=at_least(1), default=512, help="rows per step")
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add.training("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress")
-    grid = "; ".join(f"{option_name(key)} {' or '.join(map(str, GRID[key]))}" for key in GRID)
-    add.training("--tune", action="store_true",
-                 help=f"choose on valid, for each model and feature set: {grid} (decay: of the model's own)")
+    add.training("--tune", action="store_true", help="choose lr, decay, start on valid for each feature set")
     add.machine("--compile", action="store_true", help="compile each model's step (10 s; for large data)")
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
@@ -106,32 +97,19 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def check_features(args):
-    """The feature sets asked for; `truth` exists on planted data only, and for its own profiles only."""
-    users = read_artifacts(args, "users.parquet")[0]
-    names = read_sidecar(args, "feature_bank.parquet")["names"]
-    missing = [f"true_{name}" for name in names if f"true_{name}" not in users]
-    if "truth" in (args.features or []) and missing:
-        fail(f"--features truth: users.parquet has no column {missing[0]}; only planted data know the truth, "
-             f"of hobby and background")
-    return list(dict.fromkeys(args.features or ["none", "codes", "random", *["truth"] * (not missing)]))
-
-
 def read_run(run_dir, features):
     """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
-    [N, P], with folds train_codes [n, P], history [N] (train rows per user), for `dense` vectors and fold
+    [N, P], train_codes [n, P], history [N] (train rows per user), for `dense` profiles.pt and codebook.pt
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
     defaults = {"split_seed": prepared["seed"], "split": "random", "dataset": "table", "interactions": 0}
     prepared = defaults | prepared  # an interactions.parquet of another tool says less
     inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
-    inputs += ["profiles.pt", "codebook.pt"] if "dense" in features else []
-    inputs += ["train_codes.parquet"] if bank.get("has_folds") else []
+    inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features)
+    inputs += ["train_codes.parquet"] * bool(bank.get("has_folds"))
     tables = dict(zip(inputs, read_artifacts(folder, *inputs)))
-    interactions, users, names = tables["interactions.parquet"], tables["users.parquet"], bank["names"]
-    codes, train_codes = (tables[name][names].to_numpy(dtype=np.int64) if name in tables else None
-                          for name in ("feature_bank.parquet", "train_codes.parquet"))
+    interactions, users = tables["interactions.parquet"], tables["users.parquet"]
     split = {name: interactions[interactions["split"] == name]
              for name in ("train", "valid", "test", "support")}
     labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid", "test")}
@@ -139,46 +117,55 @@ def read_run(run_dir, features):
         if len(np.unique(label)) < 2:
             fail(f"the {name} rows of {run_dir}/interactions.parquet have one label only, so AUC is "
                  f"undefined: choose another --threshold in stage 1")
-    profiles = tables.get("profiles.pt", {})
+    codes = tables["feature_bank.parquet"][bank["names"]]
+    train_codes = tables.get("train_codes.parquet", codes.iloc[split["train"]["user"]])[bank["names"]]
     return SimpleNamespace(
         inputs=inputs, prepared=prepared, split_seed=prepared["split_seed"], split=split, labels=labels,
-        users=users, names=names, codes=codes, train_codes=train_codes, code_sizes=bank["codes"],
-        vectors=profile_vectors(profiles, tables["codebook.pt"], names) if profiles else [],
-        fold=profiles.get("fold"), num_items=int(interactions["item"].max()) + 1,
+        users=users, names=bank["names"], code_sizes=bank["codes"], codes=codes.to_numpy(dtype=np.int64),
+        train_codes=train_codes.to_numpy(dtype=np.int64), num_items=int(interactions["item"].max()) + 1,
         history=np.bincount(split["train"]["user"], minlength=len(users)),
+        stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"),
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
+
+
+def check_features(args, run):
+    """The feature sets asked for; `truth` exists on planted data only, and for its own profiles only."""
+    missing = [f"true_{name}" for name in run.names if f"true_{name}" not in run.users]
+    if "truth" in (args.features or []) and missing:
+        fail(f"--features truth: users.parquet has no column {missing[0]}; only planted data know the truth, "
+             f"of hobby and background")
+    return list(dict.fromkeys(args.features or ["none", "codes", "random", *["truth"] * (not missing)]))
 
 
 def sparse_fields(feature, run, seed):
     """The ids of a feature set beside user and item: {split: int64 [n, P']}, and how many each field has."""
     if feature == "leniency":
         return leniency_codes(run.split, seed), [5]
-    # the others are functions of the user
     codes, sizes = run.codes, [size + 1 for size in run.code_sizes]  # eq. 8; the last code is "unknown"
-    if feature == "random":
-        codes = random_codes(run.codes, seed)
+    if feature == "random":  # sizes and usage stay, the meaning goes
+        codes = np.stack([np.random.default_rng([seed, k]).permutation(code)
+                          for k, code in enumerate(codes.T)], 1)
     elif feature == "cf":
         codes = cf_codes(run.split, len(run.users), run.code_sizes, seed)
     elif feature == "truth":
         codes = np.stack([pd.factorize(run.users[f"true_{name}"], sort=True)[0] for name in run.names], 1)
-        sizes = [int(size) + 1 for size in codes.max(0)]
+        sizes = (codes.max(0) + 1).tolist()
     elif feature != "codes":  # none, dense
         codes, sizes = run.codes[:, :0], []
     fields = {name: codes[frame["user"]] for name, frame in run.split.items()}
-    if feature == "codes" and run.train_codes is not None:
-        fields["train"] = run.train_codes
-    return fields, sizes
+    return fields | ({"train": run.train_codes} if feature == "codes" else {}), sizes
 
 
 def read_rows(args, run, pairs):
     """Pairs (feature set, seed) of one shape, F fields -> Rows, with a set of fields for each"""
     split = {name: run.split[name] for name in run.labels}
-    tables = [table_rows(split, *sparse_fields(feature, run, seed), run.history > 0, run.num_items,
-                         bool(args.id_dropout)) for feature, seed in pairs]
+    ids, num_rows, unknown = zip(*[table_rows(split, *sparse_fields(feature, run, seed), run.history > 0,
+                                              run.num_items, bool(args.id_dropout))
+                                   for feature, seed in pairs])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = {name: torch.stack([ids[name] for ids, _, _ in tables]).to(device) for name in split}
-    dense = dense_fields(run, device) if pairs[0][0] == "dense" else {}
-    return Rows(ids, run.labels, [num_rows for _, num_rows, _ in tables], unknown=tables[0][2], **dense)
+    ids = {name: torch.stack([of_pair[name] for of_pair in ids]).to(device) for name in split}
+    dense = profile_vectors(run, device) if pairs[0][0] == "dense" else {}
+    return Rows(ids, run.labels, num_rows, unknown[0], **dense)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -194,115 +181,83 @@ def candidates(args, model):
     return [(lr, share * decay, start) for lr, share, start in itertools.product(*GRID.values())]
 
 
-def same_shape(features, num_profiles):
-    """Feature sets by shape, each a list that trains in one stack: F = 2, 2 + P or 3 fields, or P vectors"""
-    shapes = {"none": 0, "leniency": 1, "dense": "vectors"}
-    key = lambda feature: str(shapes.get(feature, num_profiles))
-    return [list(group) for _, group in itertools.groupby(sorted(features, key=key), key)]
-
-
-def train_group(args, name, run, pairs):
-    """Train a model with pairs (feature set, seed) of one shape, all candidates -> {pair: figures}.
-
-    The candidate of the best mean valid logloss over the seeds is chosen; test labels are read for it only.
+def train_group(args, name, run, features, seeds):
+    """Train a model with feature sets of one shape -> {(feature set, seed): figures} of the candidate of the
+    best mean valid logloss over the seeds; test labels are read for it only.
     """
-    rows = read_rows(args, run, pairs)
+    pairs, choices = list(itertools.product(features, seeds)), candidates(args, name)
+    rows, labels = read_rows(args, run, pairs), run.labels["test"]
     # candidates of one learning rate stop at about the same epoch, so few members wait for the last
-    choices = candidates(args, name)
-    trials = [(*pair, choice) for choice in choices for pair in pairs]
-    members = [Member(pairs.index((feature, seed)), seed, *choice) for feature, seed, choice in trials]
+    members = [Member(index, seed, *choice) for choice in choices for index, (_, seed) in enumerate(pairs)]
     num_fields = rows.ids["train"].shape[2] + len(rows.dims)
     width = build(name, num_fields, args.field_dim, args.layers, args.hidden).width
     stack_size = max(1, min(MAX_NUMBERS // (max(rows.num_rows) * width), 4 * len(pairs)))
-    figures, probabilities, chosen, labels = [], [], {}, run.labels["test"]
+    figures, probabilities, chosen = [], [], {}
     for first in range(0, len(members), stack_size):
         best, stack = train_stack(args, name, members[first:first + stack_size], rows, args.compile)
         figures += best
         probabilities += list(stack.predict(rows, "test"))
-    trained = dict(zip(trials, zip(figures, probabilities)))
-    for feature in dict.fromkeys(feature for feature, _ in pairs):
-        seeds = [seed for other, seed in pairs if other == feature]
-        losses = [np.mean([trained[feature, seed, choice][0]["valid_logloss"] for seed in seeds])
-                  for choice in choices]
-        if not np.isfinite(min(losses)):
-            rates = " or ".join(f"{lr:g}" for lr in dict.fromkeys(lr for lr, *_ in choices))
-            fail(f"{name} with {feature} diverged: no finite logloss on valid with --lr {rates}; lower it")
-        choice = choices[np.argmin(losses)]
-        for seed in seeds:
-            on_valid, predicted = trained[feature, seed, choice]
-            chosen[feature, seed] = dict(zip(CHOICES, choice)) | on_valid | {
-                "auc": roc_auc_score(labels, predicted), "logloss": logloss(labels, predicted),
-                "calibration_error": calibration_error(labels, predicted)}
+    losses = np.reshape([one["valid_logloss"] for one in figures], (len(choices), len(features), -1)).mean(2)
+    if not np.isfinite(losses.min(0)).all():
+        fail(f"{name} with {features[losses.min(0).argmax()]} diverged: no finite logloss on valid with --lr "
+             f"{max(choices)[0]:g}; lower it")
+    for index, pair in enumerate(pairs):
+        choice = losses[:, features.index(pair[0])].argmin()
+        member = choice * len(pairs) + index
+        chosen[pair] = dict(zip(CHOICES, choices[choice])) | figures[member] | {
+            "auc": roc_auc_score(labels, probabilities[member]),
+            "logloss": logloss(labels, probabilities[member])}
     return chosen
 
 
-def calibration_error(labels, probabilities, num_bins=10):
-    """Expected calibration error: mean of |mean probability - share of clicks| over bins of equal size."""
-    bins = np.array_split(np.argsort(probabilities, kind="stable"), num_bins)
-    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in bins if len(part)]
-    return float(sum(gaps) / len(labels))
-
-
-def row_key(args, run, model, feature, seed):
-    """A digest of what decides a row's figures: options, inputs, which row, the code that trains it."""
-    ignored = {"run_dir", "models", "features", "splits", "codebook_sizes", "bench", "paper", *CHOICES}
-    ignored |= set() if args.tune else {"seed", "seeds"}  # a choice is made over all seeds
-    options = {key: option for key, option in vars(args).items() if key not in ignored}
+def group_key(args, run, model, features, seeds):
+    """A digest of what decides the figures of a group: options, inputs, its rows, the code that trains it."""
+    ignored = {"run_dir", "models", "features", "seed", "seeds", "splits", "codebook_sizes", "bench", "paper"}
+    options = {key: option for key, option in vars(args).items() if key not in ignored | set(CHOICES)}
     # what reads no profile is the same for any codebook
     inputs = {name: digest for name, digest in run.digests.items()
-              if feature not in ("none", "leniency") or name == "interactions.parquet"}
-    text = json.dumps([options, candidates(args, model), inputs, model, feature, seed, code_digests()],
-                      sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+              if name == "interactions.parquet" or not {"none", "leniency"} >= set(features)}
+    code = [sha256_of(Path(__file__).parent / file) for file in CODE]
+    decisive = [options, candidates(args, model), inputs, model, features, list(seeds), code,
+                torch.__version__, torch.cuda.is_available()]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def train_run(args, run, models, features, seeds):
     """All rows of one run, the base rate first; finished ones are read, the others trained: list of dicts"""
-    finished = FinishedRows(Path(args.run_dir) / "finished.jsonl")
     facts = {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
-    rate = float(run.labels["train"].mean())
     rows = [{"model": "base rate", "features": "none", **facts, "seed": 0, "auc": 0.5,
-             "logloss": logloss(run.labels["test"], rate),
-             "calibration_error": abs(rate - float(run.labels["test"].mean()))}]
-    for model, group in itertools.product(models, same_shape(features, len(run.names))):
-        keys = {pair: row_key(args, run, model, *pair) for pair in itertools.product(group, seeds)}
-        missing = [pair for pair, key in keys.items() if key not in finished]
-        if args.tune:  # a choice is made over all seeds
-            missing = [pair for pair in keys if pair[0] in {feature for feature, _ in missing}]
-        if missing:
-            print(f"{model} with {', '.join(dict.fromkeys(feature for feature, _ in missing))}: "
-                  f"{len(missing)} rows of split {run.split_seed} side by side …", flush=True)
-            started = time.time()
-            chosen = train_group(args, model, run, missing)
-            seconds = {"seconds": (time.time() - started) / len(missing)}
-            finished.add({keys[pair]: {"model": model, "features": pair[0], **facts, "seed": pair[1]}
-                             | figures | seconds for pair, figures in chosen.items()})
-        for pair, key in keys.items():
-            row = finished[key]
-            rows.append(row)
-            time_text = f"{row['seconds']:.1f}s" if pair in missing else "finished before"
-            choice = " ".join(f"{row[key]:g}" for key in CHOICES)
-            print(f"{model:7} {pair[0]:8} split {run.split_seed} seed {pair[1]} | "
-                  f"lr, decay, start {choice} | epoch {row['best_epoch']:02d}/{args.epochs} | "
-                  f"valid auc {row['valid_auc']:.4f} logloss {row['valid_logloss']:.4f} | "
-                  f"test auc {row['auc']:.4f} logloss {row['logloss']:.4f} | {time_text}", flush=True)
+             "logloss": logloss(run.labels["test"], float(run.labels["train"].mean()))}]
+    # by fields beside the ids: 0, 1, P, or P vectors; feature sets of one shape train in one stack
+    shape = lambda feature: {"none": "0", "leniency": "1", "dense": "z"}.get(feature, str(len(run.names)))
+    groups = [list(group) for _, group in itertools.groupby(sorted(features, key=shape), shape)]
+    for model, group in itertools.product(models, groups):
+        path = Path(args.run_dir) / "finished" / f"{group_key(args, run, model, group, seeds)}.json"
+        finished = read_json(path)
+        print(f"{model} with {', '.join(group)}: {len(group) * len(seeds)} rows of split {run.split_seed} "
+              f"{'finished before' if finished else 'side by side …'}", flush=True)
+        if not finished:
+            trained = train_group(args, model, run, group, seeds)
+            finished = [{"model": model, "features": feature, **facts, "seed": seed} | figures
+                        for (feature, seed), figures in trained.items()]
+            with whole_file(path) as file:
+                file.write(json.dumps(finished).encode())
+        print(pd.DataFrame(finished).to_string(index=False, float_format="{:.4f}".format), flush=True)
+        rows += finished
     return rows
 
 
 def codebook_figures(args, run, seeds):
     """Figures 5 and 6: the first model with the codes of smaller and larger codebooks, random ones beside"""
-    for k, (figure, sizes) in enumerate(FIGURES.items()):
-        if k >= len(run.names):
-            print(f"{figure}: there is no second profile to vary")
-            continue
+    for k, (figure, name) in enumerate(zip(FIGURES, run.names)):
         rows = []
-        for size in sizes:
+        for size in FIGURES[figure]:
             codes = [*run.code_sizes[:k], size, *run.code_sizes[k + 1:]]
-            name = "codes-" + "-".join(map(str, codes))
-            further = read_run(further_run(args, name, "03_quantize.py", {"codes": codes}), ["codes"])
+            folder = "codes-" + "-".join(map(str, codes))
+            further = read_run(further_run(args, folder, "03_quantize.py", {"codes": codes}), [])
             trained = train_run(args, further, args.models[:1], ["none", "codes", "random"], seeds)
             rows += [row | {"size": size} for row in trained[1:]]
-        print(f"wrote {draw_figure(args, figure, f'codebook size, {run.names[k]}', rows)}")
+        draw_figure(args, figure, f"codebook size, {name}", rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -315,8 +270,8 @@ def main(args):
     started = time.time()
     if args.compile and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         fail("--compile: there is no C++ compiler (g++ or clang++) on this machine; leave it out")
-    features = check_features(args)
-    runs = [read_run(args.run_dir, features)]
+    runs = [read_run(args.run_dir, args.features or [])]
+    features = check_features(args, runs[0])
     check_further_runs(args, runs[0].prepared["split"])
     for split_seed in range(runs[0].split_seed + 1, runs[0].split_seed + args.splits):
         folder = further_run(args, f"split-{split_seed}", "01_prepare.py", {"split_seed": split_seed})
@@ -325,32 +280,30 @@ def main(args):
     rows = [row for run in runs for row in train_run(args, run, models, features, seeds)]
 
     options = {key: option for key, option in vars(args).items() if key != "run_dir"}
-    results = pd.DataFrame(rows).drop(columns="seconds").assign(options=json.dumps(options, sort_keys=True))
-    text, gains = summarize(args, results, runs, FEATURES)
+    results = pd.DataFrame(rows).assign(options=json.dumps(options, sort_keys=True))
+    text, gains = summarize(options, results, runs)
     print(text)
+    facts = {"gains": gains}
     if args.codebook_sizes:
         codebook_figures(args, runs[0], seeds)
         text += "\nFigures 5 and 6, AUC and logloss by codebook size: figure5.png, figure6.png\n"
-    facts = {"gains": gains, "seconds": time.time() - started,
-             "seconds_per_row": [row.get("seconds", 0.0) for row in rows]}
     if args.bench:
-        stored = read_artifacts(args, "profiles.pt")[0]
-        profiles = stored["profiles"][-1 if "fold" in stored else ...].flatten(1).float()
+        profiles = read_artifacts(args, "profiles.pt")[0]["profiles"].flatten(-2).float()
         facts["serving"] = serving_figures(args, runs[0].num_items, torch.tensor(runs[0].codes),
-                                           [size + 1 for size in runs[0].code_sizes], profiles)
+                                           [size + 1 for size in runs[0].code_sizes],
+                                           profiles.view(-1, *profiles.shape[-2:])[-1])
         table = "\n".join(serving_table(facts["serving"]))
         print(table)
         text += f"\n## Serving\n\n{table}\n"
+    facts["seconds"] = time.time() - started
     write_artifact(args, "results.md", text, runs[0].inputs, **facts)
     path = write_artifact(args, "results.parquet", results, runs[0].inputs, **facts)
-    final = f"wrote {path}: {len(results)} rows"
-    if gains:
-        model, gain = next(iter(gains.items()))
-        interval = with_interval(gain["auc_gain"], gain["auc_half_interval"])
-        final += f" | {model}: codes - random AUC {interval}"
+    line = f"wrote {path}: {len(results)} rows"
+    for model, gain in list(gains.items())[:1]:
+        line += f" | {model}: codes - random AUC {with_interval(gain['auc_gain'], gain['auc_half_interval'])}"
         if "share_of_oracle" in gain:
-            final += f", {gain['share_of_oracle']:.0%} of what the truth gains"
-    print(final)
+            line += f", {gain['share_of_oracle']:.0%} of what the truth gains"
+    print(line)
 
 
 if __name__ == "__main__":

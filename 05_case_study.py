@@ -9,7 +9,7 @@ the soft token, before and after tuning. Held-out rows are valid ones, never tes
 
 Reads   all artifacts of the run, and the LLM
 Writes  report.html, one file with its pictures inside; report/: each picture as PNG, its data as csv
-        with --user ID: report/user-N.html and report/user-N/ instead, and the page as text on the screen
+        with --user ID: report/user-N.html instead, and its tables on the screen
 
 Example: python 05_case_study.py        (15 seconds)
   wrote runs/demo/report.html: 4 users, 7 codes, 6 pictures
@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
-from userip.code_cards import WORD, agreement, code_cards, user_facts
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
 from userip.options import at_least, stage_parser, start_stage
-from userip.report import draw_attention, draw_maps, mean_with_interval, page, report_page, tables_as_html
+from userip.report import (WORD, agreement, code_cards, draw_attention, draw_maps, mean_with_interval,
+                           page, report_page, tables_as_html, user_facts)
 
 
 def parse_args(argv=None):
@@ -41,7 +41,6 @@ def parse_args(argv=None):
     add.data("--seed", type=at_least(0), default=0, help="seed of the choice of users and of the controls")
     add.method("--num-words", type=at_least(1), default=6, help="words shown per profile and per code")
     add.method("--num-scored", type=at_least(2), default=1000, help="users over whom scores are computed")
-    add.method("--num-items", type=at_least(1), default=5, help="items recommended to each user shown")
     return parser.parse_args(argv)
 
 
@@ -94,7 +93,7 @@ def vocabulary_words(tokenizer):
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     words = {index: token[1:] for index, token in enumerate(tokens)
              if token and token[0] in "Ġ▁" and len(token) > 3 and token[1:].isascii() and token[1:].isalpha()}
-    return torch.tensor(list(words), dtype=torch.long), list(words.values())
+    return torch.tensor(list(words), dtype=torch.long), np.array(list(words.values()))
 
 
 def nearest_scores(deviation, embeddings):
@@ -110,9 +109,8 @@ def name_and_soft(model, prefix, soft):
 
 @torch.no_grad()
 def lens_scores(model, ids, prefix, soft, shared, batch_size=256):
-    """How much the log-probability of each word is higher after θ_u than after the mean θ: [B, W]
-
-    ids [W]: the words; prefix: token ids of "This user's hobby is"; soft [B, S D], shared [S D].
+    """How much the log-probability of each word, ids [W], is higher after θ_u, soft [B, S D], than after the
+    mean θ, shared [S D]: [B, W]. prefix: token ids of "This user's hobby is"
     """
 
     def log_probability(theta):
@@ -125,26 +123,22 @@ def lens_scores(model, ids, prefix, soft, shared, batch_size=256):
 
 
 def words_of_profiles(args, run, model, tokenizer, users):
-    """{(profile, method): a list of words for each of the users}"""
+    """{(profile, method): the words of each of the users [B, num_words]}"""
     ids, words = vocabulary_words(tokenizer)
-    embeddings = model.get_input_embeddings().weight[ids].float()
-    result = {}
+    embeddings, result = model.get_input_embeddings().weight[ids].float(), {}
     for k, name in enumerate(run.names):
         soft, shared = run.profiles[users, k], run.profiles[run.has_evidence[:, k], k].mean(0)
         deviation = (soft - shared).unflatten(1, (-1, embeddings.shape[1])).mean(1)  # of the S soft tokens
         prefix = tokenizer(run.stored["texts"][k]).input_ids
         for method, score in (("nearest", nearest_scores(deviation, embeddings)),
                               ("lens", lens_scores(model, ids, prefix, soft, shared))):
-            best = score.topk(min(args.num_words, len(words)), dim=1).indices.tolist()
-            result[name, method] = [[words[index] for index in row] for row in best]
+            result[name, method] = words[score.topk(min(args.num_words, len(words)), dim=1).indices]
     return result
 
 
 def held_out_wins(words, texts):
-    """Do a user's words occur in their held-out items more often than those of the control, the user before?
-
-    words: a list per user; texts: the words of their held-out items, a set per user. -> for each user with
-    held-out items 1 (more often), 0 or 0.5 (a tie). The mean is an AUC: 0.5 is chance.
+    """Do a user's words occur in their held-out items, a set of words per user, more often than those of the
+    control, the user before? -> 1, 0 or 0.5 (a tie) for each user with such items; the mean is an AUC.
     """
     hits = lambda index, text: sum(word.lower() in text for word in words[index])
     return np.array([0.5 + 0.5 * np.sign(hits(index, text) - hits(index - 1, text))
@@ -166,25 +160,10 @@ def score_words(run, words, scored):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def attention_to_soft(model, prefix, soft, text):
-    """Attention that each token of a text [B, T] pays to the soft tokens before it: soft [B, S D] -> [B, T]
-
-    The LLM reads name text, θ, text. Mean over layers and heads, sum over the S soft tokens.
-    """
-    before = name_and_soft(model, prefix, soft)
-    inputs = torch.cat([before, model.get_input_embeddings()(text)], 1)
-    attentions = model(inputs_embeds=inputs, use_cache=False, output_attentions=True).attentions
-    weights = torch.stack(attentions, 1).float().mean((1, 2))  # [B, layers, heads, Q, K] -> [B, Q, K]
-    num_read = before.shape[1]
-    return weights[:, num_read:, len(prefix):num_read].sum(2)
-
-
 def sentences_of(profile, rows, items, num_content=3):
-    """The sentences of figure 7, by train rows: the noise words of all, {user: content words}
-
-    First profile: "The user likes" and the most frequent words of their items' titles and categories. Other
-    profiles, if there are prices: "The spending level of this user is" low, medium or high.
+    """The sentences of figure 7, by train rows: the noise words of all, {user: content words}. First profile:
+    "The user likes" and the most frequent words of their items' titles and categories. Other profiles, if
+    there are prices: "The spending level of this user is" low, medium or high.
     """
     price = rows["item"].map(items["price"])
     if profile and price.notna().any():
@@ -192,48 +171,50 @@ def sentences_of(profile, rows, items, num_content=3):
         level = np.searchsorted(median.quantile([1 / 3, 2 / 3]), median)
         content = {user: [("low", "medium", "high")[third]] for user, third in zip(median.index, level)}
         return "The spending level of this user is".split(), content
-    words, content = (items["category"].fillna("") + " " + items["title"]).str.findall(WORD), {}
-    for user, index in rows.groupby("user")["item"]:
-        counts = words.iloc[index].explode().value_counts(sort=False)
-        if len(counts):
-            content[user] = list(counts.nlargest(num_content).index)
+    words = (items["category"].fillna("") + " " + items["title"]).str.findall(WORD)
+    counts = {user: words.iloc[index].explode().value_counts(sort=False)
+              for user, index in rows.groupby("user")["item"]}
+    content = {user: list(count.nlargest(num_content).index) for user, count in counts.items() if len(count)}
     return "The user likes".split(), content
 
 
+@torch.no_grad()
 def attention_by_word(model, tokenizer, prefix, soft, sentences, batch_size=64):
-    """Attention of the words of B sentences (mean of their tokens) to soft [B, S D]: B arrays [words]"""
+    """Attention that the words of B sentences pay to the soft tokens before them [B, S D]: B arrays [words].
+    The LLM reads name text, θ, sentence. Mean over layers, heads and a word's tokens, sum over the S tokens.
+    """
     ids = [[tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
            for words in sentences]
     # pads change nothing before them: attention is causal
-    text = pad_sequence([torch.tensor(sum(row, [])) for row in ids], batch_first=True)  # [B, T]
-    weights = torch.cat([attention_to_soft(model, prefix, *part)
-                         for part in zip(soft.split(batch_size), text.split(batch_size))])
-    result = []
-    for row, words in zip(weights, ids):
-        lengths = list(map(len, words))
-        result.append(np.array([float(part.mean()) for part in row[:sum(lengths)].split(lengths)]))
+    text, result = pad_sequence([torch.tensor(sum(row, [])) for row in ids], batch_first=True), []  # [B, T]
+    for theta, tokens in zip(soft.split(batch_size), text.split(batch_size)):
+        before = name_and_soft(model, prefix, theta)
+        inputs = torch.cat([before, model.get_input_embeddings()(tokens)], 1)
+        attentions = model(inputs_embeds=inputs, use_cache=False, output_attentions=True).attentions
+        weights = torch.stack(attentions, 1).float().mean((1, 2))  # [b, layers, heads, Q, K] -> [b, Q, K]
+        num_read = before.shape[1]
+        for row in weights[:, num_read:, len(prefix):num_read].sum(2):  # [T]
+            lengths = list(map(len, ids[len(result)]))
+            result.append(np.array([float(part.mean()) for part in row[:sum(lengths)].split(lengths)]))
     return result
 
 
 def content_share(attention, num_noise):
     """Share that the words behind the noise words pay, mean over words within each kind: [users]"""
-    content = np.array([weights[num_noise:].mean() for weights in attention])
-    noise = np.array([weights[:num_noise].mean() for weights in attention])
-    return content / (content + noise)
+    means = np.array([(weights[num_noise:].mean(), weights[:num_noise].mean()) for weights in attention])
+    return means[:, 0] / means.sum(1)
 
 
 def measure_attention(args, folder, run, model, tokenizer, scored):
-    """Figure 7 of each profile -> pictures, rows of (profile, share before, after, difference, users)
-
-    Before tuning a soft token is random, as in the paper: normal, at the scale of the LLM's embeddings.
+    """Figure 7 of each profile -> pictures, rows of (profile, share before, after, difference, users). Before
+    tuning a soft token is random, as in the paper: normal, at the scale of the LLM's embeddings.
     """
     scale = float(model.get_input_embeddings().weight.float().square().mean().sqrt())
-    generator = torch.Generator().manual_seed(args.seed)
-    pictures, rows = [], []
-    num_shown = 1 if args.user else args.num_users
+    generator, pictures, rows = torch.Generator().manual_seed(args.seed), [], []
+    shown, rest = np.split(scored, [args.num_users])
     for k, name in enumerate(run.names):
         noise, content = sentences_of(k, run.split["train"], run.items)
-        users = [user for user in [*scored[:num_shown], *np.sort(scored[num_shown:])] if user in content]
+        users = [user for user in [*shown, *np.sort(rest)] if user in content]
         if not users:
             continue
         sentences = [noise + content[user] for user in users]
@@ -241,7 +222,7 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
         start = scale * torch.randn(soft.shape, generator=generator)
         attention = {when: attention_by_word(model, tokenizer, prefix, theta, sentences)
                      for when, theta in (("before", start), ("after", soft))}
-        pictures.append(draw_attention(folder, name, len(noise), sentences[:num_shown], attention))
+        pictures.append(draw_attention(folder, name, len(noise), sentences[:args.num_users], attention))
         before, after = (content_share(weights, len(noise)) for weights in attention.values())
         rows.append((name, mean_with_interval(before, ".3f"), mean_with_interval(after, ".3f"),
                      mean_with_interval(after - before, "+.4f"), f"{len(users):,}"))
@@ -254,16 +235,13 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
 
 
 def click_scores(run, users):
-    """Click probability of every item for the users: {"without codes": [B, M], "with codes": [B, M]}
-
-    By the first model of stage 4's table, trained once more with the options of its first row: stage 4 keeps
-    figures, not weights.
+    """Click probability of every item for the users: {"without codes": [B, M], "with codes": [B, M]}, by the
+    first model of stage 4, which keeps no weights: trained once more, with the options of its first row
     """
     options, scores = argparse.Namespace(**run.sidecars["results.parquet"]["options"]), {}
     num_items = len(run.items)
-    is_warm = np.bincount(run.split["train"]["user"], minlength=len(run.users)) > 0
-    asked = pd.DataFrame({"user": np.repeat(users, num_items),
-                          "item": np.tile(np.arange(num_items), len(users))})
+    is_warm = run.users["user"].isin(run.split["train"]["user"]).to_numpy()
+    asked = pd.MultiIndex.from_product([users, range(num_items)], names=["user", "item"]).to_frame()
     split = {"train": run.split["train"], "valid": run.split["valid"], "asked": asked}
     labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid")}
     for title, feature, num_fields in (("without codes", "none", 0), ("with codes", "codes", len(run.names))):
@@ -282,11 +260,9 @@ def click_scores(run, users):
     return scores
 
 
-def user_tables(args, run, found, index):
-    """Page of user scored[index], {title: data frame}: items they had, codes, words, held-out rows, new items
-
-    found: scored, words and clicks, see choose_users, words_of_profiles and click_scores; by profile the
-    meanings of its codes. The words stand beside those of the control.
+def user_tables(run, found, index):
+    """Of user scored[index], {title: data frame}: items they had, codes, words beside those of the control,
+    held-out rows, new items. found: scored, words, clicks, and by profile the meanings of its codes
     """
     user, control = found.scored[[index, index - 1]]
     titles = run.items["title"].to_numpy()
@@ -314,9 +290,8 @@ def user_tables(args, run, found, index):
     tables[f"Held-out items (valid rows), and their rank among the {is_new.sum():,} not had"] = pd.DataFrame(
         rated(held_out) | {f"rank {title}": 1 + np.argsort(items)[held_out["item"]]
                            for title, items in order.items()})
-    best = pd.DataFrame({title: titles[items[:args.num_items]] for title, items in order.items()})
-    best.insert(0, "rank", range(1, len(best) + 1))
-    tables[f"Recommended by {run.sidecars['results.parquet']['options']['models'][0]}"] = best
+    best = {title: titles[items[:5]] for title, items in order.items()}
+    tables[f"Recommended by {run.sidecars['results.parquet']['options']['models'][0]}"] = pd.DataFrame(best)
     return {title: table for title, table in tables.items() if len(table)}
 
 
@@ -325,30 +300,29 @@ def main(args):
     started = time.time()
     run = read_run(args)
     chosen, scored = choose_users(args, run)
-    folder = Path(args.run_dir) / "report" / ("" if args.user is None else f"user-{chosen[0]}")
     llm = run.stored["llm"]
     if llm == "tiny" and tiny_stamp(args.run_dir) != run.stored["tiny_llm"]:
         fail(f"{args.run_dir}/tiny_llm is not the LLM that profiles.pt was inferred with: run `python "
              f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
     model, tokenizer = load_llm(args, llm, attn_implementation="eager")  # no other one returns attention
-    maps = draw_maps(folder, run, chosen)
-    attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
     cards, meanings, num_names = zip(*[code_cards(run, k, args.num_words, [args.seed, k])
                                        for k in range(len(run.names))])
     words = words_of_profiles(args, run, model, tokenizer, scored)
     found = SimpleNamespace(scored=scored, words=words, clicks=click_scores(run, chosen), meanings=meanings)
-    tables = [user_tables(args, run, found, index) for index in range(len(chosen))]
+    tables = [user_tables(run, found, index) for index in range(len(chosen))]
     pages = [tables_as_html(f"User {run.user_ids[user]}", part) for user, part in zip(chosen, tables)]
+    folder = Path(args.run_dir) / "report"
     if args.user is not None:
-        path = folder.with_name(f"{folder.name}.html")
+        for title, table in tables[0].items():
+            print(f"\n{title}\n{table.to_string(index=False, max_colwidth=60)}")
+        path = folder / f"user-{chosen[0]}.html"
         with whole_file(path) as file:
-            file.write(page(f"User {args.user}", {"What is known": [*pages, *maps, *attention]}).encode())
-        text = "\n\n".join(f"{title}\n{table.to_string(index=False, max_colwidth=60)}"
-                           for title, table in tables[0].items())
-        print(f"User {args.user}\n\n{text}\n\nwrote {path}: {len(tables[0])} tables, "
-              f"{len(maps + attention)} pictures")
+            file.write(page(f"User {args.user}", pages[0]).encode())
+        print(f"wrote {path}: {len(tables[0])} tables")
         return
 
+    maps = draw_maps(folder, run, chosen)
+    attention, shares = measure_attention(args, folder, run, model, tokenizer, scored)
     facts = {"words": score_words(run, words, scored), "attention": shares, "agreement": agreement(run),
              "names_found": sum(num_names)}
     path = write_artifact(args, "report.html", report_page(run, maps, cards, pages, attention, facts),

@@ -28,8 +28,7 @@ def fig4_mask(segment, is_soft, may_read, is_causal=False):
     reader[(segment == num_profiles).nonzero().max()] = True  # the last task token
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     allowed = causal & ((query == key) | reader[:, None] | is_causal)  # [T, T]
-    # [T, P]: which profile each position belongs to, if any
-    profile = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]
+    profile = F.one_hot(segment.clamp(max=num_profiles), num_profiles + 1)[:, :num_profiles]  # [T, P]
     is_hidden = is_soft & (may_read.float() @ profile.T.float() == 0)  # [B, T] soft tokens hidden from a row
     return (allowed & ~(is_hidden[:, None, :] & reader[:, None]))[:, None]
 
@@ -62,7 +61,6 @@ class DCN(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers=3, hidden=(16, 16), dropout=0.0):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)  # see ctr_models.py
         input_dim = num_fields * field_dim
         self.weights = nn.Parameter(torch.randn(num_layers, input_dim) / math.sqrt(input_dim))
         self.biases = nn.Parameter(torch.zeros(num_layers, input_dim))
@@ -77,9 +75,8 @@ class DCN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, ReLU, dropout for each width in `hidden`: [B, input_dim] -> [B, hidden[-1]]
-
-    keep [B, sum(hidden)]: the dropout's factors, 0 or 1 / (1 - p), where the caller draws them.
+    """Linear, ReLU, dropout for each width in `hidden`: [B, input_dim] -> [B, hidden[-1]]. keep [B,
+    sum(hidden)]: the dropout's factors, 0 or 1 / (1 - p), where the caller draws them.
     """
 
     def __init__(self, input_dim, hidden, dropout=0.0):

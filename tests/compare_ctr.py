@@ -99,7 +99,7 @@ def compare_library(args, name, run, seeds):
 
 def compare_ours(args, name, run, seeds):
     """The same of ours, as stage 4 does it with --tune"""
-    rows = list(ctr.train_group(args, name, run, [("none", seed) for seed in seeds]).values())
+    rows = list(ctr.train_group(args, name, run, ["none"], seeds).values())
     return [row["auc"] for row in rows], tuple(rows[0][key] for key in ctr.CHOICES)
 
 

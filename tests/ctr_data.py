@@ -33,9 +33,10 @@ def small_run_of(split=None, seed=0):
         label = np.where(rng.random(len(frame)) < 0.1, ~likes, likes).astype(np.int8)
         split[name] = frame.assign(label=label)
     history = split["train"]["user"].value_counts().reindex(range(num_users), fill_value=0).to_numpy()
-    vectors = [torch.eye(4)[codes[:, 0]], torch.eye(3)[codes[:, 1]]]
+    vectors = torch.stack([torch.eye(4)[codes[:, 0]], torch.eye(4)[codes[:, 1]]], 1)  # [N, P, D]
     return SimpleNamespace(
         split=split, labels={name: split[name]["label"].to_numpy(copy=True) for name in SPLITS},
         users=pd.DataFrame({"true_hobby": codes[:, 0], "true_background": codes[:, 1]}), codes=codes,
-        code_sizes=[4, 3], names=["hobby", "background"], vectors=vectors, history=history, num_items=20,
-        split_seed=0, digests={}, train_codes=None, fold=None)
+        code_sizes=[4, 3], names=["hobby", "background"], stored={"profiles": vectors}, num_items=20,
+        codebook=dict.fromkeys(("hobby", "background"), {"mean": 0.0, "transform": torch.eye(4)}),
+        history=history, split_seed=0, digests={}, train_codes=codes[split["train"]["user"]])

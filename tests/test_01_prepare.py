@@ -103,19 +103,16 @@ def tables(draw):
 
 
 def with_split(table, name, seed=0):
-    table = table.copy()
-    table["split"] = {"random": lambda: prepare.split_random(len(table), seed),
-                      "temporal": lambda: prepare.split_temporal(table),
-                      "cold-user": lambda: prepare.split_cold_user(table, seed)}[name]()
-    return table
+    return table.assign(split=prepare.draw_split(name, table, seed))
 
 
 def test_the_split_is_8_1_1_disjoint_and_stays_with_its_seed():
-    split = prepare.split_random(1005, seed=3)
+    table = pd.DataFrame({"user": range(1005)})
+    split = prepare.draw_split("random", table, seed=3)
     counts = pd.Series(split).value_counts()
     assert counts.to_dict() == {"train": 805, "valid": 100, "test": 100}
-    assert (split == prepare.split_random(1005, seed=3)).all()
-    assert (split != prepare.split_random(1005, seed=4)).any()
+    assert (split == prepare.draw_split("random", table, seed=3)).all()
+    assert (split != prepare.draw_split("random", table, seed=4)).any()
 
 
 @settings(deadline=None)

@@ -21,7 +21,7 @@ def settings(*argv):
 
 
 def group(run, *argv, name="dcn", features=("none",), seeds=(0,)):
-    return ctr.train_group(settings(*argv), name, run, list(itertools.product(features, seeds)))
+    return ctr.train_group(settings(*argv), name, run, list(features), list(seeds))
 
 
 def test_test_labels_reach_neither_training_nor_any_choice():
@@ -83,14 +83,10 @@ def test_the_choice_is_the_best_mean_on_valid_and_is_that_run():
             assert tuple(chosen[feature, seed][key] for key in ctr.CHOICES) == min(mean, key=mean.get)
 
 
-def test_a_finished_row_is_never_trained_twice_and_a_killed_run_ends_the_same(tmp_path, monkeypatch):
+def test_finished_rows_are_never_trained_twice_and_a_killed_run_ends_the_same(tmp_path, monkeypatch):
     run, seeds, features = small_run_of(), range(2), ["none", "codes", "random", "leniency"]
-    rows = lambda folder, *more: [
-        {key: value for key, value in row.items() if key != "seconds"} for row in ctr.train_run(
-            settings("--run-dir", tmp_path / folder, "--epochs", 1, *more), run, ["dcn", "pnn"], features,
-            seeds)]
-    for folder in ("whole", "killed"):
-        (tmp_path / folder).mkdir()
+    rows = lambda folder, *more: ctr.train_run(
+        settings("--run-dir", tmp_path / folder, "--epochs", 1, *more), run, ["dcn", "pnn"], features, seeds)
     whole = rows("whole")
     train, calls = ctr.train_group, []
 
@@ -114,20 +110,20 @@ def test_a_finished_row_is_never_trained_twice_and_a_killed_run_ends_the_same(tm
     assert len(calls) == 13  # other options are other rows
 
 
-def test_only_rows_that_are_missing_are_trained(tmp_path, monkeypatch, capsys):
+def test_only_groups_that_are_missing_are_trained(tmp_path, monkeypatch, capsys):
     run, trained = small_run_of(), []
     train = ctr.train_stack
     monkeypatch.setattr(ctr, "train_stack", lambda args, name, members, *rest:
                         trained.append(len(members)) or train(args, name, members, *rest))
     score = lambda features, seeds, *more: ctr.train_run(
         settings("--run-dir", tmp_path, "--epochs", 1, *more), run, ["dcn"], features, range(seeds))
-    score(["codes"], 1)
-    score(["codes", "random"], 2)
-    score(["codes", "random"], 2, "--paper")  # the learning rate is that of the tests all the same
-    assert trained == [1, 3]
-    monkeypatch.setattr(ctr, "code_digests", lambda: ["another program"])
-    score(["codes"], 1)
-    assert trained == [1, 3, 1] and "3 rows of split 0" in capsys.readouterr().out
+    score(["none", "codes"], 1)
+    score(["none", "codes", "random"], 1)
+    score(["codes", "random"], 1, "--paper")  # the learning rate is that of the tests all the same
+    assert trained == [1, 1, 2] and "none: 1 rows of split 0 finished before" in capsys.readouterr().out
+    monkeypatch.setattr(ctr, "CODE", ["common.py"])  # another program
+    score(["none"], 1)
+    assert trained == [1, 1, 2, 1]
 
 
 def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
@@ -152,12 +148,12 @@ def test_train_rows_read_the_codes_and_vectors_that_have_not_seen_them():
     assert sizes == [5, 4] and (fields["train"] == run.train_codes).all()
     for name in ("valid", "test"):
         assert (fields[name] == run.codes[run.split[name]["user"]]).all()
-    run.fold = torch.tensor(rng.integers(2, size=len(train)))
-    number = torch.arange(3 * num_users).float()[:, None]  # it says whose the vector is, and of which fold
-    run.vectors = [number, -number]
+    fold = torch.tensor(rng.integers(2, size=len(train)))
+    number = torch.arange(3 * num_users).float()  # it says whose the vector is, and of which fold
+    run.stored = {"fold": fold, "profiles": number.view(3, num_users, 1, 1) * torch.ones(2, 4)}
     rows = ctr.read_rows(settings(), run, [("dense", 0)])
     train_vectors = rows.read_vectors("train", torch.arange(len(train))[None])[0][0, :, 0]
-    assert train_vectors.tolist() == (run.fold.numpy() * num_users + train["user"].to_numpy()).tolist()
+    assert train_vectors.tolist() == (fold.numpy() * num_users + train["user"].to_numpy()).tolist()
     test_vectors = rows.read_vectors("test", torch.arange(len(run.split["test"]))[None])[0][0, :, 0]
     assert test_vectors.tolist() == (2 * num_users + run.split["test"]["user"].to_numpy()).tolist()
 
@@ -189,7 +185,7 @@ def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
     markdown = (small_run[1] / "results.md").read_text()
     assert "codes - random" in markdown and "base rate" in markdown
     assert "Draws: 1, seeds of each: 2" in markdown and "not corrected for 12 looks" in markdown
-    assert "| dcn | 0.005 | 0.003 | 0.5 |" in markdown
+    assert "--lr 0.005" in markdown
 
 
 def test_every_control_runs(small_run, tmp_path):
@@ -215,12 +211,10 @@ def test_truth_is_for_planted_data_only(small_run):
     assert "truth" in run_stage("04_train_ctr.py", "--run-dir", small_run[1], "--features", "truth", ok=False)
 
 
-def test_truth_is_asked_for_only_where_every_profile_has_one(monkeypatch):
-    users = pd.DataFrame({"true_hobby": [0], "true_background": [1]})
-    monkeypatch.setattr(ctr, "read_artifacts", lambda args, *names: [users])
-    for names, expected in ((["hobby", "background"], True), (["hobby", "budget", "taste"], False)):
-        monkeypatch.setattr(ctr, "read_sidecar", lambda args, name: {"names": names})
-        assert ("truth" in ctr.check_features(settings())) == expected
+def test_truth_is_asked_for_only_where_every_profile_has_one():
+    run = small_run_of()
+    for run.names, expected in ((["hobby", "background"], True), (["hobby", "budget", "taste"], False)):
+        assert ("truth" in ctr.check_features(settings(), run)) == expected
 
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch, capsys):
@@ -236,13 +230,13 @@ def test_a_diverging_model_says_so(capsys):
 def test_figures_5_and_6_show_what_stage_3_makes_of_other_sizes(small_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
-    monkeypatch.setattr(ctr, "FIGURES", {"figure5.png": (2, 5), "figure6.png": (2,)})
+    monkeypatch.setattr(ctr, "FIGURES", {"figure5": (2, 5), "figure6": (2,)})
     ctr.main(ctr.parse_args(["--run-dir", str(run), "--models", "dcn", "--seeds", "2", "--epochs", "1",
                              "--codebook-sizes"]))
-    for name, sizes in (("figure5.png", {2, 5}), ("figure6.png", {2})):
-        assert (run / name).read_bytes().startswith(b"\x89PNG")
-        figures = json.loads((run / f"{name}.json").read_text())["figures"]
-        assert {row["size"] for row in figures} == sizes and len(figures) == 6 * len(sizes)
+    for name, sizes in (("figure5", {2, 5}), ("figure6", {2})):
+        assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        figures = pd.read_csv(run / f"{name}.csv")
+        assert set(figures["size"]) == sizes and len(figures) == 6 * len(sizes)
     made = json.loads((run / "codes-5-2/feature_bank.parquet.json").read_text())
     assert made["options"]["codes"] == [5, 2]
 
@@ -254,7 +248,7 @@ def test_each_model_has_a_penalty_of_its_own_unless_one_is_asked_for():
     asked = ctr.parse_args(["--weight-decay", "0.003"])
     assert {ctr.candidates(asked, name)[0][1] for name in ctr.MODELS} == {3e-3}
     run = SimpleNamespace(digests={})
-    key = lambda args, model: ctr.row_key(args, run, model, "none", 0)
+    key = lambda args, model: ctr.group_key(args, run, model, ["none"], [0])
     assert key(args, "dcn") == key(asked, "dcn") and key(args, "ffm") != key(asked, "ffm")
 
 
@@ -263,16 +257,5 @@ def test_rows_without_profiles_are_the_same_for_any_codebook_and_no_others():
     runs = [SimpleNamespace(digests={"interactions.parquet": rows, "feature_bank.parquet": bank})
             for rows, bank in (("a", "b"), ("a", "c"), ("d", "b"))]
     for feature in ctr.FEATURES:
-        first, other_bank, other_rows = (ctr.row_key(args, run, "dcn", feature, 0) for run in runs)
+        first, other_bank, other_rows = (ctr.group_key(args, run, "dcn", [feature], [0]) for run in runs)
         assert (first == other_bank) == (feature in ("none", "leniency")) and first != other_rows
-
-
-def test_calibration_error_is_zero_for_the_truth_and_the_shift_for_a_shift():
-    rng = np.random.default_rng(0)
-    probabilities = rng.uniform(0.2, 0.6, 200_000)
-    labels = (rng.random(200_000) < probabilities).astype(np.int8)
-    assert ctr.calibration_error(labels, probabilities) < 0.01
-    assert ctr.calibration_error(labels, probabilities + 0.3) == pytest.approx(0.3, abs=0.01)
-    extreme = np.where(probabilities < 0.4, 0.0, 0.8)  # right on average, wrong by 0.3 and by 0.3
-    assert ctr.calibration_error(labels, extreme) == pytest.approx(0.3, abs=0.01)
-    assert ctr.calibration_error(np.array([0, 1]), np.array([0.25, 1.0])) == pytest.approx(0.125)

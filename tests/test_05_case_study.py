@@ -38,38 +38,29 @@ def llm(llm_folder):
 
 
 @pytest.mark.parametrize("num_soft", [1, 2])
-def test_attention_to_the_soft_tokens_is_the_models_own_and_its_rows_sum_to_one(llm, num_soft):
-    model, _ = llm
+def test_a_words_attention_to_the_soft_tokens_is_the_models_own_and_the_mean_of_its_tokens(llm, num_soft):
+    """Whatever the other sentences are; the model's rows of attention sum to one."""
+    model, tokenizer = llm
     embed, prefix = model.get_input_embeddings(), [5, 6, 7]
-    text = torch.tensor([[8, 9, 10, 11], [12, 8, 9, 5]])
-    soft = torch.randn(2, num_soft * 32, generator=torch.Generator().manual_seed(0))
-    found = case_study.attention_to_soft(model, prefix, soft, text)
-    for row in range(2):  # one text, one layer, one head after the other
-        inputs = torch.cat([embed(torch.tensor(prefix)), soft[row].view(num_soft, 32), embed(text[row])])
+    sentences = [["The", "user", "likes", "skillet", "racer"], ["The", "user", "a"],
+                 ["The", "user", "likes", "racer", "skillet"]]
+    soft = torch.randn(3, num_soft * 32, generator=torch.Generator().manual_seed(0))
+    together = case_study.attention_by_word(model, tokenizer, prefix, soft, sentences, batch_size=2)
+    for user, (words, found) in enumerate(zip(sentences, together)):  # one text, layer, head after the other
+        ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+        text = torch.tensor(sum(ids, []))
+        inputs = torch.cat([embed(torch.tensor(prefix)), soft[user].view(num_soft, 32), embed(text)])
         with torch.no_grad():
             attentions = model(inputs_embeds=inputs[None], output_attentions=True).attentions
-        total = torch.zeros(4)
+        of_token = torch.zeros(len(text))
         for layer in range(2):
             for head in range(4):
                 weights = attentions[layer][0, head]
                 assert torch.allclose(weights.sum(1), torch.ones(len(inputs)), atol=1e-5)
-                total += weights[3 + num_soft:, 3:3 + num_soft].sum(1)
-        assert torch.allclose(found[row], total / 8, atol=1e-5)
-
-
-def test_a_words_attention_is_the_mean_of_its_tokens_whatever_the_others_sentences_are(llm):
-    model, tokenizer = llm
-    sentences = [["The", "user", "likes", "skillet", "racer"], ["The", "user", "a"],
-                 ["The", "user", "likes", "racer", "skillet"]]
-    soft = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    together = case_study.attention_by_word(model, tokenizer, [5, 6], soft, sentences, batch_size=2)
-    for user, (words, weights) in enumerate(zip(sentences, together)):
-        ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
-        of_token = case_study.attention_to_soft(model, [5, 6], soft[user][None],
-                                                torch.tensor([sum(ids, [])]))[0]
-        assert len(weights) == len(words)
+                of_token += weights[3 + num_soft:, 3:3 + num_soft].sum(1) / 8
+        assert len(found) == len(words)
         first = 0
-        for part, weight in zip(ids, weights):
+        for part, weight in zip(ids, found):
             assert np.isclose(float(of_token[first:first + len(part)].mean()), weight, atol=1e-5)
             first += len(part)
     share = case_study.content_share([np.array([0.2, 0.1, 0.5])], num_noise=1)
@@ -134,7 +125,7 @@ def test_vocabulary_words_begin_a_word_and_hold_letters_only():
             return [self.tokens[index] for index in ids]
 
     ids, words = case_study.vocabulary_words(Tokenizer())
-    assert words == ["games", "guitar"] and ids.tolist() == [0, 3]
+    assert words.tolist() == ["games", "guitar"] and ids.tolist() == [0, 3]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +147,7 @@ def tagged_report(small_run, tmp_path_factory):
 def test_titles_are_escaped_and_the_report_needs_no_network(tagged_report):
     page = tagged_report.read_text()
     assert "<script" not in page and html.escape("<script>document.title") in page
-    assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,|#part)', page)
+    assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page)
 
 
 def test_the_report_has_its_pictures_tables_and_figures(small_run):
@@ -168,9 +159,7 @@ def test_the_report_has_its_pictures_tables_and_figures(small_run):
     assert len(drawn) == 4 and drawn == {path.stem for path in folder.glob("*.csv")}
     for path in folder.glob("*.csv"):
         assert len(pd.read_csv(path)) > 0
-    parts = re.findall(r'href="#(part\d+)"', page)
-    assert len(parts) == len(set(parts)) == page.count("<h2 id=") == 7
-    assert all(f'<h2 id="{part}">' in page for part in parts)
+    assert page.count("<h2>") == 7
     assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
     for part in ("held-out NLL", "Do they help dcn?", "codes - random", "control: those of user",
                  "<th>hobby 0</th><th>hobby 1</th>", "title words"):
@@ -204,8 +193,8 @@ def test_a_users_page_shows_train_rows_as_evidence_valid_ones_as_held_out_and_ne
             num_held_out += len(held_out[0])
             assert all(1 <= int(rank) <= len(items) for row in held_out[0] for rank in row[2:])
         recommended = tables["Recommended by dcn"]
-        assert recommended[0] == ["rank", "without codes", "with codes"] and len(recommended) == 6
-        assert not {title for row in recommended[1:] for title in row[1:]} & of_split["train"]
+        assert recommended[0] == ["without codes", "with codes"] and len(recommended) == 6
+        assert not set(sum(recommended[1:], [])) & of_split["train"]
     assert num_held_out
 
 
@@ -222,22 +211,17 @@ def test_what_is_recommended_comes_from_the_model_that_stage_4_scored(small_run)
     assert list(scores) == ["without codes", "with codes"] and not np.allclose(*scores.values())
 
 
-def test_one_users_page_is_printed_and_drawn(small_run, tmp_path):
+def test_one_users_page_is_printed_and_written_and_the_report_stays(small_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     before = (run / "report.html").read_bytes()
     user_id = pd.read_parquet(run / "feature_bank.parquet")["user_id"].iat[7]
-    printed = run_stage("05_case_study.py", "--run-dir", run, "--user", user_id, "--num-items", 3)
-    page = (run / "report/user-7.html").read_text()
-    tables = tables_of(page, user_id)
-    assert len(tables["Recommended by dcn"]) == 1 + 3
+    printed = run_stage("05_case_study.py", "--run-dir", run, "--user", user_id)
+    tables = tables_of((run / "report/user-7.html").read_text(), user_id)
+    assert len(tables) >= 4
     for title, rows in tables.items():
-        assert title in printed and all(str(cell)[:50] in printed for row in rows for cell in row)
-    drawn = {path.name for path in (run / "report/user-7").iterdir()}
-    assert drawn == {f"{kind}-{name}.{end}" for name in ("hobby", "background") for end in ("png", "csv")
-                     for kind in ("attention",)} | {f"map-{name}-by-code.{end}" for end in ("png", "csv")
-                                                    for name in ("hobby", "background")}
-    assert page.count("<img alt=") == 4 and (run / "report.html").read_bytes() == before
+        assert title in printed and all(cell[:50] in printed for cell in sum(rows, []))
+    assert (run / "report.html").read_bytes() == before
     line = run_stage("05_case_study.py", "--run-dir", run, "--user", "nobody", ok=False)
     assert "--user nobody: there is no such user; for example u" in line
 
@@ -250,12 +234,11 @@ def test_pages_of_cold_users_show_their_support_rows(tmp_path):
                           for name in ("interactions", "feature_bank"))
     cold = interactions.loc[interactions["split"] == "support", "user"].iat[0]
     user_id = bank["user_id"].iat[cold]
-    run_stage("05_case_study.py", "--run-dir", tmp_path / "run", "--user", user_id)
-    tables = tables_of((tmp_path / f"run/report/user-{cold}.html").read_text(), user_id)
-    (rows,) = [rows for title, rows in tables.items() if title.startswith("Had (")]
+    printed = run_stage("05_case_study.py", "--run-dir", tmp_path / "run", "--user", user_id)
     mine = interactions[interactions["user"] == cold]
-    assert len(rows) - 1 == (mine["split"] == "support").sum() < len(mine)
-    assert not any(title.startswith("Held-out") for title in tables)
+    num_support = (mine["split"] == "support").sum()
+    assert f"Had (support rows), the latest {num_support} of {num_support}\n" in printed
+    assert 0 < num_support < len(mine) and "Held-out" not in printed
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
@@ -277,11 +260,10 @@ def test_options_move_what_they_should(small_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)
     pages = []
-    for options in ((), ("--num-users", 3), ("--seed", 4), ("--num-words", 2), ("--num-scored", 9),
-                    ("--num-items", 2)):
+    for options in ((), ("--num-users", 3), ("--seed", 4), ("--num-words", 2), ("--num-scored", 9)):
         run_stage("05_case_study.py", "--run-dir", run, *options)
         pages.append((run / "report.html").read_text())
-    assert len(set(pages)) == 6 and pages[1].count("<h3>User ") == 3
+    assert len(set(pages)) == 5 and pages[1].count("<h3>User ") == 3
 
 
 def test_a_missing_predecessor_is_named(small_run, tmp_path):

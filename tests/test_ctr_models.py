@@ -17,7 +17,7 @@ E, PAIRS = 4, list(itertools.combinations(range(len(SIZES)), 2))
 def build(name, num_fields=len(SIZES)):
     """A model in double precision and evaluation mode, all of whose parameters and statistics are drawn."""
     torch.manual_seed(0)
-    model = MODELS[name](num_fields, **SETTINGS).double().eval()
+    model = ctr_models.build(name, num_fields, **SETTINGS).double().eval()
     for key, value in model.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + 0.5 if "running_var" in key else torch.randn_like(value))
@@ -227,7 +227,8 @@ def test_dcnv2_with_equal_rows_and_no_bias_is_dcn():
 
 def test_pnn_of_two_fields_without_its_mlp_is_the_dot_product_of_matrix_factorisation():
     user, item = torch.randn(2, 9, 4)
-    found = ctr_models.inner_products(torch.stack([user, item], 1))
+    fields = torch.stack([user, item], 1)
+    found = ctr_models.pair_products(fields, fields).sum(2)
     assert torch.allclose(found[:, 0], (user * item).sum(1)) and found.shape == (9, 1)
 
 
@@ -252,7 +253,7 @@ def test_afm_with_even_attention_is_the_mean_over_pairs():
     torch.nn.init.zeros_(model.score.weight)
     torch.nn.init.ones_(model.head.weight)
     rows = rows_for(model)
-    pairs = ctr_models.inner_products(rows[..., :E]).mean(1)
+    pairs = ctr_models.pair_products(rows[..., :E], rows[..., :E]).sum(2).mean(1)
     assert torch.allclose(model(rows), model.bias + rows[..., E].sum(1) + pairs, atol=1e-10)
 
 

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from common import logloss
 from userip import ctr_training
 from userip.ctr_models import MODELS, build
-from userip.ctr_training import Batch, Member, Rows, Stack, train_stack
+from userip.ctr_training import Member, Rows, Stack, train_stack
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_the_penalty_of_a_single_step_is_the_rows_own(double):
             leaves[k].grad = None
     optimizer.step()
     with torch.no_grad():
-        start.train_step(Batch(ids[None], torch.ones(1, 8, 10, dtype=torch.bool), label[None], []))
+        start.train_step(ids[None], torch.ones(1, 8, 10, dtype=torch.bool), label[None])
     assert torch.allclose(start.state["table"][0, :, :4], torch.stack(leaves).detach(), atol=1e-9)
 
 
@@ -163,7 +163,7 @@ def test_id_dropout_shows_the_unknown_id_to_training_only_and_spares_the_rows(mo
     rows, seen = pairwise_rows(3000), []
     before = rows.ids["train"].clone()
     step = Stack.train_step
-    record = lambda self, batch: seen.append(batch.ids) or step(self, batch)
+    record = lambda self, ids, *inputs: seen.append(ids) or step(self, ids, *inputs)
     monkeypatch.setattr(Stack, "train_step", record)
     for share in (0.0, 0.3):
         seen.clear()
@@ -179,7 +179,7 @@ def test_every_row_is_met_once_an_epoch_in_an_order_of_the_seed(monkeypatch):
     rows = rows._replace(ids=rows.ids | {"train": torch.arange(400)[None, :, None]}, num_rows=[400])
     rows = rows._replace(ids={key: part[..., :1] % 400 for key, part in rows.ids.items()})
     step = Stack.train_step
-    record = lambda self, batch: seen.append(batch.ids) or step(self, batch)
+    record = lambda self, ids, *inputs: seen.append(ids) or step(self, ids, *inputs)
     monkeypatch.setattr(Stack, "train_step", record)
     members = [Member(0, 0, 0.01, 0.0), Member(0, 1, 0.01, 0.0), Member(0, 0, 0.1, 0.0)]
     train_stack(settings(epochs=2), "autoint", members, rows)

@@ -1,4 +1,4 @@
-"""Finished rows; further splits and codebook sizes: stages 1 to 3 repeated with the options of the run."""
+"""Further splits and codebook sizes: stages 1 to 3 repeated with the options of the run."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pandas as pd
 from conftest import STAGES, dies, run_stage
 from userip import further_runs
 from userip.artifacts import write_artifact
-from userip.further_runs import FinishedRows, command_line
+from userip.further_runs import command_line, read_json
 
 
 def test_runs_that_cannot_be_repeated_are_refused_before_anything_is_trained(small_run, tmp_path):
@@ -72,14 +72,14 @@ def test_further_splits_are_made_by_the_stages_with_the_same_options(small_run, 
     assert "02_infer_profiles.py failed" in run_stage(*argv, ok=False)
 
 
-def test_finished_rows_are_on_disk_at_once_and_what_cannot_be_read_is_refused(tmp_path, capsys):
-    path = tmp_path / "finished.jsonl"
-    FinishedRows(path).add({"a": {"auc": 1}, "b": {"auc": 2}})
-    FinishedRows(path).add({"b": {"auc": 3}})
-    assert FinishedRows(path) == {"a": {"auc": 1}, "b": {"auc": 3}}
-    for line in (b"123", b"[1]", b'{"no": "key"}', b"\xff\xfe", b'{"key": "b"'):
-        path.write_bytes(b'\n{"key": "a", "auc": 1}\n' + line)
-        assert "move it away" in dies(capsys, FinishedRows, path)
+def test_a_json_file_that_cannot_be_read_is_refused(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert read_json(path) is None
+    path.write_text('[{"auc": 1}]')
+    assert read_json(path) == [{"auc": 1}]
+    for content in (b"\xff\xfe", b'[{"auc"'):
+        path.write_bytes(content)
+        assert "move it away" in dies(capsys, read_json, path)
     path.unlink()
     path.mkdir()
-    assert "cannot read" in dies(capsys, FinishedRows, path)
+    assert "cannot read" in dies(capsys, read_json, path)

@@ -11,8 +11,7 @@ def planted_table(seed, split, min_interactions=1):
     interactions, items, users = read_planted(SimpleNamespace(seed=seed))
     interactions = prepare.keep_core(interactions, min_interactions)
     table, users, items, _ = prepare.index_ids(interactions, users, items)
-    table["split"] = {"random": lambda: prepare.split_random(len(table), seed),
-                      "cold-user": lambda: prepare.split_cold_user(table, seed)}[split]()
+    table["split"] = prepare.draw_split(split, table, seed)
     return table, items, users
 
 

@@ -22,7 +22,7 @@ def test_rounds_of_em_never_raise_the_objective(small_run, tmp_path):
         totals += [before, after]
         told = run_stage("03_quantize.py", "--run-dir", run)
         for line in told.splitlines():
-            if "quantization loss" in line:
+            if "VQ loss" in line:
                 first, second = (float(part.split()[0]) for part in line.split("loss ")[1].split("-> "))
                 assert second <= first
     assert totals == sorted(totals, reverse=True)

@@ -25,7 +25,7 @@ def test_a_folded_dcn_is_the_dcn_with_the_bank():
 
 def test_table_6_tells_what_is_held_and_how_long_it_takes():
     codes = torch.randint(3, (50, 2))
-    rounds = {1: 20, 10_000: 10}
+    rounds = (1, 20), (10_000, 10)
     args = SimpleNamespace(field_dim=8, layers=3, hidden=[16, 16])
     figures = serving_figures(args, 20, codes, [4, 4], torch.randn(50, 256), rounds)
     vectors = 50 * 256 * 4 / 2**20

@@ -16,16 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-COMMANDS = {  # command -> artifacts that it makes
+MADE_BY = {name: command for command, names in {
     "01_prepare.py": "interactions.parquet items.parquet users.parquet prepare.json",
     "02_infer_profiles.py": "scores.pt profiles.pt",
     "02_infer_profiles.py --only-users FILE": "new_profiles.pt",
     "03_quantize.py": "codebook.pt train_codes.parquet feature_bank.parquet",
     "03_quantize.py --apply": "new_codes.parquet",
-    "04_train_ctr.py": "results.parquet results.md figure5.png figure6.png",
+    "04_train_ctr.py": "results.parquet results.md",
     "05_case_study.py": "report.html",
-}
-MADE_BY = {name: command for command, names in COMMANDS.items() for name in names.split()}
+}.items() for name in names.split()}  # artifact -> the command that makes it
 WARNINGS = []  # what `warn` printed in this process; stage 1 clears it at its start and stores it at its end
 
 
@@ -59,7 +58,6 @@ def lock(run_dir):
 
 
 def sha256_of(path):
-    """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -101,7 +99,9 @@ def _write_tensors(tensors, file):
 
 
 def _write_value(value, file):
-    """Write an artifact into an open file, in the format that the value's type tells."""
+    """value: text, bytes, a data frame, an iterator of arrow tables (row groups that need not fit into memory
+    together), or a dict for `_write_tensors`.
+    """
     if isinstance(value, dict):  # into an open file: given a path, torch writes its *name* into it
         _write_tensors(value, file)
     elif isinstance(value, (str, bytes)):
@@ -115,12 +115,10 @@ def _write_value(value, file):
 
 
 def write_artifact(args, name, value, inputs=(), **facts):
-    """Write `value` as run_dir/name with a sidecar name.json; returns its path.
+    """Write `value`, see `_write_value`, as run_dir/name with a sidecar name.json; returns its path.
 
-    value: a data frame; an iterator of arrow tables (row groups that need not fit into memory together); text
-    or bytes; or a dict for `_write_tensors`. inputs: names of the artifacts that it was made from. facts
-    (counts, printed numbers, seconds) go into the sidecar. The sidecar is renamed first, with the digest of
-    what follows, so that `read_artifacts` notices a kill in between.
+    inputs: names of the artifacts that it was made from. facts (counts, printed numbers, seconds) go into the
+    sidecar. It is renamed first, with the digest of what follows: `read_artifacts` notices a kill in between.
     """
     run_dir = Path(args.run_dir)
     with whole_file(run_dir / name) as file:
@@ -146,17 +144,14 @@ def write_artifact(args, name, value, inputs=(), **facts):
 
 def read_sidecar(args, name):
     """run_dir/name.json as a dict; exit code 2 with the command that makes it when it is missing."""
-    path = Path(args.run_dir) / f"{name}.json"
-    command = f"`python {MADE_BY[name]} --run-dir {args.run_dir}`"
-    for required in (path.parent / name, path):
-        if not required.exists():
-            fail(f"{required} is missing: run {command} first, with the options of your run")
+    path = Path(args.run_dir) / name
     try:
-        sidecar = json.loads(path.read_text())
+        sidecar = json.loads(path.with_name(f"{name}.json").read_text())
         sidecar["sha256"], sidecar["inputs"], sidecar["options"]
         return sidecar
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path} is not what a stage writes: run {command} again")
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{path} is missing, or {name}.json beside it is not what a stage writes: run `python "
+             f"{MADE_BY[name]} --run-dir {args.run_dir}` first, with the options of your run")
 
 
 def _read_frame(path):
@@ -166,10 +161,8 @@ def _read_frame(path):
 
 
 def read_artifacts(args, *names):
-    """Read artifacts of one run and check that they belong together: a list of data frames, dicts and texts.
-
-    Each must have the digest that its sidecar tells, and each must have been made from the very files that
-    lie beside it: artifacts of two data sets or seeds never mix silently.
+    """Artifacts of one run: a list of data frames, dicts and texts. Each must have its sidecar's digest and
+    have been made from the very files beside it: two data sets or seeds never mix silently.
     """
     run_dir = Path(args.run_dir)
     digest_of = functools.cache(lambda path: sha256_of(path) if path.exists() else "missing")
@@ -177,7 +170,7 @@ def read_artifacts(args, *names):
         sidecar = read_sidecar(args, name)
         for file, digest in [(name, sidecar["sha256"]), *sidecar["inputs"].items()]:
             if (found := digest_of(run_dir / file)) != digest:
-                fail(f"two runs are mixed, or a file is damaged: {name}.json names a {file} with digest "
+                fail(f"two runs are mixed, or a file is damaged: {name}.json names {file} with digest "
                      f"{digest[:8]}, but {run_dir / file} is {found[:8]}: run `python {MADE_BY[name]} "
                      f"--run-dir {run_dir}` again, with the options in {name}.json")
     readers = {".parquet": _read_frame, ".pt": lambda path: torch.load(path, weights_only=True),

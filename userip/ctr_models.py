@@ -2,10 +2,9 @@
 
 e_f [E] is the embedding of field f, e their concatenation, w_f a first-order weight, p < q a pair of fields,
 MLP the layers of widths `hidden`; `num_layers` counts cross or attention layers. An id's row is W wide: E, or
-F E where an id has one embedding per field, and one more, the last, with first-order weights.
-
-keep [B, num_units]: factors of dropout, 0 or 1 / (1 - p), an argument so that each of the models that train
-side by side (userip/ctr_training.py) has noise of its own; None at evaluation.
+F E where an id has one embedding per field, and one more, the last, with first-order weights. keep [B,
+num_units]: factors of dropout, 0 or 1 / (1 - p), so that each of the models that train side by side has noise
+of its own; None at evaluation.
 """
 
 import torch
@@ -14,15 +13,10 @@ from torch import nn
 from common import DCN, MLP
 
 
-def pairs(x, y):
-    """x, y [B, F, …] -> x_p, y_q of all pairs p < q, two of [B, F (F - 1) / 2, …]"""
+def pair_products(x, y):
+    """x, y [B, F, E] -> x_p ∘ y_q for all p < q [B, F (F - 1) / 2, E]"""
     p, q = torch.triu_indices(x.shape[1], x.shape[1], offset=1, device=x.device)
-    return x[:, p], y[:, q]
-
-
-def inner_products(e):
-    """e [B, F, E] -> <e_p, e_q> for all p < q [B, F (F - 1) / 2]"""
-    return torch.mul(*pairs(e, e)).sum(2)
+    return x[:, p] * y[:, q]
 
 
 def crossed_products(e):
@@ -67,12 +61,10 @@ class FFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = num_fields * field_dim + 1, True, 0
-        self.field_dim = field_dim
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, rows, keep=None):
-        w, e = rows[..., -1], rows[..., :-1].unflatten(2, (-1, self.field_dim))  # [B, F], [B, F, F, E]
+        w, e = rows[..., -1], rows[..., :-1].unflatten(2, (rows.shape[1], -1))  # [B, F], [B, F, F, E]
         return self.bias + w.sum(1) + crossed_products(e).sum(1)
 
 
@@ -84,7 +76,6 @@ class AFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim + 1, True, field_dim
         self.bias = nn.Parameter(torch.zeros(()))
         self.attention = nn.Linear(field_dim, field_dim)
         self.score = nn.Linear(field_dim, 1, bias=False)
@@ -92,7 +83,7 @@ class AFM(nn.Module):
 
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
-        product = torch.mul(*pairs(e, e))  # [B, F (F - 1) / 2, E]
+        product = pair_products(e, e)  # [B, F (F - 1) / 2, E]
         attention = self.score(self.attention(product).relu()).softmax(1)
         pooled = (attention * product).sum(1)  # [B, E]
         pooled = pooled if keep is None else pooled * keep
@@ -104,14 +95,13 @@ class DeepFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
         self.bias = nn.Parameter(torch.zeros(()))
         self.deep = DeepPart(num_fields * field_dim, hidden, bias=False)
 
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
         deep = self.deep(e.flatten(1), keep)
-        return self.bias + w.sum(1) + inner_products(e).sum(1) + deep
+        return self.bias + w.sum(1) + pair_products(e, e).sum(2).sum(1) + deep
 
 
 class FiBiNET(nn.Module):
@@ -122,7 +112,6 @@ class FiBiNET(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
         self.squeeze = nn.Linear(num_fields, max(1, num_fields // 3), bias=False)
         self.excite = nn.Linear(max(1, num_fields // 3), num_fields, bias=False)
         self.bilinear = nn.ModuleList(nn.Linear(field_dim, field_dim, bias=False) for _ in range(2))
@@ -131,7 +120,7 @@ class FiBiNET(nn.Module):
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
         a = self.excite(self.squeeze(e.mean(2)).relu()).relu()  # [B, F]
-        products = [torch.mul(*pairs(layer(x), x)) for layer, x in zip(self.bilinear, (e, a[:, :, None] * e))]
+        products = [pair_products(layer(x), x) for layer, x in zip(self.bilinear, (e, a[:, :, None] * e))]
         return w.sum(1) + self.deep(torch.cat(products, 1).flatten(1), keep)
 
 
@@ -143,7 +132,6 @@ class DIFM(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim + 1, True, sum(hidden)
         self.bias = nn.Parameter(torch.zeros(()))
         self.attention = FieldAttention(field_dim)
         self.mlp = MLP(num_fields * field_dim, hidden)
@@ -153,7 +141,8 @@ class DIFM(nn.Module):
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
         m = self.from_vectors(self.attention(e).flatten(1)) + self.from_bits(self.mlp(e.flatten(1), keep))
-        return self.bias + (m * w).sum(1) + inner_products(m[:, :, None] * e).sum(1)
+        e = m[:, :, None] * e
+        return self.bias + (m * w).sum(1) + pair_products(e, e).sum(2).sum(1)
 
 
 class AFN(nn.Module):
@@ -164,7 +153,6 @@ class AFN(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
         self.smallest, num_neurons = 1e-4, hidden[0]
         self.powers = nn.Linear(num_fields, num_neurons, bias=False)
         self.before, self.behind = nn.BatchNorm1d(num_neurons), nn.BatchNorm1d(num_neurons)
@@ -181,7 +169,6 @@ class AutoInt(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, 0
         self.layers = nn.Sequential(*(FieldAttention(field_dim) for _ in range(num_layers)))
         self.head = nn.Linear(num_fields * field_dim, 1)
 
@@ -194,27 +181,20 @@ class PNN(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
         self.deep = DeepPart(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden)
 
     def forward(self, e, keep=None):
-        return self.deep(torch.cat([e.flatten(1), inner_products(e)], 1), keep)
+        return self.deep(torch.cat([e.flatten(1), pair_products(e, e).sum(2)], 1), keep)
 
 
-class ONN(nn.Module):
+class ONN(PNN):
     """Operation-aware network (Yang et al., 2020): MLP([e^raw ; <e_p^(q), e_q^(p)> for p < q])
 
     Each id has F embeddings: one for each partner field, and at the index of its own field the raw one.
     """
 
-    def __init__(self, num_fields, field_dim, num_layers, hidden):
-        super().__init__()
-        self.width, self.first_order, self.num_units = num_fields * field_dim, False, sum(hidden)
-        self.field_dim = field_dim
-        self.deep = DeepPart(num_fields * field_dim + num_fields * (num_fields - 1) // 2, hidden)
-
     def forward(self, rows, keep=None):
-        e = rows.unflatten(2, (-1, self.field_dim))  # [B, F, F, E]
+        e = rows.unflatten(2, (rows.shape[1], -1))  # [B, F, F, E]
         raw = e.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # [B, E, F] -> [B, F E]
         return self.deep(torch.cat([raw, crossed_products(e)], 1), keep)
 
@@ -224,7 +204,6 @@ class DCNv2(nn.Module):
 
     def __init__(self, num_fields, field_dim, num_layers, hidden):
         super().__init__()
-        self.width, self.first_order, self.num_units = field_dim, False, sum(hidden)
         input_dim = num_fields * field_dim
         self.layers = nn.ModuleList(nn.Linear(input_dim, input_dim) for _ in range(num_layers))
         self.mlp = MLP(input_dim, hidden)
@@ -244,11 +223,10 @@ MODELS = {"ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, 
 class WithVectors(nn.Module):
     """The last P fields are vectors, each mapped to a row (table 3): rows [B, F - P, W], vectors [B, ΣC]"""
 
-    def __init__(self, model, dims):
+    def __init__(self, model, width, dims):
         super().__init__()
         self.model, self.dims = model, list(dims)
-        self.width, self.first_order, self.num_units = model.width, model.first_order, model.num_units
-        self.maps = nn.ModuleList(nn.Linear(dim, model.width) for dim in dims)
+        self.maps = nn.ModuleList(nn.Linear(dim, width) for dim in dims)
 
     def forward(self, rows, keep=None, vectors=None):
         fields = [layer(part) for layer, part in zip(self.maps, vectors.split(self.dims, 1))]
@@ -256,6 +234,13 @@ class WithVectors(nn.Module):
 
 
 def build(name, num_fields, field_dim, num_layers, hidden, dims=()):
-    """A model of MODELS whose last fields are vectors of widths `dims`, if there are any."""
+    """A model, with the width of its rows, whether they end in a first-order weight, and how many units
+    dropout may drop. Its last fields may be vectors of widths `dims`.
+    """
+    first_order = name in ("ffm", "afm", "fibinet", "difm", "deepfm")
+    width = field_dim * (num_fields if name in ("ffm", "onn") else 1) + first_order
     model = MODELS[name](num_fields, field_dim, num_layers, hidden)
-    return WithVectors(model, dims) if dims else model
+    model = WithVectors(model, width, dims) if dims else model
+    model.width, model.first_order = width, first_order
+    model.num_units = {"ffm": 0, "autoint": 0, "afm": field_dim}.get(name, sum(hidden))
+    return model

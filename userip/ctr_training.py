@@ -1,8 +1,8 @@
 """Training: G click models of one kind side by side as one stack, each as if it were trained alone.
 
 A stack looks up the embedding rows that a batch needs, runs one vectorised step of all its models, and
-updates only those rows. Small models cost mostly overhead, so G of them take little longer than one. A step
-of a member is the step of the model alone to 1e-6; over hundreds of steps such rounding differences grow.
+updates only those rows. Small models cost mostly overhead, so G of them take little longer than one. A
+member's step is that of the model alone to 1e-6; over hundreds of steps such rounding differences grow.
 """
 
 import functools
@@ -19,9 +19,7 @@ from common import logloss
 from userip.ctr_models import build
 
 
-class Member(NamedTuple):
-    """One model of a stack."""
-
+class Member(NamedTuple):  # one model of a stack
     fields: int  # index of its set of fields in Rows.ids
     seed: int  # of start, batches and dropout
     lr: float
@@ -48,17 +46,9 @@ class Rows(NamedTuple):
         return [] if self.vectors is None else [self.vectors[self.users[split][rows]]]
 
 
-class Batch(NamedTuple):
-    ids: torch.Tensor  # [G, B, F]
-    keep: torch.Tensor  # bool [G, B, num_units], units that dropout keeps
-    label: torch.Tensor  # [G, B]
-    vectors: list  # of [G, B, ΣC], or empty
-
-
 def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
-    """User, item and further `fields` {split: int64 [n, P]} of `sizes` as rows of one table, in which each
-    has rows of its own (eq. 8): {split: int64 [n, 2 + P]}, rows of the table, row of the unknown user, whom
-    users without a train row (not is_warm [N]) share; has_unknown adds it in any case
+    """User, item and further `fields` {split: int64 [n, P]} of `sizes` as rows of one table (eq. 8): {split:
+    int64 [n, 2 + P]}, rows of the table, row of the unknown user, shared by all who are not is_warm [N]
     """
     num_users = len(is_warm) + (has_unknown or not is_warm.all())
     user_id = np.where(is_warm, np.arange(len(is_warm)), len(is_warm))
@@ -77,11 +67,9 @@ def adam_(averages, grad, lr, step, penalty=None):
     weight.sub_(lr * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8))
 
 
-@functools.lru_cache(maxsize=None)  # a compiled step serves all stacks of its shape
+@functools.cache  # a compiled step serves all stacks of its shape
 def _functions(options, dropout, is_compiled):
-    """A model, its logits for G copies, and {is the batch full: (step of the models, Adam's step)}; a batch
-    that is cut short has a shape of its own and is not compiled
-    """
+    """A model, its logits for G copies, {is the batch full, so compiled: (the models' step, Adam's step)}"""
     model = build(*options)
     named = dict(model.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]
@@ -95,10 +83,9 @@ def _functions(options, dropout, is_compiled):
         logit = logits(flat, rows, buffers, *vectors, keep=keep.to(rows.dtype) / (1 - dropout))
         return F.binary_cross_entropy_with_logits(logit, label)  # eq. 9
 
-    def step_models_(averages, rows, buffers, batch, lr, step):
+    def step_models_(averages, rows, buffers, inputs, lr, step):
         """One Adam step of the parameters [G, D], in place -> gradient of the rows [G, B, F, W]"""
-        gradient = vmap(torch.func.grad(loss, argnums=(0, 1)))
-        grad, rows_grad = gradient(averages[0], rows, buffers, batch.keep, batch.label, *batch.vectors)
+        grad, rows_grad = vmap(torch.func.grad(loss, argnums=(0, 1)))(averages[0], rows, buffers, *inputs)
         adam_(averages, grad, lr, step)
         return rows_grad
 
@@ -124,7 +111,6 @@ class Stack:
                         for key in starts[0]})
 
     def set_state(self, state):
-        """Also what derives from it: views of tables and buffers, room for gradients"""
         self.state = state
         self.tables = state["table"].view(-1, 3 * self.width)  # one behind the other [G num_rows, 3 W]
         self.total = torch.zeros_like(self.tables[:, :self.width])  # gradients summed by row
@@ -135,9 +121,8 @@ class Stack:
 
         An id of n train rows starts with deviation start · n / (n + 100): products of small embeddings start
         on a saddle, which codes must leave, but the start of a rare id is noise that its few rows never wash
-        out (0.08 of AUC on sparse data). interval: steps, on average, from one batch that has the id to the
-        next. The L2 penalty is due in every step, but only rows of the batch move: there it is as many times
-        as large. Otherwise rare ids, which are the least certain, would be the least penalised.
+        out (0.08 of AUC on sparse data). interval: mean steps between two batches that have the id. The L2
+        penalty is due in every step, but only rows of the batch move: there it is as many times as large.
         """
         ids, num_rows = rows.ids["train"][member.fields], rows.num_rows[member.fields]
         count = ids.flatten().bincount(minlength=max(rows.num_rows)).cpu()  # train rows of each id
@@ -148,8 +133,7 @@ class Stack:
         table[:num_rows, :self.width] = deviation[:num_rows, None] * torch.randn(num_rows, self.width)
         if model.first_order:
             table[:, self.width - 1] = 0.0
-        interval = (len(ids) / (count.clamp(min=1) * self.batch_size)).clamp(min=1)
-        interval[count == 0] = 1
+        interval = (len(ids) / (count * self.batch_size)).clamp(min=1).nan_to_num(posinf=1.0)
         flat = parameters_to_vector(model.parameters()).detach()
         numbers = {key: torch.tensor([getattr(member, key)]) for key in ("fields", "lr", "weight_decay")}
         return {"flat": flat, "mean": torch.zeros_like(flat), "square": torch.zeros_like(flat),
@@ -160,16 +144,19 @@ class Stack:
         first = torch.arange(len(ids), device=self.device) * self.state["table"].shape[1]
         return (ids + first[:, None, None]).flatten()
 
-    def train_step(self, batch):
-        """Adam on the parameters, and on the embedding rows of the batch; all other rows stay as they are."""
-        step_models_, adam_ = self.steps[batch.label.shape[1] == self.batch_size]
-        state, index, num_models = self.state, self.index(batch.ids), len(batch.ids)
+    def train_step(self, ids, *inputs):
+        """Adam on the parameters, and on the embedding rows of the batch; all other rows stay as they are.
+
+        ids [G, B, F]; inputs: units that dropout keeps bool [G, B, num_units], labels [G, B], vectors if any
+        """
+        step_models_, adam_ = self.steps[ids.shape[1] == self.batch_size]
+        state, index, num_models = self.state, self.index(ids), len(ids)
         self.num_steps += 1
         lr, step = state["lr"], torch.tensor(float(self.num_steps), device=self.device)
         read = self.tables.index_select(0, index).view(num_models, -1, 3 * self.width)  # [G, B F, 3 W]
-        rows = read[..., :self.width].unflatten(1, batch.ids.shape[1:])  # [G, B, F, W]
+        rows = read[..., :self.width].unflatten(1, ids.shape[1:])  # [G, B, F, W]
         averages = state["flat"], state["mean"], state["square"]
-        grad = step_models_(averages, rows, self.buffers, batch, lr, step)
+        grad = step_models_(averages, rows, self.buffers, inputs, lr, step)
         self.total.index_put_((index,), grad.flatten(0, 2), accumulate=True)
         # an id that the batch has twice moves once, by the sum
         grad = self.total.index_select(0, index).view(num_models, -1, self.width)
@@ -229,14 +216,12 @@ def train_stack(args, name, members, rows, is_compiled=False):
 
 
 def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
-    """One pass over the train rows, gathered for num_steps batches at once; generators: one per seed, S of
-    them; seed_index [G]: each member's
-    """
+    """One pass over the train rows; generators: one for each of S seeds; seed_index [G]: each member's"""
     labels = torch.from_numpy(rows.labels["train"]).to(stack.state["flat"])
     fields, device = stack.state["fields"], stack.device
     stack.model.train()
     order = torch.stack([torch.randperm(len(labels), generator=generator) for generator in generators])
-    for part in order.split(args.batch_size * num_steps, 1):  # [S, n]
+    for part in order.split(args.batch_size * num_steps, 1):  # [S, n], num_steps batches at once
         keep = torch.empty(*part.shape, stack.model.num_units, dtype=torch.bool)
         is_dropped = torch.empty(part.shape, dtype=torch.bool)
         for k, generator in enumerate(generators):
@@ -246,8 +231,6 @@ def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
         ids = rows.ids["train"][fields, chosen]  # [G, n, F]
         if args.id_dropout:
             ids[..., 0].masked_fill_(is_dropped[seed_index].to(device), rows.unknown)
-        label, vectors = labels[chosen], rows.read_vectors("train", chosen)
-        for first in range(0, part.shape[1], args.batch_size):
-            batch = slice(first, first + args.batch_size)
-            stack.train_step(Batch(ids[:, batch], keep[:, batch], label[:, batch],
-                                   [vector[:, batch] for vector in vectors]))
+        inputs = ids, keep, labels[chosen], *rows.read_vectors("train", chosen)
+        for batch in zip(*(tensor.split(args.batch_size, 1) for tensor in inputs)):
+            stack.train_step(*batch)

@@ -57,9 +57,8 @@ def _fetch(url, path):
             with open(part, "ab" if start else "wb") as file, \
                     tqdm.wrapattr(response, "read", total=size, initial=start, desc=path.name) as source:
                 shutil.copyfileobj(source, file)
+        if (kept := part.stat().st_size) < size:
+            raise OSError(f"the connection was closed early; {kept:,} of {size:,} bytes are kept")
     except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
         fail(f"{url} cannot be fetched ({error}): try again or another mirror; to begin anew, delete {part}")
-    if part.stat().st_size < size:
-        fail(f"{url}: the connection was closed early; {part.stat().st_size:,} of {size:,} bytes are kept in "
-             f"{part}: the same command goes on from there")
     part.replace(path)

@@ -1,6 +1,5 @@
-"""Fields that need no LLM, the controls beside the codes: how a user rates, who had what; and the vectors.
-
-split: by name frames with columns user, item, rating, of which train and support are read.
+"""Fields beside the codes: controls that need no LLM, from the train and support rows of `split`, frames by
+name with columns user, item, rating; and the profiles as vectors.
 """
 
 import numpy as np
@@ -12,15 +11,9 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
 
-def random_codes(codes, seed):
-    """The same codes [N, P] dealt to users at random: sizes and usage stay, the meaning goes."""
-    return np.stack([np.random.default_rng([seed, k]).permutation(code) for k, code in enumerate(codes.T)], 1)
-
-
 def cf_codes(split, num_users, sizes, seed, rank=8):
-    """Collaborative filtering without a LLM: k-means of users' factors, one field per size: int64 [N, P]
-
-    Factors: truncated SVD of train rows; support rows of cold users are folded in. Neither: the code K.
+    """k-means of users' factors, one field per size: int64 [N, P]. Factors: truncated SVD of train rows; the
+    support rows of cold users are folded in. A user with neither has the code K.
     """
     num_items = 1 + max(int(frame["item"].max()) for frame in split.values() if len(frame))
     train, support = (sparse.csr_matrix((np.ones(len(rows)), (rows["user"], rows["item"])),
@@ -35,9 +28,8 @@ def cf_codes(split, num_users, sizes, seed, rank=8):
 
 
 def leniency_codes(split, seed, num_codes=4, num_folds=5):
-    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; K is unknown
-
-    A train row's code leaves out its own fold of the rows, or it would contain its own label.
+    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; K is unknown. A
+    train row's code leaves out its own fold of the rows, or it would contain its own label.
     """
     train = split["train"]
     rated = pd.concat([train, split["support"]])
@@ -64,20 +56,16 @@ def leniency_codes(split, seed, num_codes=4, num_folds=5):
     return codes
 
 
-def profile_vectors(profiles, codebook, names):
-    """The profiles in the codebook's coordinates, not quantized (table 3, w/o VQ): [(F + 1) N, C] per name,
-    fold behind fold; the last N have all evidence
+def profile_vectors(run, device):
+    """Table 3, w/o VQ: the profiles in the codebook's coordinates as the last fields of Rows. A train row
+    reads those without its own fold, the others the last ones, with all evidence.
     """
-    return [((profiles["profiles"][..., k, :] - codebook[name]["mean"]) @ codebook[name]["transform"])
-            .flatten(0, -2) for k, name in enumerate(names)]
-
-
-def dense_fields(run, device):
-    """The profiles as the last fields of Rows; a train row reads those without its own fold, run.fold [n]"""
-    users = {name: torch.tensor(run.split[name]["user"].to_numpy()) for name in run.labels}
-    if run.fold is not None:
-        num_folds = len(run.vectors[0]) // len(run.users) - 1
-        users = {name: user + len(run.users) * (run.fold if name == "train" else num_folds)
-                 for name, user in users.items()}
-    return {"vectors": torch.cat(run.vectors, 1).to(device), "dims": tuple(v.shape[1] for v in run.vectors),
+    profiles = run.stored["profiles"].reshape(-1, len(run.users), *run.stored["profiles"].shape[-2:])
+    vectors = [(profiles[:, :, k] - run.codebook[name]["mean"]) @ run.codebook[name]["transform"]
+               for k, name in enumerate(run.names)]  # of [F + 1, N, C]
+    fold = dict.fromkeys(run.labels, len(profiles) - 1) | {"train": run.stored.get("fold", 0)}
+    users = {name: torch.tensor(run.split[name]["user"].to_numpy()) + len(run.users) * fold[name]
+             for name in fold}
+    return {"vectors": torch.cat(vectors, 2).flatten(0, 1).to(device),  # [(F + 1) N, ΣC]
+            "dims": tuple(z.shape[2] for z in vectors),
             "users": {name: user.to(device) for name, user in users.items()}}

@@ -1,6 +1,5 @@
-"""Rows of stage 4 that are finished, and further runs: stages 1 to 3 once more, as processes, for another
-split or other codebook sizes, in RUN_DIR/split-1, RUN_DIR/codes-16-3, …: no profile may have read the rows
-that it is judged by.
+"""Stages 1 to 3 once more, as processes, for another split or other codebook sizes, in RUN_DIR/split-1,
+RUN_DIR/codes-16-3, …: no profile may have read the rows that it is judged by.
 """
 
 import json
@@ -9,42 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from userip.artifacts import fail, read_sidecar, sha256_of, whole_file
+from userip.artifacts import MADE_BY, fail, read_sidecar
 from userip.options import option_name
 
-_ROOT = Path(__file__).resolve().parent.parent
-_CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
-         "userip/features.py")
-_STAGES = {"01_prepare.py": ("interactions.parquet", "items.parquet", "users.parquet", "prepare.json"),
-           "02_infer_profiles.py": ("profiles.pt", "scores.pt"),
-           "03_quantize.py": ("feature_bank.parquet", "codebook.pt")}
+_STAGES = {"01_prepare.py": "interactions.parquet", "02_infer_profiles.py": "profiles.pt",
+           "03_quantize.py": "feature_bank.parquet"}
 
 
-def code_digests():
-    """What of the program decides a row's figures: the files that train it; torch's version, the device"""
-    digests = [sha256_of(_ROOT / file) for file in _CODE]
-    return [*digests, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu"]
-
-
-class FinishedRows(dict):
-    """finished.jsonl as {digest of all that decides a row: row}; what `add` gets is on disk at once."""
-
-    def __init__(self, path):
-        self.path = path
-        try:
-            for line in filter(None, path.read_text().split("\n") if path.exists() else []):
-                row = json.loads(line)
-                self[row.pop("key")] = row
-        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-            fail(f"cannot read {path}: {error}; move it away")
-        self.add({})  # a file that cannot be written must be refused before the first model, not after it
-
-    def add(self, rows):
-        self.update(rows)
-        with whole_file(self.path) as file:
-            file.writelines(json.dumps({"key": key, **row}).encode() + b"\n" for key, row in self.items())
+def read_json(path):
+    """What a JSON file holds, finished rows or a sidecar; None if it does not exist"""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {path}: {error}; move it away")
 
 
 def check_further_runs(args, split):
@@ -52,42 +28,36 @@ def check_further_runs(args, split):
     if args.splits > 1 and split not in ("random", "cold-user"):
         fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
     if (args.splits > 1 or args.codebook_sizes) and read_sidecar(args, "profiles.pt")["options"].get("prior"):
-        option = "--splits" if args.splits > 1 else "--codebook-sizes"
-        fail(f"{option}: the profiles of {args.run_dir} come from a round of EM, which further runs do not "
-             f"repeat: run stages 2 and 3 without --prior, or leave {option} out")
+        fail("--splits and --codebook-sizes do not repeat rounds of EM: leave them out, or run stages 2 and "
+             "3 without --prior")
 
 
 def further_run(args, name, first_stage, changes):
-    """RUN_DIR/name: a run with this one's options, but for `changes` in first_stage. Returns its folder.
-
-    Artifacts of earlier stages are linked. A stage is skipped if its artifact has these options and inputs.
+    """The folder RUN_DIR/name: a run with this one's options, but for `changes` in first_stage. Artifacts of
+    earlier stages are linked. A stage is skipped if its artifact has these options and inputs.
     """
-    run_dir, folder = Path(args.run_dir), Path(args.run_dir) / name
+    folder = Path(args.run_dir) / name
     folder.mkdir(exist_ok=True)
-    for stage, artifacts in _STAGES.items():
+    sidecar_of = lambda file: read_json(folder / f"{file}.json") or {}
+    for stage, artifact in _STAGES.items():
         if stage < first_stage:
-            for file in (f"{artifact}{ending}" for artifact in artifacts for ending in ("", ".json")):
+            made = [name for name, command in MADE_BY.items() if command == stage]
+            for file in (f"{name}{ending}" for name in made for ending in ("", ".json")):
                 (folder / file).unlink(missing_ok=True)
-                if (run_dir / file).exists():  # some methods make no scores.pt
+                if (folder.parent / file).exists():  # some methods make no scores.pt
                     (folder / file).symlink_to(Path("..") / file)
             continue
-        options = read_sidecar(args, artifacts[0])["options"] | {"run_dir": str(folder)}
+        options = read_sidecar(args, artifact)["options"] | {"run_dir": str(folder)}
         options |= changes if stage == first_stage else {}
-        sidecar = _sidecar(folder, artifacts[0])
-        if sidecar.get("options") == options and all(_sidecar(folder, input_name).get("sha256") == digest
-                                                     for input_name, digest in sidecar["inputs"].items()):
+        sidecar = sidecar_of(artifact)
+        if sidecar.get("options") == options and all(sidecar_of(file).get("sha256") == digest
+                                                     for file, digest in sidecar["inputs"].items()):
             continue
-        command = [sys.executable, str(_ROOT / stage), *command_line(options)]
+        command = [sys.executable, str(Path(__file__).resolve().parents[1] / stage), *command_line(options)]
         print(f"{folder}: {stage}", flush=True)
         if subprocess.run(command).returncode:
             fail(f"{stage} failed for {folder}: {shlex.join(command)}")
     return folder
-
-
-def _sidecar(folder, name):
-    """An artifact's sidecar as a dict; an empty one where there is none"""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def command_line(options):

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import os
-import random
 import shlex
 import sys
 from pathlib import Path
@@ -14,19 +13,15 @@ import torch
 
 from userip.artifacts import fail
 
-GROUPS = ("data", "method", "training", "machine")
-
 
 def stage_parser(doc):
-    """A parser whose --help is the stage's docstring, and `add`: the add_argument of each of the GROUPS.
-
-    Unknown and abbreviated options are refused, in one line. Every stage has --run-dir and --seed.
-    """
+    """A parser whose --help is the stage's docstring, and `add`: add_argument of each group of options."""
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=32)
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False,
                                      usage="%(prog)s [options]")
     parser.error = lambda message: fail(f"{message}; see --help")  # one line, without the usage block
-    add = SimpleNamespace(**{group: parser.add_argument_group(group).add_argument for group in GROUPS})
+    add = SimpleNamespace(**{group: parser.add_argument_group(group).add_argument
+                             for group in ("data", "method", "training", "machine")})
     add.data("--run-dir", default="runs/demo", help="folder of this run's artifacts",
              type=lambda text: text or parser.error("--run-dir is empty"))  # an unset variable of the shell
     return parser, add
@@ -69,8 +64,8 @@ def parse_with_presets(parser, argv, **presets):
     return parser.parse_args(argv)
 
 
-def changed_options(parser, args, ignored):
-    """The names of the options that differ from their defaults, but for those ignored: list of texts"""
+def changed_options(parser, args, ignored=()):
+    """The names of the options that differ from their defaults, but for those ignored."""
     return [name for name in vars(args) if name not in ignored
             and getattr(args, name) != parser.get_default(name)]
 
@@ -84,10 +79,9 @@ def refuse_without_effect(parser, args, conditions):
 
 
 def start_stage(args):
-    """Seed every generator and print the options. Same seed, same bits, on CUDA, too."""
+    """Seed the generators of numpy and torch, print the options. Same seed, same bits, on CUDA, too."""
     if args.seed >= 2**32:
         fail(f"--seed {args.seed}: it must be below 2**32 = {2**32}")
-    random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else runs on CUDA may differ

@@ -42,27 +42,24 @@ def read_planted(args):
     rng, hobby, background = world.rng, world.hobby, world.background
     chance = 1 - np.exp(-world.activity[:, None] * world.choice[hobby, background])  # [N, M]
     user, item = np.nonzero(rng.random(chance.shape) < chance)
-    # rating = fit of the item to the user + generosity of the user + quality of the item + noise
-    hobby_fit = world.hobby_affinity - world.hobby_affinity.mean(0)  # [4, M]
-    background_fit = world.background_affinity - world.background_affinity.mean(0)  # [3, M]
-    fit = HOBBY_FIT * hobby_fit[hobby[user], item] + BACKGROUND_FIT * background_fit[background[user], item]
     generosity = 0.35 * rng.standard_normal(NUM_USERS)
     quality = 0.35 * rng.standard_normal(NUM_ITEMS)
-    opinion = 3.2 + fit + generosity[user] + quality[item] + 0.7 * rng.standard_normal(len(user))
-    user_ids = np.array([f"U{index:05d}" for index in range(NUM_USERS)])
+    opinion = 3.2 + world.fit[hobby[user], background[user], item] + generosity[user] + quality[item]
+    opinion += 0.7 * rng.standard_normal(len(user))
+    users = pd.DataFrame({"user_id": [f"U{index:05d}" for index in range(NUM_USERS)],
+                          "true_hobby": np.array(list(HOBBIES))[hobby],
+                          "true_background": np.array(list(BRANDS))[background]})
     interactions = pd.DataFrame({
-        "user_id": user_ids[user],
+        "user_id": users["user_id"].to_numpy()[user],
         "item_id": world.items["item_id"].to_numpy()[item],
         "rating": opinion.round().clip(1, 5),
         "timestamp": 1_600_000_000 + rng.integers(60_000_000, size=len(user)),
     })
-    users = pd.DataFrame({"user_id": user_ids, "true_hobby": np.array(list(HOBBIES))[hobby],
-                          "true_background": np.array(list(BRANDS))[background]})
     return interactions, world.items, users
 
 
 def _draw_world(seed):
-    """What decides the interactions: items, what users are, and p(item | hobby, background)."""
+    """Items, what users are, p(item | hobby, background) and the fit of the item to both [4, 3, M]"""
     rng = np.random.default_rng([seed, 1])
     nouns = {category: words.split() for hobby in HOBBIES.values() for category, words in hobby.items()}
     categories = list(nouns)
@@ -70,12 +67,11 @@ def _draw_world(seed):
     level = rng.integers(3, size=NUM_ITEMS)  # the background whose prices the item has
     lean = np.where(rng.random(NUM_ITEMS) < 0.8, level, rng.integers(3, size=NUM_ITEMS))  # whose brands
     price = PRICE_CENTRES[level] * np.exp(0.45 * rng.standard_normal(NUM_ITEMS))
-    titles = [f"{rng.choice(ADJECTIVES)} {rng.choice(nouns[categories[c]])} {rng.choice(SUFFIXES)}"
-              for c in category]
     brands = np.array(list(BRANDS.values()))  # [3, 5]
     items = pd.DataFrame({
         "item_id": [f"P{index:04d}" for index in range(NUM_ITEMS)],
-        "title": titles,
+        "title": [f"{rng.choice(ADJECTIVES)} {rng.choice(nouns[categories[c]])} {rng.choice(SUFFIXES)}"
+                  for c in category],
         "category": np.array(categories)[category],
         "brand": brands[lean, rng.integers(brands.shape[1], size=NUM_ITEMS)],
         "price": price.round(2),
@@ -88,22 +84,22 @@ def _draw_world(seed):
     hobby = rng.choice(4, size=NUM_USERS, p=HOBBY_SHARES)
     background = rng.choice(3, size=NUM_USERS, p=BACKGROUND_SHARES)
     popularity = np.exp(0.5 * rng.standard_normal(NUM_ITEMS))
-    utility = HOBBY_PULL * hobby_affinity[:, None] + BACKGROUND_PULL * background_affinity[None]
-    choice = popularity * np.exp(utility)  # [4, 3, M]
-    choice /= choice.sum(-1, keepdims=True)
+    choice = popularity * np.exp(HOBBY_PULL * hobby_affinity[:, None] + BACKGROUND_PULL * background_affinity)
+    choice /= choice.sum(-1, keepdims=True)  # [4, 3, M]
     activity = rng.gamma(6, 3.0, size=NUM_USERS)  # about 18 interactions per user
-    return SimpleNamespace(rng=rng, items=items, hobby_affinity=hobby_affinity,
-                           background_affinity=background_affinity, hobby=hobby, background=background,
-                           choice=choice, activity=activity)
+    fit = (HOBBY_FIT * (hobby_affinity - hobby_affinity.mean(0))[:, None]
+           + BACKGROUND_FIT * (background_affinity - background_affinity.mean(0)))  # [4, 3, M]
+    return SimpleNamespace(rng=rng, items=items, hobby=hobby, background=background, choice=choice, fit=fit,
+                           activity=activity)
 
 
 def bayes_ari(seed, table, items, users):
     """Adjusted Rand index per profile of the Bayes-optimal classifier, which knows this seed's world and sees
-    the items of train and support rows: the best that profiles can reach. table, items, users: of stage 1.
+    the items of train and support rows, not their ratings: the best that profiles can reach.
 
     log p(h, b | seen items) = log prior + Σ_i log p(i seen or not | h, b), where an item is seen with
     probability share · (1 - exp(-activity p(i | h, b))); share: of the rows of cold users, or of all other
-    users, the part that is seen. Ratings are not used, as in stage 2.
+    users, the part that is seen.
     """
     world = _draw_world(seed)
     is_seen = table["split"].isin(["train", "support"])

@@ -34,25 +34,22 @@ def read_rows(interactions, split, fold=None):
 
 
 def read_profiles(args, stored, rows, defaults):
-    """profiles.pt -> a namespace per profile name; sets args.codes. defaults: of stage 3's options, see below
-
-    It holds θ of all users without each of the F folds and, last, with all evidence.
+    """profiles.pt -> a namespace per profile name, θ of all users without each of the F folds and, last, with
+    all evidence; sets args.codes. defaults: of stage 3's options
     """
     if "fold" not in stored:
         stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
     is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
     is_warm[rows.user] = True
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
-    routes = options.get("route", ["none"])
-    routes = ["rating"] * len(names) if routes == ["none"] else routes
-    has_ratings = options.get("ratings", False)
-    reads_ratings = [has_ratings and "rating" in route.split("+") for route in routes]
+    has_ratings, routes = options.get("ratings", False), options.get("route", ["none"])
+    reads_ratings = [has_ratings and (routes == ["none"] or "rating" in routes[k].split("+"))
+                     for k in range(len(names))]
     sizes = args.codes or [8 if reads else 3 if k == 1 else 4 for k, reads in enumerate(reads_ratings)]
-    if "prior" in stored:  # no option may be changed
+    if "prior" in stored:
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
-        allowed = defaults | {"run_dir": args.run_dir, "seed": args.seed}
-        for name, value in vars(args).items():
-            if value != allowed[name] and (name, value) != ("codes", sizes):
+        for name, default in defaults.items():
+            if name not in ("run_dir", "seed") and getattr(args, name) != default:
                 fail(f"{option_name(name)}: the profiles have a codebook of {sizes} codes as prior, which "
                      f"only moves to its users' means now; leave it out, or run stage 2 without --prior")
     if len(sizes) != len(names):
@@ -81,9 +78,9 @@ def describe_codes(name, codes, num_codes):
     aris = [adjusted_rand_score(*pair) for pair in itertools.combinations(known, 2)]
     share, stability = usage.min() / max(usage.sum(), 1), float(np.mean(aris)) if aris else None
     between = f" | ARI between seeds {stability:.3f}" if aris else ""
-    warning = f"  <- below K/2 = {num_codes / 2:g}: the codebook is collapsing"
+    warning = "  <- below K/2: the codebook is collapsing" if perplexity < num_codes / 2 else ""
     print(f"{name}: users per code {' '.join(map(str, usage))} | perplexity {perplexity:.2f} of {num_codes} "
-          f"| smallest share {share:.3f}{between}{warning if perplexity < num_codes / 2 else ''}")
+          f"| smallest share {share:.3f}{between}{warning}")
     return {f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_smallest_share": share,
             f"{name}_stability": stability}
 
@@ -97,8 +94,8 @@ def compare_with_truth(bank, names, users, bayes_ari):
         ari = {f"{name}_vs_{truth}": adjusted_rand_score(users[truth], bank[name])
                for truth in users if truth.startswith("true_")}
         facts |= ari
-        own, best = ari.pop(f"{name}_vs_true_{name}", None), bayes_ari.get(name)
-        if own is not None and best:
+        if f"{name}_vs_true_{name}" in ari and bayes_ari.get(name):
+            own, best = ari.pop(f"{name}_vs_true_{name}"), bayes_ari[name]
             facts[f"{name}_share_of_bayes"] = own / best
             cross = ", ".join(f"{value:.3f} {key}" for key, value in ari.items())
             print(f"{name}: ARI {own:.3f} of the Bayes-optimal {best:.3f} ({own / best:.0%}); "
@@ -106,12 +103,9 @@ def compare_with_truth(bank, names, users, bayes_ari):
     return facts
 
 
-def probe_auc(features, labels, num_repeats=3):
+def probe_auc(features, labels):
     """AUC of a logistic regression on features [N, C] over 5 folds, mean of three random ways to fold"""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    aucs = []
-    for seed in range(num_repeats):
-        folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-        scores = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")[:, 1]
-        aucs.append(roc_auc_score(labels, scores))
-    return float(np.mean(aucs))
+    folds = [StratifiedKFold(5, shuffle=True, random_state=seed) for seed in range(3)]
+    scores = [cross_val_predict(model, features, labels, cv=fold, method="predict_proba") for fold in folds]
+    return float(np.mean([roc_auc_score(labels, score[:, 1]) for score in scores]))

@@ -1,27 +1,28 @@
-"""report.html and its pictures. The page is one file that needs no network; all its text is escaped."""
+"""Code cards, pictures, and report.html, one file that holds them; needs no network; all text is escaped."""
 
 import base64
 import html
 import io
-import itertools
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from scipy import sparse, stats
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.metrics import adjusted_mutual_info_score
+from torch.nn import functional as F
 
 from common import with_interval
 from userip.artifacts import whole_file
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
-
+WORD = r"[^\W\d_]{3,}"  # at least three letters
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
     "td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left;vertical-align:top}img{max-width:100%}"
-    "h2{margin-top:2.5rem;border-bottom:1px solid #ddd}h4{margin:1rem 0 0}"
-    "@media print{table{display:table}tr,img{break-inside:avoid}}")
+    "h2{margin-top:2.5rem;border-bottom:1px solid #ddd}h4{margin:1rem 0 0}")
 
 
 def mean_with_interval(values, form=".2f"):
@@ -30,6 +31,172 @@ def mean_with_interval(values, form=".2f"):
         return "–"
     half = 1.96 * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):{form}} ± {half:{form.strip('+')}}"
+
+
+def overrepresented(counts, names, num_words):
+    """counts [K, W] of what each code's users have -> per code the names whose share is surely higher than
+    in the other codes: (name, odds ratio, ends of its 95% interval), the surest first. Log-odds with a
+    Dirichlet prior, a tenth of all counts (Monroe et al., 2008). Sure: one-sided at 2.5% for all W names
+    together (Bonferroni), else some of a thousand words would stand out by chance.
+    """
+    prior, threshold = 0.1 * counts.sum(0) + 0.01, stats.norm.isf(0.025 / len(names))
+    result = []
+    for own in counts:
+        first, second = own + prior, counts.sum(0) - own + prior
+        odds = np.log(first / (first.sum() - first)) - np.log(second / (second.sum() - second))
+        error = np.sqrt(1 / first + 1 / second)
+        best = np.argsort(-odds / error, kind="stable")[:num_words]
+        result.append([(names[k], *np.exp(odds[k] + np.array([0, -1.96, 1.96]) * error[k]).tolist())
+                       for k in best if odds[k] > threshold * error[k]])
+    return result
+
+
+def item_features(items):
+    """Categories, brands, price levels, title words: {term: (counts [M, W], names [W])}"""
+    price = items["price"].astype(float)
+    low, high = price.quantile([1 / 3, 2 / 3])
+    level = np.select([price <= low, price <= high], [f"up to ${low:.2f}", f"${low:.2f} to ${high:.2f}"],
+                      f"above ${high:.2f}")
+    columns = {"categories": items["category"], "brands": items["brand"],
+               "price levels": pd.Series(level).where(price.notna())}
+    one_hot = {term: pd.get_dummies(column) for term, column in columns.items()}
+    features = {term: (counts.to_numpy(float), list(counts)) for term, counts in one_hot.items()}
+    vectorizer = CountVectorizer(token_pattern=WORD, min_df=2, stop_words="english")
+    try:
+        features["title words"] = vectorizer.fit_transform(items["title"]), vectorizer.get_feature_names_out()
+    except ValueError:  # no word is in two titles
+        pass
+    return {term: part for term, part in features.items() if len(part[1]) > 1}
+
+
+def user_facts(users):
+    """What is known of users: {fact: values [N], None where unknown}. Numbers of many values fall into
+    quarters; facts with too many groups (zip codes) are left out.
+    """
+    facts = {}
+    for column in users.columns.drop(["user", "user_id"]):
+        values = users[column]
+        if pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
+            quarter = pd.qcut(values, 4, labels=False, duplicates="drop")
+            values = values.groupby(quarter).transform(lambda part: f"{part.min():g} to {part.max():g}")
+        if 1 < values.nunique() <= max(8, len(users) / 20):
+            facts[column.replace("_", " ")] = values.astype(object).where(values.notna(), None)
+    return facts
+
+
+def agreement(run):
+    """Codes against each fact of user_facts: rows of (profile, fact, adjusted mutual information, p)"""
+    rows = []
+    for name, codes, num_codes in zip(run.names, run.codes.T, run.sizes):
+        for fact, values in run.user_facts.items():
+            is_known = (codes < num_codes) & values.notna().to_numpy()
+            table = pd.crosstab(codes[is_known], values[is_known].to_numpy())
+            if min(table.shape) > 1:
+                information = adjusted_mutual_info_score(codes[is_known], values[is_known].astype(str))
+                p = stats.chi2_contingency(table).pvalue
+                rows.append((name, fact, f"{information:.3f}", f"{p:.2g}" if p > 1e-16 else "below 1e-16"))
+    return rows
+
+
+def code_cards(run, k, num_words, seed):
+    """Profile k -> cards, a data frame with a column per code; meanings of the codes, the unknown one's last;
+    how many names of items are overrepresented [with these codes, with the codes shuffled among users]
+    """
+    train, codes, num_codes = run.split["train"], run.codes[:, k], run.sizes[k]
+    shuffled = np.random.default_rng(seed).permutation(codes)
+    is_member, is_shuffled = ((np.arange(num_codes)[:, None] == column).astype(float)
+                              for column in (codes, shuffled))  # [K, N]
+    pairs = train[["user", "item"]].drop_duplicates()
+    had = sparse.csr_matrix((np.ones(len(pairs)), (pairs["user"], pairs["item"])),
+                            (len(codes), len(run.items)))
+    odds_text = lambda names: ", ".join(f"{name} ×{odds:.1f} ({low:.1f}–{high:.1f})"
+                                        for name, odds, low, high in names) or "none above chance"
+    cards = {"users": [f"{int(size):,}" for size in is_member.sum(1)]}  # {term: texts [K]}
+    meanings, num_names = [[] for _ in range(num_codes)], np.zeros(2, dtype=int)
+    for term, (item_counts, names) in item_features(run.items).items():
+        own, control = (overrepresented(np.asarray((had.T @ member.T).T @ item_counts), names, num_words)
+                        for member in (is_member, is_shuffled))
+        num_names += [sum(map(len, own)), sum(map(len, control))]
+        cards[term] = list(map(odds_text, own))
+        for meaning, names_of_code in zip(meanings, own):
+            meaning += [str(name) for name, *_ in names_of_code[:2]]
+    departure = train["rating"] - train.groupby("item")["rating"].transform("mean")
+    habits = pd.DataFrame({"share rated positive": train["label"], "rating less the item's mean": departure})
+    for term, habit in habits.groupby(train["user"]).mean().items():  # by user with train rows
+        cards[term] = [mean_with_interval(habit[member[habit.index] > 0]) for member in is_member]
+    for fact, values in run.user_facts.items():
+        one_hot = pd.get_dummies(values)
+        names = overrepresented(is_member @ one_hot.to_numpy(float), list(one_hot.columns), num_words)
+        cards[fact] = list(map(odds_text, names))
+    cards = pd.DataFrame(cards, index=[f"{run.names[k]} {code}" for code in range(num_codes)])
+    meanings = [", ".join(meaning) or "nothing above chance" for meaning in meanings]
+    return cards.T.reset_index(names=""), [*meanings, "no evidence"], num_names
+
+
+def picture(folder, name, figure, data, description):
+    """The figure as <img>, and as folder/name.png, with its data frame as folder/name.csv"""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    for suffix, content in ((".png", buffer.getvalue()), (".csv", data.to_csv(index=False).encode())):
+        with whole_file(folder / f"{name}{suffix}") as file:
+            file.write(content)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
+
+
+def draw_map(folder, title, plane, groups, marked):
+    """Scatter plot of users: plane [N, 2], a colour per group [N]; marked: {user id: index}, ringed"""
+    figure = Figure(figsize=(4.2, 3.6))
+    axis, colours = figure.subplots(), colormaps["tab10"]
+    for number, group in enumerate(np.unique(groups)):
+        axis.scatter(*plane[groups == group].T, s=5, alpha=0.6, color=colours(number % 10), label=group)
+    for user_id, index in marked.items():
+        axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
+        axis.annotate(user_id, plane[index], fontsize=6, xytext=(5, 5), textcoords="offset points",
+                      bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.legend(markerscale=3, fontsize=7, loc="best")
+    data = pd.DataFrame({"x": plane[:, 0], "y": plane[:, 1], "group": groups})
+    return picture(folder, f"map-{title.replace(' ', '-')}", figure, data,
+                   f"Scatter plot of users' profiles in two dimensions: {title}; the users shown are ringed")
+
+
+def draw_maps(folder, run, chosen):
+    """Profiles in two dimensions, by code and by truth; the users in `chosen` are ringed -> list of <img>"""
+    pictures = []
+    for k, name in enumerate(run.names):
+        users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
+        z = ((run.profiles[:, k] - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
+        z = z - z.mean(0)
+        plane = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
+        plane = F.pad(plane, (0, 1))[:, :2].numpy()  # [N', 2]; on a line if C = 1
+        marked = {run.user_ids[user]: index for index, user in enumerate(users) if user in chosen}
+        pictures.append(draw_map(folder, f"{name} by code", plane, run.codes[users, k], marked))
+        if f"true_{name}" in run.users:
+            truth = run.users[f"true_{name}"].fillna("unknown").to_numpy()[users]
+            pictures.append(draw_map(folder, f"{name} by truth", plane, truth, marked))
+    return pictures
+
+
+def draw_attention(folder, name, num_noise, sentences, attention):
+    """Figure 7 as <img>: a row per user, a column per word, colours from a user's least to most attention.
+
+    sentences: lists of words, the content behind num_noise; attention: {"before", "after": arrays [words]}
+    """
+    figure, rows = Figure(figsize=(10, 0.5 * len(sentences) + 1.4)), []
+    for axis, (when, by_user) in zip(figure.subplots(1, 2), attention.items()):
+        grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
+        for user, (words, weights) in enumerate(zip(sentences, by_user)):
+            grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
+            for column, word in enumerate(words):
+                axis.text(column, user, word, ha="center", va="center", fontsize=6,
+                          color="white" if grid[user, column] > 0.6 else "black")
+                rows.append((user, when, word, column >= num_noise, weights[column]))
+        axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axis.set(title=f"{name}: {when} tuning", xticks=[], yticks=range(len(sentences)), ylabel="user")
+    data = pd.DataFrame(rows, columns=["user", "when", "word", "is_content", "attention"])
+    return picture(folder, f"attention-{name}", figure, data, "Heat maps of the attention from the words of "
+                   f"a sentence to the soft token of {name}, before and after tuning, scaled per user")
 
 
 def paragraph(text):
@@ -50,97 +217,15 @@ def tables_as_html(title, tables):
 
 
 def markdown_as_html(text):
-    """results.md: its pipe tables as HTML tables, other lines as paragraphs, without headings"""
+    """The pipe tables and paragraphs of results.md, without headings: list of HTML"""
     parts = []
-    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
-        if is_table:
-            header, _, *rows = [line.strip("|").split("|") for line in lines]
+    for block in text.strip().split("\n\n"):
+        if block.startswith("|"):
+            header, _, *rows = [line.strip("|").split("|") for line in block.splitlines()]
             parts.append(table(header, rows))
-        else:
-            parts += [paragraph(line) for line in lines if line and not line.startswith("#")]
-    return "".join(parts)
-
-
-def page(title, chapters):
-    """One HTML file: title, table of contents, chapters {heading: list of HTML}"""
-    links, body = "", ""
-    for k, (heading, parts) in enumerate(chapters.items()):
-        links += f'<li><a href="#part{k}">{html.escape(heading)}</a></li>'
-        body += f'<h2 id="part{k}">{html.escape(heading)}</h2>{"".join(parts)}'
-    title = html.escape(title)
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width">'
-            f"<title>{title}</title><style>{STYLE}</style></head>"
-            f"<body><h1>{title}</h1><nav><ul>{links}</ul></nav>{body}</body></html>\n")
-
-
-def save(folder, name, figure, data, description):
-    """The figure as <img> with a description, and as folder/name.png, its data frame as folder/name.csv"""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-    for suffix, content in ((".png", buffer.getvalue()), (".csv", data.to_csv(index=False).encode())):
-        with whole_file(folder / f"{name}{suffix}") as file:
-            file.write(content)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}">'
-
-
-def draw_map(folder, title, plane, groups, labels, marked):
-    """Scatter plot of users: plane [N, 2], groups [N], each one of the labels; marked: {user id: index}"""
-    figure, axis = plt.subplots(figsize=(4.2, 3.6))
-    for index, label in enumerate(labels):
-        axis.scatter(*plane[groups == label].T, s=5, alpha=0.6, color=plt.cm.tab10(index % 10), label=label)
-    for user_id, index in marked.items():
-        axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
-        axis.annotate(user_id, plane[index], fontsize=6, xytext=(5, 5), textcoords="offset points",
-                      bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
-    axis.set(title=title, xticks=[], yticks=[])
-    axis.legend(markerscale=3, fontsize=7, loc="best")
-    data = pd.DataFrame({"x": plane[:, 0], "y": plane[:, 1], "group": groups})
-    return save(folder, f"map-{title.replace(' ', '-')}", figure, data,
-                f"Scatter plot of users' profiles in two dimensions: {title}; the users shown are ringed")
-
-
-def draw_maps(folder, run, chosen):
-    """Profiles in two dimensions, by code and by truth; the users in `chosen` are ringed -> list of <img>"""
-    pictures, rng = [], np.random.default_rng(0)
-    for k, name in enumerate(run.names):
-        users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
-        z = ((run.profiles[:, k] - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
-        z = z - z.mean(0)
-        plane = (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).numpy()  # [N', 2]
-        if plane.shape[1] == 1:  # C = 1: a random height, so that users do not hide each other
-            plane = np.column_stack([plane, rng.random(len(plane))])
-        marked = {run.user_ids[user]: index for index, user in enumerate(users) if user in chosen}
-        pictures.append(draw_map(folder, f"{name} by code", plane, run.codes[users, k], range(run.sizes[k]),
-                                 marked))
-        if f"true_{name}" in run.users:
-            truth = run.users[f"true_{name}"].to_numpy()[users]
-            pictures.append(draw_map(folder, f"{name} by truth", plane, truth, np.unique(truth), marked))
-    return pictures
-
-
-def draw_attention(folder, name, num_noise, sentences, attention):
-    """Figure 7: a row per user, a column per word, colours from a user's least to most attention.
-
-    sentences: lists of words, the content behind num_noise; attention: {"before", "after": arrays [words]}
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(sentences) + 1.4), squeeze=False)
-    rows = []
-    for axis, (when, by_user) in zip(axes[0], attention.items()):
-        grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
-        for user, (words, weights) in enumerate(zip(sentences, by_user)):
-            grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
-            for column, word in enumerate(words):
-                axis.text(column, user, word, ha="center", va="center", fontsize=6,
-                          color="white" if grid[user, column] > 0.6 else "black")
-                rows.append((user, when, word, column >= num_noise, weights[column]))
-        axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axis.set(title=f"{name}: {when} tuning", xticks=[], yticks=range(len(sentences)), ylabel="user")
-    data = pd.DataFrame(rows, columns=["user", "when", "word", "is_content", "attention"])
-    return save(folder, f"attention-{name}", figure, data, f"Heat maps of the attention from the words of "
-                f"a sentence to the soft token of {name}, before and after tuning, scaled per user")
+        elif not block.startswith("#"):
+            parts.append(paragraph(block))
+    return parts
 
 
 def headline(sidecars):
@@ -163,12 +248,18 @@ def headline(sidecars):
     return table(("question", "answer"), rows)
 
 
+def page(title, body):
+    """One HTML file"""
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
+            f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n")
+
+
 def report_page(run, maps, cards, pages, attention, facts):
-    """report.html. maps, attention: pictures, lists of <img>; cards: a data frame by profile; pages: HTML by
-    user shown; facts: rows of words, attention and agreement, as in the sidecar
-    """
+    """maps, attention: lists of <img>; cards: data frames; pages: HTML by user; facts: as in the sidecar"""
     names_found, names_by_chance = facts["names_found"]
-    return page("User inherent profiles", {
+    chapters = {
         "Summary": [headline(run.sidecars), paragraph(
             f"{len(run.users):,} users, {len(run.items):,} items, {len(run.split['train']):,} train rows; "
             f"LLM: {run.stored['llm']}; ± is half of a 95% interval.")],
@@ -194,4 +285,6 @@ def report_page(run, maps, cards, pages, attention, facts):
             "user likes”, before (a random soft token) and after tuning."),
             table(("profile", "before", "after", "after - before", "users"), facts["attention"]),
             *attention],
-        "Does it help click models?": [markdown_as_html(run.results_text)]})
+        "Does it help click models?": markdown_as_html(run.results_text)}
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in chapters.items())
+    return page("User inherent profiles", body)

@@ -1,6 +1,5 @@
 """Table 6: seconds per 10,000 rows of a DCN that serves without codes, with the bank, and with vectors."""
 
-import itertools
 import time
 
 import numpy as np
@@ -8,8 +7,6 @@ import torch
 
 from userip.ctr_models import build
 from userip.ctr_report import markdown
-
-ROUNDS = {1: 1000, 10_000: 60}  # batch size: how many batches are timed
 
 
 class FoldedDCN:
@@ -46,24 +43,27 @@ class FoldedDCN:
         return torch.addmv(self.constant + scale * read[:, num_layers], hidden, self.head)
 
 
-def _modes(args, num_items, codes, code_sizes, vectors):
-    """Modes of serving by name: function of user and item [B] -> logits [B], tensors held; random weights"""
+@torch.no_grad()
+def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=((1, 1000), (10_000, 60))):
+    """codes int64 [N, P], vectors [N, C] (the profiles), rounds: batch size, number of requests -> {mode of
+    serving: megabytes held, median and p99 seconds per 10,000 rows by batch size}, with random weights
+    """
     torch.manual_seed(0)
     sizes = [len(codes), num_items, *code_sizes]
     tables = [torch.randn(size, args.field_dim) for size in sizes]
+    table, first = torch.cat(tables), torch.tensor([0, *sizes[:-1]]).cumsum(0)
     plain, with_bank, with_vectors = (
         build("dcn", num_fields, args.field_dim, args.layers, args.hidden, dims).eval()
         for num_fields, dims in ((2, ()), (len(sizes), ()), (3, [vectors.shape[1]])))
     bank = codes.to(torch.uint8 if max(code_sizes) < 256 else torch.int32)
-    first, table = torch.tensor([0, *itertools.accumulate(sizes)][:-1]), torch.cat(tables)
+    folded, folded_bank = FoldedDCN(plain, tables[:2], codes), FoldedDCN(with_bank, tables, codes)
 
     def rows(user, item, *more):
         """user, item [B], more ids [B, P] -> rows of the table [B, F, E]"""
         ids = torch.cat([torch.stack([user, item], 1), *more], 1)
         return table.index_select(0, (ids + first[:ids.shape[1]]).flatten()).view(*ids.shape, -1)
 
-    folded, folded_bank = FoldedDCN(plain, tables[:2], codes), FoldedDCN(with_bank, tables, codes)
-    return {
+    modes = {  # function of user and item [B] -> logits [B], and the tensors that it holds
         "DCN": (lambda user, item: plain(rows(user, item)), [*tables[:2], *plain.parameters()]),
         "DCN + bank": (lambda user, item: with_bank(rows(user, item, bank[user])),
                        [*tables, *with_bank.parameters(), bank]),
@@ -71,17 +71,9 @@ def _modes(args, num_items, codes, code_sizes, vectors):
                           [*tables[:2], *with_vectors.parameters(), vectors]),
         "DCN, folded": (folded, [folded.users, folded.items]),
         "DCN + bank, folded": (folded_bank, [folded_bank.users, folded_bank.items])}
-
-
-@torch.no_grad()
-def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
-    """codes int64 [N, P], vectors [N, C] (the profiles) -> {mode of serving: megabytes held, median and p99
-    seconds per 10,000 rows by batch size}. All modes answer the same requests in turn.
-    """
-    modes = _modes(args, num_items, codes, code_sizes, vectors)
-    figures = {name: {"megabytes": sum(part.numel() * part.element_size() for part in held) / 2**20}
+    figures = {name: {"megabytes": sum(part.nbytes for part in held) / 2**20}
                for name, (_, held) in modes.items()}
-    for size, num_rounds in rounds.items():
+    for size, num_rounds in rounds:
         taken = {name: [] for name in modes}
         for _ in range(num_rounds):
             user, item = (torch.randint(limit, (size,)) for limit in (len(codes), num_items))
@@ -97,12 +89,11 @@ def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=ROUNDS):
 
 def serving_table(figures):
     """Table 6 as a list of lines"""
-    columns = ("median_1", "p99_1", "median_10000", "p99_10000")
+    columns = {"median_1": "batch 1: median", "p99_1": "p99", "median_10000": "batch 10,000: median",
+               "p99_10000": "p99"}
     lines = [[name, *(f"{row[column]:.4f}" for column in columns),
               f"{row['median_10000'] / figures['DCN']['median_10000']:.2f}", f"{row['megabytes']:.2f}"]
              for name, row in figures.items()]
-    header = ["mode of serving", "batch 1: median", "p99", "batch 10,000: median", "p99", "ratio to DCN",
-              "held (MB)"]
     return ["Table 6: seconds per 10,000 rows, random weights, "
             f"{torch.get_num_threads()} threads; the paper: DCN 0.93, UserIP + DCN 1.21, KAR + DCN 4.78.", "",
-            *markdown(header, lines)]
+            *markdown(["mode of serving", *columns.values(), "ratio to DCN", "held (MB)"], lines)]

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from userip.code_cards import agreement, code_cards, item_features, overrepresented, user_facts
+from userip.report import agreement, code_cards, item_features, overrepresented, user_facts
 
 
 def test_overrepresented_finds_what_a_code_has_more_and_nothing_in_equal_codes():
