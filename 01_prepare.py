@@ -37,7 +37,7 @@ from common import logloss
 from userip.artifacts import WARNINGS, fail, warn, write_artifact
 from userip.cleaning import clean_items
 from userip.download import ARCHIVES, download
-from userip.options import at_least, changed_options, option_name, stage_parser, start_stage
+from userip.options import at_least, changed_options, option_name, run_program, stage_parser, start_stage
 from userip.planted import bayes_ari, read_planted
 from userip.readers import CATEGORIES, read_amazon, read_nete, read_yelp
 from userip.tables import read_ml_1m, read_ml_100k, read_table
@@ -48,6 +48,7 @@ READERS = {"planted": read_planted, **dict.fromkeys(AMAZON, read_amazon), "yelp"
 SPLITS = ("random", "temporal", "cold-user", "published")
 BELONGS = {  # option -> the data sets, or the splits, for which it means something
     "category": AMAZON, "columns": ["table"], "max_bad": [*AMAZON, "yelp"],
+    "max_line": [*AMAZON, "yelp", "table"], "max_ratio": [*AMAZON, "yelp", "table"],
     "download": [*AMAZON, *ARCHIVES], "fold": ["nete published"], "split_seed": ["random", "cold-user"],
     "min_interactions": ["random", "temporal", "cold-user"]}
 COUNTS = ("duplicates", "not_in_split", "filtered", "untitled_items", "cut_titles", "items_not_listed",
@@ -316,8 +317,8 @@ def main(args):
     row = json.dumps(facts, indent=2) + "\n"  # without seconds: the same run gives the same bits
     facts |= {"seconds": time.time() - started,
               "seconds_of": {"read": read - started, "filter and split": time.time() - read}}
-    artifacts = {"users.parquet": users, "items.parquet": items,
-                 "interactions.parquet": row_groups(table, reviews)}
+    artifacts = {"interactions.parquet": row_groups(table, reviews), "users.parquet": users,
+                 "items.parquet": items}  # the first gives the run its digest
     for name, content in artifacts.items():
         write_artifact(args, name, content, **facts)
     write_artifact(args, "prepare.json", row, inputs=list(artifacts))
@@ -326,4 +327,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_program(main, parse_args)

@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from userip.artifacts import check_finite, lock, read_sidecar, write_artifact
+from userip.artifacts import check_finite, write_artifact
 from userip.evidence import FIELDS
 from userip.heldout import heldout_nll, print_heldout
 from userip.llm import tiny_stamp
 from userip.new_users import infer_new_users
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
-                            refuse_without_effect, stage_parser, start_stage)
+                            refuse_without_effect, run_program, stage_parser, start_stage)
 from userip.prior import (codeword_coordinates, codeword_soft_tokens, descend, make_prior,
                           nearest_coordinates, nearest_soft_tokens)
 from userip.progress import Profiles, join_processes
@@ -381,8 +381,6 @@ def main(args):
         start_stage(args)
         return None if rank else infer_new_users(args)
     start_stage(args)
-    read_sidecar(args, "interactions.parquet")  # before a lock is put into the folder
-    locked = lock(args.run_dir) if rank == 0 else None
     run = set_up(args, rank, world)
     if args.estimate:
         return estimate(run)
@@ -433,8 +431,7 @@ def main(args):
     print(f"wrote {path}: {num_users:,} users x {num_profiles} profiles x {shape[-1]} | held-out NLL own "
           f"{heldout['own']:.4f}, shared {heldout['shared']:.4f}")
     run.progress.clear()
-    locked.close()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_program(main, parse_args)

@@ -31,9 +31,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import DCN, VectorQuantizer, usage_of
-from userip.artifacts import read_artifacts, read_sidecar, write_artifact
+from userip.artifacts import check_finite, read_artifacts, read_sidecar, write_artifact
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
-                            stage_parser, start_stage)
+                            refuse_without_effect, run_program, stage_parser, start_stage)
 from userip.profiles import compare_with_truth, describe_codes, probe_auc, read_profiles, read_rows
 
 PAPER = {"whiten": False, "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
@@ -61,6 +61,7 @@ def parse_args(argv=None):
     add.training("--rec-weight", type=at_least(0, float), default=1.0, help="weight of the rec. loss, γ")
     add.training("--seed", type=at_least(0), default=0, help="seed of k-means++ and of the training")
     args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
+    refuse_without_effect(parser, args, {"beta": (args.vq_weight > 0, "--vq-weight above 0")})
     if args.apply and (changed := changed_options(parser, args, ignored=("run_dir", "apply"))):
         parser.error(f"--apply uses the codebook as it is: leave out {option_name(changed[0])}")
     return args
@@ -92,6 +93,9 @@ def first_transform(args, profile, train_rows, valid_rows):
     deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D]
     print(f"{profile.name}: {len(deviation):,} users with evidence in train rows, {num_codes} codes")
     transform, eigenvalues = torch.eye(deviation.shape[1]), None
+    if not (deviation.any() and profile.noise.any()):
+        print(f"  all users have the same {profile.name}: its codes say nothing")
+        return transform[:, :1], eigenvalues
     if args.whiten:
         whitened, eigenvalues = whiten(deviation, profile.gain[profile.is_fitted], profile.noise)
         level = 1.0 if profile.has_noise_level else float(eigenvalues.median())
@@ -119,7 +123,7 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
     item_mean = (num_likes + prior_weight * rows.label.mean()) / (num_rows + prior_weight)
     x, residual = x - x.mean(0), rows.label - item_mean[rows.item]
     covariance = x.T @ x
-    covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance))
+    covariance += ridge * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance))
     direction = torch.linalg.solve(covariance, x.T @ (residual - residual.mean()))
     return transform @ F.normalize(direction, dim=0).float()[:, None]
 
@@ -253,6 +257,7 @@ def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
             (drift + args.vq_weight * vq_loss + args.rec_weight * rec_loss).backward()
             optimizer.step()
             sums += len(batch) * torch.stack([vq_loss, rec_loss, drift]).detach()
+        check_finite(sums, f"epoch {epoch}", "lower --lr or the weights of the losses")
         curve.append(dict(zip(("vq_loss", "rec_loss", "drift"), (sums / len(rows.user)).tolist())))
         if args.init == "kmeans":
             for quantizer, deviation in zip(quantizers, deviations):
@@ -305,19 +310,30 @@ def move_codewords(profile, prior, max_rounds=100):
 
 
 def probe_profiles(args, profiles, users):
-    """MovieLens: AUC with which the 32 leading directions predict gender and age -> sidecar facts"""
-    if not {"gender", "age"} <= set(users):
-        return {}
+    """AUC with which the 32 leading directions predict gender and age, where users.parquet has them (MovieLens)
+    -> sidecar facts
+    """
+    labels, aucs = {}, {}
+    if "gender" in users:
+        gender = users["gender"].astype(str).where(users["gender"].notna())
+        labels["gender"] = (gender == gender.max()).where(gender.notna())
+    if "age" in users:  # of a range such as 25-34 its lower end
+        age = users["age"].astype(str).str.extract(r"(\d+)")[0].astype(float)
+        labels["age_over_30"] = (age > 30).where(age.notna())
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
-    for profile in profiles:
+    for profile in profiles if labels else []:
         theta = profile.theta[-1, is_probed]
         features.append(theta - theta.mean(0))
         if args.whiten:
             features[-1] @= whiten(features[-1], profile.gain[is_probed], profile.noise)[0][:, :32]
-    features, users = torch.cat(features, 1).numpy(), users[is_probed.numpy()]
-    labels = {"gender": users["gender"] == "M", "age_over_30": pd.to_numeric(users["age"], "coerce") > 30}
-    aucs = {name: probe_auc(features, label.to_numpy()) for name, label in labels.items()}
-    print("probe of the profiles: " + "  ".join(f"{name} AUC {auc:.3f}" for name, auc in aucs.items()))
+    for name, label in labels.items():
+        label = label[is_probed.numpy()].reset_index(drop=True).dropna().astype(bool)
+        if min(label.sum(), len(label) - label.sum()) < 5:
+            print(f"probe of {name}: left out, it takes five known users of each kind")
+            continue
+        aucs[name] = probe_auc(torch.cat(features, 1).numpy()[label.index], label.to_numpy())
+    if aucs:
+        print("probe of the profiles: " + "  ".join(f"{name} AUC {auc:.3f}" for name, auc in aucs.items()))
     return {f"probe_{name}": auc for name, auc in aucs.items()}
 
 
@@ -326,7 +342,8 @@ def apply(args):
     stored, codebook, _ = read_artifacts(args, "new_profiles.pt", "codebook.pt", "profiles.pt")
     table = pd.DataFrame({"user_id": stored["user_id"]})
     for k, name in enumerate(stored["names"]):
-        table[name] = nearest_codes(codebook[name], stored["profiles"][:, k], stored["num_evidence"][:, k])
+        parts = stored["profiles"][:, k], stored["num_evidence"][:, k]
+        table[name] = nearest_codes(codebook[name], *parts).numpy()
     path = write_artifact(args, "new_codes.parquet", table, ["new_profiles.pt", "codebook.pt"],
                           users=len(table))
     num_unknown = int((stored["num_evidence"] == 0).all(1).sum())
@@ -377,4 +394,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_program(main, parse_args)

@@ -40,7 +40,8 @@ from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
 from userip.features import cf_codes, leniency_codes, profile_vectors
 from userip.further_runs import check_further_runs, further_run, read_json
-from userip.options import at_least, option_name, options_text, parse_with_presets, stage_parser, start_stage
+from userip.options import (at_least, option_name, options_text, parse_with_presets, refuse_without_effect,
+                            run_program, stage_parser, start_stage)
 from userip.serving import serving_figures, serving_table
 
 PAPER = {"lr": 0.001}  # the paper gives neither batch size nor penalty
@@ -81,6 +82,12 @@ def parse_args(argv=None):
     add.machine("--compile", action="store_true", help="compile each model's step (10 s; for large data)")
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
+    has_mlp = args.bench or not {*args.models} <= {"ffm", "afm", "autoint"}
+    has_layers = args.bench or {*args.models} & {"dcn", "dcnv2", "autoint"}
+    refuse_without_effect(parser, args, {
+        "hidden": (has_mlp, "a model with a MLP in --models"),
+        "dropout": (has_mlp or "afm" in args.models, "a model with a MLP or afm in --models"),
+        "layers": (has_layers, "dcn, dcnv2 or autoint in --models")})
     for name in ("dropout", "id_dropout"):
         if getattr(args, name) >= 1:
             parser.error(f"{option_name(name)} must be below 1, not {getattr(args, name)}")
@@ -307,4 +314,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_program(main, parse_args)

@@ -16,6 +16,7 @@ Example: python 05_case_study.py        (15 seconds)
 """
 
 import argparse
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
-from userip.options import at_least, stage_parser, start_stage
+from userip.options import at_least, refuse_without_effect, run_program, stage_parser, start_stage
 from userip.report import (WORD, agreement, code_cards, draw_attention, draw_maps, mean_with_interval,
                            page, report_page, tables_as_html, user_facts)
 
@@ -41,7 +42,10 @@ def parse_args(argv=None):
     add.data("--seed", type=at_least(0), default=0, help="seed of the choice of users and of the controls")
     add.method("--num-words", type=at_least(1), default=6, help="words shown per profile and per code")
     add.method("--num-scored", type=at_least(2), default=1000, help="users over whom scores are computed")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_without_effect(parser, args, dict.fromkeys(
+        ["num_users", "num_scored"], (args.user is None, "the report of all users, without --user")))
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -66,7 +70,8 @@ def read_run(args):
         inputs=inputs, sidecars=sidecars, items=items, users=users, user_facts=user_facts(users), split=split,
         stored=stored, names=names, profiles=stored["profiles"], has_evidence=stored["num_evidence"] > 0,
         codebook=codebook, codes=codes, train_codes=train_codes, results=results, results_text=text,
-        sizes=sidecars["feature_bank.parquet"]["codes"], user_ids=bank["user_id"].astype(str))
+        sizes=sidecars["feature_bank.parquet"]["codes"], user_ids=bank["user_id"].astype(str),
+        has_spaces=items["title"].str.contains("[A-Za-z]{3}").mean() >= 0.5)
 
 
 def choose_users(args, run):
@@ -88,11 +93,17 @@ def choose_users(args, run):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def vocabulary_words(tokenizer):
-    """Tokens that begin a word and hold letters only: ids, texts [W]. "Ġ" (GPT-2), "▁" (Llama): the space."""
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = {index: token[1:] for index, token in enumerate(tokens)
-             if token and token[0] in "Ġ▁" and len(token) > 3 and token[1:].isascii() and token[1:].isalpha()}
+def vocabulary_words(tokenizer, has_spaces=True):
+    """Tokens that begin a word of ASCII letters, or where titles are in a script without spaces any token of
+    letters: ids, texts [W]. "Ġ" (GPT-2), "▁" (Llama): the space.
+    """
+    tokens, words = tokenizer.convert_ids_to_tokens(range(len(tokenizer))), {}
+    for index, token in enumerate(tokens):
+        if not has_spaces and (text := tokenizer.convert_tokens_to_string([token]).strip()).isalpha():
+            words[index] = text
+        elif has_spaces and token[:1] in ("Ġ", "▁") and len(token) > 3 and token[1:].isascii() and \
+                token[1:].isalpha():
+            words[index] = token[1:]
     return torch.tensor(list(words), dtype=torch.long), np.array(list(words.values()))
 
 
@@ -124,7 +135,7 @@ def lens_scores(model, ids, prefix, soft, shared, batch_size=256):
 
 def words_of_profiles(args, run, model, tokenizer, users):
     """{(profile, method): the words of each of the users [B, num_words]}"""
-    ids, words = vocabulary_words(tokenizer)
+    ids, words = vocabulary_words(tokenizer, run.has_spaces)
     embeddings, result = model.get_input_embeddings().weight[ids].float(), {}
     for k, name in enumerate(run.names):
         soft, shared = run.profiles[users, k], run.profiles[run.has_evidence[:, k], k].mean(0)
@@ -137,21 +148,22 @@ def words_of_profiles(args, run, model, tokenizer, users):
 
 
 def held_out_wins(words, texts):
-    """Do a user's words occur in their held-out items, a set of words per user, more often than those of the
-    control, the user before? -> 1, 0 or 0.5 (a tie) for each user with such items; the mean is an AUC.
+    """Do a user's words occur in their held-out items, a set of words or a text per user, more often than those
+    of the control, the user before? -> 1, 0 or 0.5 (a tie) for each user with such items, whose mean is an AUC;
+    none where no word occurs at all
     """
     hits = lambda index, text: sum(word.lower() in text for word in words[index])
-    return np.array([0.5 + 0.5 * np.sign(hits(index, text) - hits(index - 1, text))
-                     for index, text in enumerate(texts) if text])
+    pairs = np.array([(hits(index, text), hits(index - 1, text)) for index, text in enumerate(texts) if text])
+    return 0.5 + 0.5 * np.sign(pairs[:, 0] - pairs[:, 1]) if pairs.any() else np.array([])
 
 
 def score_words(run, words, scored):
     """held_out_wins of each profile and method: rows of (profile, method, AUC with interval, users)"""
-    columns = run.items[["title", "category", "brand"]].fillna("")
-    item_words = columns.agg(" ".join, axis=1).str.lower().str.findall(WORD)
-    held_out = run.split["valid"].groupby("user")["item"]
-    texts = {user: set().union(*item_words.iloc[index]) for user, index in held_out}
-    wins = {key: held_out_wins(own, [texts.get(user) for user in scored]) for key, own in words.items()}
+    texts = run.items[["title", "category", "brand"]].fillna("").agg(" ".join, axis=1).str.lower()
+    held_out = {user: " ".join(texts.iloc[index]) for user, index in run.split["valid"].groupby("user")["item"]}
+    if run.has_spaces:
+        held_out = {user: set(re.findall(WORD, text)) for user, text in held_out.items()}
+    wins = {key: held_out_wins(own, [held_out.get(user) for user in scored]) for key, own in words.items()}
     return [(*key, mean_with_interval(values, ".3f"), f"{len(values):,}") for key, values in wins.items()]
 
 
@@ -335,4 +347,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_program(main, parse_args)

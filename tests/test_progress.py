@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import dies, infer, run_stage, run_process, ROOT
+from conftest import ROOT, STAGES, dies, infer, run_process, run_stage
 from llm_cases import fast, fresh
 from userip.artifacts import lock
 from userip.progress import Progress, join_processes
@@ -230,11 +230,13 @@ def test_several_processes_give_the_bits_of_one_and_the_others_of_a_dead_one_go_
 
 def test_a_second_process_on_the_same_run_is_refused(small_run, tmp_path):
     run = fresh(small_run, tmp_path / "run")
-    locked = lock(run)
-    line = run_process("02_infer_profiles.py", "--run-dir", run, *small(), ok=False)
-    assert "another process works on" in line
-    locked.close()
-    lock(run).close()
+    with lock(run):
+        for script in STAGES:
+            options = small() if script.startswith("02") else []
+            line = run_process(script, "--run-dir", run, *options, ok=False)
+            assert "another process works on" in line
+    with lock(run):
+        pass
 
 
 def test_a_changed_input_starts_anew(small_run, tmp_path, undisturbed):

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from userip.checks import find_problem
+
 MADE_BY = {name: command for command, names in {
     "01_prepare.py": "interactions.parquet items.parquet users.parquet prepare.json",
     "02_infer_profiles.py": "scores.pt profiles.pt",
@@ -30,7 +32,8 @@ WARNINGS = []  # what `warn` printed in this process; stage 1 clears it at its s
 
 def fail(message):
     """Say what is wrong, where, and what to do, in one line, with exit code 2 and no traceback."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(message).split()))
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -46,15 +49,24 @@ def check_finite(values, where, cure):
         fail(f"numbers are no longer finite in {where}: {cure}; what was finished before is kept")
 
 
+@contextlib.contextmanager
 def lock(run_dir):
     """Two processes on one run directory would spoil each other's files: the second is refused."""
-    path = Path(run_dir) / ".lock"
-    file = open(path, "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system however the process ends
-    except OSError:
-        fail(f"another process works on {run_dir} ({path} is locked): wait for it, or take another --run-dir")
-    return file
+    folder, path = Path(run_dir), Path(run_dir) / ".lock"
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however a process ends
+        except OSError:
+            fail(f"another process works on {run_dir} ({path} is locked): wait for it, or take another "
+                 f"--run-dir")
+        try:
+            yield
+        finally:
+            if is_new and [*folder.iterdir()] == [path]:  # nothing came of it
+                path.unlink()
+                folder.rmdir()
 
 
 def sha256_of(path):
@@ -135,6 +147,7 @@ def write_artifact(args, name, value, inputs=(), **facts):
             "transformers": version("transformers"),  # metadata only: importing it costs seconds
             **facts,
         }
+        sidecar["run"] = sidecar["sha256"] if name == "interactions.parquet" else run_of(run_dir)
         # numpy and torch scalars and arrays, and paths, are what json does not know
         plain = lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
         with whole_file(run_dir / f"{name}.json") as sidecar_file:
@@ -147,9 +160,9 @@ def read_sidecar(args, name):
     path = Path(args.run_dir) / name
     try:
         sidecar = json.loads(path.with_name(f"{name}.json").read_text())
-        sidecar["sha256"], sidecar["inputs"], sidecar["options"]
+        sidecar["sha256"] + "", sidecar["inputs"] | sidecar["options"]
         return sidecar
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         fail(f"{path} is missing, or {name}.json beside it is not what a stage writes: run `python "
              f"{MADE_BY[name]} --run-dir {args.run_dir}` first, with the options of your run")
 
@@ -165,16 +178,36 @@ def read_artifacts(args, *names):
     have been made from the very files beside it: two data sets or seeds never mix silently.
     """
     run_dir = Path(args.run_dir)
-    digest_of = functools.cache(lambda path: sha256_of(path) if path.exists() else "missing")
-    for name in names:
-        sidecar = read_sidecar(args, name)
+    digest_of = functools.cache(lambda path: sha256_of(path) if path.is_file() else "missing")
+    sidecars = {name: read_sidecar(args, name) for name in names}
+    advice = {name: f"run `python {MADE_BY[name]} --run-dir {run_dir}` again, with the options in {name}.json"
+              for name in names}
+    for name, sidecar in sidecars.items():
         for file, digest in [(name, sidecar["sha256"]), *sidecar["inputs"].items()]:
             if (found := digest_of(run_dir / file)) != digest:
                 fail(f"two runs are mixed, or a file is damaged: {name}.json names {file} with digest "
-                     f"{digest[:8]}, but {run_dir / file} is {found[:8]}: run `python {MADE_BY[name]} "
-                     f"--run-dir {run_dir}` again, with the options in {name}.json")
+                     f"{digest[:8]}, but {run_dir / file} is {found[:8]}: {advice[name]}")
+        if sidecar.get("run") != (run := run_of(run_dir)):
+            fail(f"two runs are mixed: {run_dir / name} belongs to run {str(sidecar.get('run'))[:8]}, but "
+                 f"interactions.parquet to {str(run)[:8]}: {advice[name]}")
     readers = {".parquet": _read_frame, ".pt": lambda path: torch.load(path, weights_only=True),
                ".md": Path.read_text}
-    values = [readers[Path(name).suffix](run_dir / name) for name in names]
+    artifacts = {}
+    for name in names:
+        try:
+            artifacts[name] = readers[Path(name).suffix](run_dir / name)
+        except Exception as error:  # a file of another tool may raise anything; nothing in it is run
+            fail(f"{run_dir / name} cannot be read ({str(error).strip().splitlines()[0][:120]}): {advice[name]}")
+    if problem := find_problem(artifacts, sidecars):
+        name, problem = problem
+        fail(f"{run_dir / name} {problem}: it is not what a stage writes; {advice[name]}")
     pa.default_memory_pool().release_unused()  # what reading took and a frame does not hold
-    return values
+    return list(artifacts.values())
+
+
+def run_of(run_dir):
+    """The digest of the run that an artifact in run_dir belongs to, that of its interactions; None before"""
+    try:
+        return json.loads((Path(run_dir) / "interactions.parquet.json").read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

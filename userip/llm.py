@@ -167,8 +167,10 @@ def make_tiny_llm(args, histories, prompt_texts):
         (temporary / STAMP).write_text(digest)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        fail(f"cannot write {folder}: {error.strerror}; free some space or choose another --run-dir")
+        if isinstance(error, OSError):
+            fail(f"cannot write {folder}: {error.strerror}; free some space or choose another --run-dir")
+        raise
     print(f"tiny LLM: pretrained on {sum(map(len, histories)):,} texts of train rows in "
           f"{time.time() - started:.0f} s, loss {curve[-1]:.3f}")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from userip.artifacts import fail, lock, read_artifacts, read_sidecar, write_artifact
+from userip.artifacts import fail, read_artifacts, read_sidecar, write_artifact
 from userip.score import incidence, user_steps
 from userip.tables import read_frame
 
@@ -37,7 +37,7 @@ def read_new_users(args, has_ratings, items):
 
 def infer_new_users(args):
     """Write the profiles of new users, the same bits as in the run itself, as new_profiles.pt."""
-    sidecar, locked = read_sidecar(args, "profiles.pt"), lock(args.run_dir)
+    sidecar = read_sidecar(args, "profiles.pt")
     options = sidecar["options"]
     for kind, is_meant in (("a round of EM (--prior)", options["prior"]),
                            ("--evidence review", options["evidence"] == "review"),
@@ -63,4 +63,3 @@ def infer_new_users(args):
                           users=len(user_ids))
     print(f"wrote {path}: {len(user_ids):,} new users, {int(has_evidence.sum()):,} of them "
           f"with evidence among {len(item):,} rows of items that the run knows")
-    locked.close()

@@ -1,17 +1,19 @@
 """What every stage does first: options in groups, presets, seeds."""
 
 import argparse
+import contextlib
 import functools
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from userip.artifacts import fail
+from userip.artifacts import fail, lock
 
 
 def stage_parser(doc):
@@ -32,8 +34,8 @@ def at_least(minimum, kind=int):
 
     def parse(text):
         number = kind(text)
-        if not minimum <= number < float("inf"):  # written this way, it refuses nan, too
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum}")
+        if not minimum <= number < 1e30:  # written this way, it refuses nan, too
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum} and below 1e30")
         return number
 
     parse.__name__ = kind.__name__  # for argparse's "invalid int value"
@@ -89,3 +91,18 @@ def start_stage(args):
     torch.utils.deterministic.fill_uninitialized_memory = False  # slow, for finding errors only
     options = " ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if value is not None)
     print(f"{Path(sys.argv[0]).name} | {options}")
+
+
+def run_program(main, parse_args):
+    """A stage as a program, alone on its run directory; Ctrl-C and what a disk refuses end in one line."""
+    warnings.simplefilter("ignore")  # they are for developers; what users should know is printed
+    try:
+        args = parse_args()
+        is_first = not int(os.environ.get("RANK", 0))  # of the processes of torchrun
+        with lock(args.run_dir) if is_first else contextlib.nullcontext():
+            main(args)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}; free some space, or mend its rights")

@@ -91,8 +91,9 @@ def compare_with_truth(bank, names, users, bayes_ari):
     """
     facts = {}
     for name in names:
-        ari = {f"{name}_vs_{truth}": adjusted_rand_score(users[truth], bank[name])
-               for truth in users if truth.startswith("true_")}
+        known = {truth: users[truth].dropna() for truth in users if truth.startswith("true_")}
+        ari = {f"{name}_vs_{truth}": adjusted_rand_score(groups, bank.loc[groups.index, name])
+               for truth, groups in known.items() if len(groups)}
         facts |= ari
         if f"{name}_vs_true_{name}" in ari and bayes_ari.get(name):
             own, best = ari.pop(f"{name}_vs_true_{name}"), bayes_ari[name]

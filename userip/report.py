@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -136,7 +137,13 @@ def code_cards(run, k, num_words, seed):
 def picture(folder, name, figure, data, description):
     """The figure as <img>, and as folder/name.png, with its data frame as folder/name.csv"""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    if any("missing from font" in str(warning.message) for warning in caught):
+        print(f"{name}.png lacks letters that its font DejaVu Sans does not have; {name}.csv has them")
+    # a spreadsheet would run a text such as =1+1
+    data = data.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" else cell)
     for suffix, content in ((".png", buffer.getvalue()), (".csv", data.to_csv(index=False).encode())):
         with whole_file(folder / f"{name}{suffix}") as file:
             file.write(content)
@@ -149,10 +156,11 @@ def draw_map(folder, title, plane, groups, marked):
     figure = Figure(figsize=(4.2, 3.6))
     axis, colours = figure.subplots(), colormaps["tab10"]
     for number, group in enumerate(np.unique(groups)):
-        axis.scatter(*plane[groups == group].T, s=5, alpha=0.6, color=colours(number % 10), label=group)
+        axis.scatter(*plane[groups == group].T, s=5, alpha=0.6, color=colours(number % 10),
+                     label=str(group).replace("$", r"\$"))  # no mathematics
     for user_id, index in marked.items():
         axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
-        axis.annotate(user_id, plane[index], fontsize=6, xytext=(5, 5), textcoords="offset points",
+        axis.annotate(user_id, plane[index], parse_math=False, fontsize=6, xytext=(5, 5), textcoords="offset points",
                       bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
     axis.set(title=title, xticks=[], yticks=[])
     axis.legend(markerscale=3, fontsize=7, loc="best")
@@ -189,7 +197,7 @@ def draw_attention(folder, name, num_noise, sentences, attention):
         for user, (words, weights) in enumerate(zip(sentences, by_user)):
             grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
             for column, word in enumerate(words):
-                axis.text(column, user, word, ha="center", va="center", fontsize=6,
+                axis.text(column, user, word, ha="center", va="center", fontsize=6, parse_math=False,
                           color="white" if grid[user, column] > 0.6 else "black")
                 rows.append((user, when, word, column >= num_noise, weights[column]))
         axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
