@@ -310,8 +310,8 @@ def move_codewords(profile, prior, max_rounds=100):
 
 
 def probe_profiles(args, profiles, users):
-    """AUC with which the 32 leading directions predict gender and age, where users.parquet has them (MovieLens)
-    -> sidecar facts
+    """AUC with which the 32 leading directions predict gender and age, where users.parquet has them
+    (MovieLens) -> sidecar facts
     """
     labels, aucs = {}, {}
     if "gender" in users:

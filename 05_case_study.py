@@ -148,9 +148,9 @@ def words_of_profiles(args, run, model, tokenizer, users):
 
 
 def held_out_wins(words, texts):
-    """Do a user's words occur in their held-out items, a set of words or a text per user, more often than those
-    of the control, the user before? -> 1, 0 or 0.5 (a tie) for each user with such items, whose mean is an AUC;
-    none where no word occurs at all
+    """Do a user's words occur in their held-out items, a set of words or a text per user, more often than
+    those of the control, the user before? -> 1, 0 or 0.5 (a tie) for each user with such items, whose mean is
+    an AUC; none where no word occurs at all
     """
     hits = lambda index, text: sum(word.lower() in text for word in words[index])
     pairs = np.array([(hits(index, text), hits(index - 1, text)) for index, text in enumerate(texts) if text])
@@ -160,7 +160,8 @@ def held_out_wins(words, texts):
 def score_words(run, words, scored):
     """held_out_wins of each profile and method: rows of (profile, method, AUC with interval, users)"""
     texts = run.items[["title", "category", "brand"]].fillna("").agg(" ".join, axis=1).str.lower()
-    held_out = {user: " ".join(texts.iloc[index]) for user, index in run.split["valid"].groupby("user")["item"]}
+    valid = run.split["valid"].groupby("user")["item"]
+    held_out = {user: " ".join(texts.iloc[index]) for user, index in valid}
     if run.has_spaces:
         held_out = {user: set(re.findall(WORD, text)) for user, text in held_out.items()}
     wins = {key: held_out_wins(own, [held_out.get(user) for user in scored]) for key, own in words.items()}

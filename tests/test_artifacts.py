@@ -13,17 +13,24 @@ def options_of(run_dir, seed=0):
     return argparse.Namespace(run_dir=str(run_dir), seed=seed)
 
 
+def profiles_of(num_users, seed=0):
+    return {"profiles": torch.ones(num_users, 1, 3) + seed, "shared": torch.ones(1, 3), "gain": torch.ones(num_users, 1),
+            "noise": torch.eye(3)[None], "num_evidence": torch.ones(num_users, 1, dtype=torch.long),
+            "has_evidence": torch.ones(num_users, dtype=torch.bool)}
+
+
 def write_pair(run_dir, seed=0):
-    frame, profiles = pd.DataFrame({"user": [0, 1], "item": [1, 0]}), {"profiles": torch.eye(2) + seed}
+    frame = pd.DataFrame({"user": [0, 1], "item": [1, 0], "rating": 3.0, "label": 0, "timestamp": seed,
+                          "split": "train"})
     args = options_of(run_dir, seed)
-    write_artifact(args, "interactions.parquet", frame.assign(seed=seed), dataset="x")
-    write_artifact(args, "profiles.pt", profiles, inputs=["interactions.parquet"])
+    write_artifact(args, "interactions.parquet", frame, dataset="x")
+    write_artifact(args, "profiles.pt", profiles_of(2, seed), inputs=["interactions.parquet"])
 
 
 def test_artifacts_come_back_as_written_and_say_where_they_come_from(tmp_path):
     write_pair(tmp_path)
     frame, stored = read_artifacts(options_of(tmp_path), "interactions.parquet", "profiles.pt")
-    assert frame["item"].tolist() == [1, 0] and torch.equal(stored["profiles"], torch.eye(2))
+    assert frame["item"].tolist() == [1, 0] and torch.equal(stored["profiles"], torch.ones(2, 1, 3))
     sidecar = read_sidecar(options_of(tmp_path), "profiles.pt")
     assert sidecar["inputs"]["interactions.parquet"] == sha256_of(tmp_path / "interactions.parquet")
     assert sidecar["stage"] == "02_infer_profiles.py" and sidecar["torch"] == torch.__version__
@@ -80,6 +87,6 @@ def test_a_streamed_tensor_is_that_of_torch_save(tmp_path):
              "big": SimpleNamespace(shape=(12, 2, 5), blocks=lambda: parts)}
     args = argparse.Namespace(run_dir=tmp_path, seed=0)
     write_artifact(args, "profiles.pt", value)
-    (stored,) = read_artifacts(args, "profiles.pt")
+    stored = torch.load(tmp_path / "profiles.pt", weights_only=True)
     assert torch.equal(stored["big"], torch.cat(parts)) and torch.equal(stored["other"], torch.arange(7))
     assert stored["names"] == ["a"] and stored["big"].dtype == torch.float32

@@ -197,7 +197,8 @@ def read_artifacts(args, *names):
         try:
             artifacts[name] = readers[Path(name).suffix](run_dir / name)
         except Exception as error:  # a file of another tool may raise anything; nothing in it is run
-            fail(f"{run_dir / name} cannot be read ({str(error).strip().splitlines()[0][:120]}): {advice[name]}")
+            reason = [*str(error).strip().splitlines(), type(error).__name__][0][:120]
+            fail(f"{run_dir / name} cannot be read ({reason}): {advice[name]}")
     if problem := find_problem(artifacts, sidecars):
         name, problem = problem
         fail(f"{run_dir / name} {problem}: it is not what a stage writes; {advice[name]}")

@@ -37,7 +37,8 @@ def find_problem(artifacts, sidecars):
         elif name in SHAPES:
             problem = _problem_of_tensors(value, SHAPES[name])
         elif name == "codebook.pt":
-            problem = next(filter(None, (_problem_of_tensors(part, CODEBOOK) for part in value.values())), None)
+            problems = [_problem_of_tensors(part, CODEBOOK) for part in value.values()]
+            problem = next(filter(None, problems), None)
         if problem:
             return name, problem
     return _problem_of_sizes(artifacts)

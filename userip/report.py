@@ -160,7 +160,8 @@ def draw_map(folder, title, plane, groups, marked):
                      label=str(group).replace("$", r"\$"))  # no mathematics
     for user_id, index in marked.items():
         axis.scatter(*plane[index], s=60, facecolors="none", edgecolors="black")
-        axis.annotate(user_id, plane[index], parse_math=False, fontsize=6, xytext=(5, 5), textcoords="offset points",
+        axis.annotate(user_id, plane[index], parse_math=False, fontsize=6, xytext=(5, 5),
+                      textcoords="offset points",
                       bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
     axis.set(title=title, xticks=[], yticks=[])
     axis.legend(markerscale=3, fontsize=7, loc="best")
