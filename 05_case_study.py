@@ -101,7 +101,7 @@ def vocabulary_words(tokenizer, has_spaces=True):
     for index, token in enumerate(tokens):
         if not has_spaces and (text := tokenizer.convert_tokens_to_string([token]).strip()).isalpha():
             words[index] = text
-        elif has_spaces and token[:1] in ("Ġ", "▁") and len(token) > 3 and token[1:].isascii() and \
+        elif has_spaces and token and token[0] in "Ġ▁" and len(token) > 3 and token[1:].isascii() and \
                 token[1:].isalpha():
             words[index] = token[1:]
     return torch.tensor(list(words), dtype=torch.long), np.array(list(words.values()))
