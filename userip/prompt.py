@@ -103,6 +103,7 @@ class Prompt:
         self.is_soft = ids < 0
         self.soft_positions = self.is_soft.nonzero()[:, 0]
         self.embedding = self.embed(ids.clamp(min=0)).detach()
+        self.check_context(torch.ones(1), lambda _: "the shortest text", "lower --soft-tokens")
 
     def _check_head(self):
         """Exit when the LLM does more to its last hidden states than multiply them by the head."""
