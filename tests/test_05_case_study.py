@@ -278,3 +278,18 @@ def test_another_tiny_llm_than_that_of_the_profiles_is_refused(small_run, tmp_pa
     shutil.copytree(small_run[1], run)
     (run / "tiny_llm/made_from.txt").write_text("another")
     assert "is not the LLM" in run_stage("05_case_study.py", "--run-dir", run, ok=False)
+
+
+def test_titles_in_a_script_without_spaces_are_measured_by_tokens():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(["電子書籍", "電子玩具"] * 9, trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    _, words = case_study.vocabulary_words(PreTrainedTokenizerFast(tokenizer_object=bpe), has_spaces=False)
+    assert "電子" in words and not any("\ufffd" in word for word in words)
+    wins = case_study.held_out_wins([["電子"], ["玩具"]], ["電子書籍", "電子書籍"])
+    assert wins.tolist() == [1, 0]
+    assert len(case_study.held_out_wins([["a"], ["b"]], [{"c"}, {"c"}])) == 0  # nothing was measured

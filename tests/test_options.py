@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from conftest import SMALL, STAGES, run_stage, save_llm, write_table
+from conftest import STAGES, run_stage, save_llm
+from userip.options import run_program
 
 GRADIENT = ["--method", "gradient", "--steps", 2]
 HISTORY = [*GRADIENT, "--evidence", "history"]
@@ -144,3 +146,17 @@ def test_an_option_moves_an_artifact_or_is_refused(before, script, option, value
         assert torch.allclose(torch.tensor(after[0]), torch.tensor(same[0]), atol=1e-5)
     else:
         assert (after == same) == (expected == SAME)
+
+
+@pytest.mark.parametrize("error, code, text", [
+    (OSError(28, "No space left on device", "x/y"), 2, "x/y: No space left on device"),
+    (OSError(30, "Read-only file system"), 2, "Read-only file system"), (KeyboardInterrupt(), 130, "interrupted")])
+def test_what_a_disk_refuses_and_ctrl_c_end_in_one_line(tmp_path, capsys, error, code, text):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_program(main, lambda: SimpleNamespace(run_dir=str(tmp_path / "new")))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == code and len(lines) == 1 and text in lines[0]
+    assert not (tmp_path / "new").exists()  # nothing came of it

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT, STAGES, dies, infer, run_process, run_stage
 from llm_cases import fast, fresh
 from userip.artifacts import lock
+from userip.options import run_program
 from userip.progress import Progress, join_processes
 
 
@@ -247,3 +249,32 @@ def test_a_changed_input_starts_anew(small_run, tmp_path, undisturbed):
     worker.join()
     assert "another --method (gradient, now score): it starts anew" in finish(run)
     assert bits(run)[0] == undisturbed[()][0]
+
+
+LONG = {"01_prepare.py": ["--dataset", "planted"], "02_infer_profiles.py": ["--llm", "tiny", "--tiny-steps", "9999"],
+        "03_quantize.py": ["--epochs", "9999"], "04_train_ctr.py": ["--epochs", "9999", "--patience", "9999"],
+        "05_case_study.py": []}
+
+
+def program_in_child(script, run):
+    torch.set_num_threads(1)
+    sys.stdout, sys.stderr = (open(run.with_suffix(end), "w", buffering=1) for end in (".txt", ".err"))
+    sys.argv = [script, "--run-dir", str(run), *LONG[script]]
+    run_program(STAGES[script].main, STAGES[script].parse_args)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_ctrl_c_ends_a_stage_with_one_line_and_keeps_what_is_finished(small_run, tmp_path, script):
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    before = {path.name for path in run.iterdir()}
+    worker = FORKS.Process(target=program_in_child, args=(script, run))
+    worker.start()
+    while worker.is_alive() and not (run.with_suffix(".txt").exists() and run.with_suffix(".txt").read_text()):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(worker.pid, signal.SIGINT)
+    worker.join()
+    complaint = run.with_suffix(".err").read_text().strip().splitlines()
+    assert worker.exitcode == 130 and len(complaint) == 1 and "interrupted" in complaint[0], complaint
+    assert {path.name for path in run.iterdir()} - before <= {".lock", "progress"}
