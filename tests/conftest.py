@@ -133,6 +133,16 @@ def write_table(folder, num_users=60, num_items=40, seed=0, suffix=".csv.gz"):
     return interactions, items
 
 
+def write_interactions(options, table):
+    """Other interactions for a run, and its items and users again, which name the run that they belong to"""
+    from userip.artifacts import write_artifact
+
+    frames = {f"{name}.parquet": pd.read_parquet(Path(options.run_dir) / f"{name}.parquet")
+              for name in ("items", "users")}
+    for name, frame in {"interactions.parquet": table, **frames}.items():
+        write_artifact(options, name, frame)
+
+
 SMALL = {  # the same code path as ever, with small numbers
     "02_infer_profiles.py": ["--llm", "tiny", "--tiny-steps", 6, "--shared-steps", 4, "--map-steps", 4,
                              "--heldout", 60],

@@ -1,10 +1,11 @@
-"""Damaged raw files through stage 1: python tests/fuzz.py [--reader NAME] [--files 1000] [--seed 0]
+"""Damaged files through the stages: python tests/fuzz.py [--reader NAME] [--files 1000] [--seed 0]
 
 Each file is a small one in a published format, damaged at random: bytes flipped, cut, repeated, swapped,
-replaced by what breaks parsers. Stage 1 must end with exit code 0, or with 2 and one line on stderr; within
-5 seconds; with at most 1 GiB more memory; without a traceback, a Python warning, or a file half written. Each
-runs in a process of its own. Prints how many were read and refused; exit code 1 if one failed: its damaged
-folder is kept and named.
+replaced by what breaks parsers; `only-users` is the table of new users of stage 2, `artifacts` what stages 3
+and 4 read, half of them with digests that match. The stage must end with exit code 0, or with 2 and one line
+on stderr; within 5 seconds (20 where it trains); with at most 1 GiB more memory; without a traceback or a file
+half written. Each runs in a process of its own. Prints how many were read and refused; exit code 1 if one
+failed: its damaged folder is kept and named.
 """
 
 import argparse
@@ -23,23 +24,45 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from conftest import (prepare, write_amazon, write_ml_1m, write_ml_100k, write_nete,  # noqa: E402
-                      write_table, write_yelp)
+from conftest import (STAGES, run_pipeline, write_amazon, write_ml_1m, write_ml_100k,  # noqa: E402
+                      write_nete, write_table, write_yelp)
+from userip.artifacts import sha256_of  # noqa: E402
 
-READERS = {  # name -> (--dataset, a function that writes its files into a folder)
-    "amazon-2014": ("games", lambda raw: write_amazon(raw, 2014, suffix="")),
-    "amazon-2018": ("games", lambda raw: write_amazon(raw, 2018, suffix="")),
-    "amazon-2018-gz": ("games", lambda raw: write_amazon(raw, 2018)),
-    "amazon-2023": ("games", lambda raw: write_amazon(raw, 2023, suffix="")),
-    "yelp": ("yelp", write_yelp),
-    "nete": ("nete", write_nete),
-    "ml-100k": ("ml-100k", write_ml_100k),
-    "ml-1m": ("ml-1m", write_ml_1m),
-    "csv": ("table", lambda raw: write_table(raw, 20, 20, suffix=".csv")),
-    "csv-gz": ("table", lambda raw: write_table(raw, 20, 20)),
-    "tsv": ("table", lambda raw: write_table(raw, 20, 20, suffix=".tsv")),
-    "parquet": ("table", lambda raw: write_table(raw, 20, 20, suffix=".parquet")),
+
+
+def write_run(folder):
+    """A run of four stages in folder/run, and a table of new users in folder/raw"""
+    write_table(folder / "table", 30, 20, suffix=".csv")
+    run_pipeline(folder / "run", folder / "table", stages=4)
+    (folder / "raw").mkdir()
+    (folder / "raw/new.csv").write_text("user_id,item_id,rating\n" + "".join(
+        f"n{row % 7},i{row % 20:03d},{row % 5}\n" for row in range(60)))
+
+
+def reader(dataset, write, *options):
+    """A function that writes the raw data into folder/raw, and the stage that reads it"""
+    return (lambda folder: write(folder / "raw"),
+            lambda folder: ("01_prepare.py", "--dataset", dataset, "--raw", folder / "raw", *options))
+
+
+LENIENT = "--min-interactions", 1, "--max-bad", 1
+READERS = {
+    "amazon-2014": reader("games", lambda raw: write_amazon(raw, 2014, suffix=""), *LENIENT),
+    "amazon-2018": reader("games", lambda raw: write_amazon(raw, 2018, suffix=""), *LENIENT),
+    "amazon-2018-gz": reader("games", lambda raw: write_amazon(raw, 2018), *LENIENT),
+    "amazon-2023": reader("games", lambda raw: write_amazon(raw, 2023, suffix=""), *LENIENT),
+    "yelp": reader("yelp", write_yelp, *LENIENT),
+    "nete": reader("nete", write_nete),
+    "ml-100k": reader("ml-100k", write_ml_100k, *LENIENT[:2]),
+    "ml-1m": reader("ml-1m", write_ml_1m, *LENIENT[:2]),
+    **{f"table{suffix}": reader("table", lambda raw, suffix=suffix: write_table(raw, 20, 20, suffix=suffix),
+                                *LENIENT[:2]) for suffix in (".csv", ".csv.gz", ".tsv", ".parquet")},
+    "only-users": (write_run, lambda run: ("02_infer_profiles.py", "--only-users", run / "raw/new.csv")),
+    "artifacts": (write_run, lambda _: ("03_quantize.py", "--codes", 2, 2, "--epochs", 1, "--stability", 0)),
+    "bank": (write_run, lambda _: ("04_train_ctr.py", "--models", "dcn", "--seeds", 1, "--epochs", 1)),
 }
+DAMAGED = {"artifacts": ("interactions.parquet", "users.parquet", "profiles.pt"),
+           "bank": ("interactions.parquet", "users.parquet", "feature_bank.parquet")}
 TOKENS = (b'"', b'""', b"'", b"\\", b'\\"', b"\n", b"\r\n", b"\r", b"\n\n", b"\t", b",", b"::", b"|", b"\x00",
           b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"nan", b"inf", b"-1", b"1e39", b"1e400",
           b"9" * 40, b"{", b"}", b"[" * 200, b"null", b"<b>", b"\x1b[31m", b"=cmd|' /C calc'!A0", b" ",
@@ -64,41 +87,47 @@ def damage(content, rng):
     return content
 
 
-def damage_folder(raw, rng):
-    """Damage one file of a folder, within its compression half of the time."""
-    path = rng.choice(sorted(path for path in raw.rglob("*") if path.is_file()))
+def damage_folder(folder, name, rng):
+    """Damage one file of raw data, within its compression half of the time, or an artifact or its sidecar"""
+    paths = [path for path in folder.glob("raw/**/*") if path.is_file()]
+    if name in DAMAGED:
+        paths = [folder / f"run/{artifact}{end}" for artifact in DAMAGED[name] for end in ("", ".json")]
+    path = rng.choice(sorted(paths))
     content = path.read_bytes()
     if path.suffix == ".gz" and rng.random() < 0.5:
         path.write_bytes(gzip.compress(damage(gzip.decompress(content), rng), 1))
-    else:
-        path.write_bytes(damage(content, rng))
+        return
+    before = sha256_of(path)
+    path.write_bytes(damage(content, rng))
+    if name in DAMAGED and path.suffix != ".json" and rng.random() < 0.5:
+        for sidecar in folder.glob("run/*.json"):
+            sidecar.write_text(sidecar.read_text().replace(before, sha256_of(path)))
 
 
-def run(dataset, folder):
-    """Stage 1 in this process -> its fault as text, "read" or "refused" """
+def run(command, folder):
+    """A stage in this process -> its fault as text, "read" or "refused" """
+    script, *options = map(str, command)
     printed, complaint, code = io.StringIO(), io.StringIO(), 0
+    before = set((folder / "run").iterdir()) if (folder / "run").exists() else set()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
         try:
-            options = [] if dataset == "nete" else ["--min-interactions", "1"]
-            options += ["--max-bad", "1"] if dataset in ("games", "yelp") else []
-            prepare.main(prepare.parse_args(["--dataset", dataset, "--raw", str(folder / "raw"), "--run-dir",
-                                             str(folder / "run"), *options]))
+            STAGES[script].main(STAGES[script].parse_args([*options, "--run-dir", str(folder / "run")]))
         except SystemExit as stop:
             code = stop.code
         except BaseException:
             return traceback.format_exc()
     lines = complaint.getvalue().strip().splitlines()
-    written = sorted(path.name for path in folder.glob("run/*") if path.name != ".lock")
+    written = sorted(path.name for path in set(folder.glob("run/*")) - before)
     if code not in (0, 2) or len(lines) != (1 if code else 0):
         return f"exit code {code}: {complaint.getvalue()}"
     if code and written or any(name.endswith(".tmp") for name in written):
         return f"exit code {code}, but there are {written}"
-    if not (printed.getvalue() + complaint.getvalue()).replace("\n", "").isprintable():
-        return f"control characters on the screen: {printed.getvalue()!r} {complaint.getvalue()!r}"
+    if not complaint.getvalue().replace("\n", "").isprintable():
+        return f"control characters on the screen: {complaint.getvalue()!r}"
     return "refused" if code else "read"
 
 
-def attempt(dataset, folder, seconds=5, memory=1 << 30):
+def attempt(command, folder, seconds, memory=1 << 30):
     """`run` in a child process with limits -> its result"""
     receiver, sender = os.pipe()
     child = os.fork()
@@ -107,7 +136,7 @@ def attempt(dataset, folder, seconds=5, memory=1 << 30):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)  # ends the process, whatever it does
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        result = run(dataset, folder)
+        result = run(command, folder)
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         os.write(sender, (result if grown < memory else f"took {grown / 2**30:.1f} GiB").encode()[-4000:])
         os._exit(0)
@@ -120,17 +149,19 @@ def attempt(dataset, folder, seconds=5, memory=1 << 30):
 
 def fuzz(name, num_files, seed):
     """Damage a reader's files so many times -> counts of "read" and "refused", faults with their folders"""
-    dataset, write = READERS[name]
-    counts, faults = {"read": 0, "refused": 0}, []
+    write, command = READERS[name]
+    counts, faults, seconds = {"read": 0, "refused": 0}, [], 20 if name in DAMAGED else 5
     with tempfile.TemporaryDirectory() as root:
-        write(Path(root) / "good")
-        shutil.copytree(Path(root) / "good", Path(root) / "first/raw")
-        assert run(dataset, Path(root) / "first") == "read"  # and all is imported before the first fork
+        good, first = Path(root) / "good", Path(root) / "first"
+        with contextlib.redirect_stdout(io.StringIO()):
+            write(good)
+        shutil.copytree(good, first)
+        assert run(command(first), first) == "read"  # and all is imported before the first fork
         for number in range(num_files):
             folder = Path(root) / str(number)
-            shutil.copytree(Path(root) / "good", folder / "raw")
-            damage_folder(folder / "raw", random.Random(f"{name} {seed} {number}"))
-            result = attempt(dataset, folder)
+            shutil.copytree(good, folder)
+            damage_folder(folder, name, random.Random(f"{name} {seed} {number}"))
+            result = attempt(command(folder), folder, seconds)
             if result in counts:
                 counts[result] += 1
             else:

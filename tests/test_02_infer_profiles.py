@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import infer, run_stage, save_llm
+from conftest import infer, run_stage, save_llm, write_interactions
 from llm_cases import (events_of, infer_run, prompt_of, rating_route, routes_for, run_of, shared_of, soft_for,
                        weights_of)
-from userip.artifacts import write_artifact
 from userip.evidence import FIELDS
 from userip.llm import load_llm
 from userip.score import TextScores, centred_scores, find_coordinates
@@ -233,7 +232,7 @@ def test_reviews_are_evidence_their_first_sentence_only(small_run, tmp_path):
                 + poison)
         text[(interactions["split"] == "test").to_numpy()] = poison
         options = argparse.Namespace(run_dir=str(run), seed=0)
-        write_artifact(options, "interactions.parquet", interactions.assign(review=text))
+        write_interactions(options, interactions.assign(review=text))
         printed = run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--evidence", "review",
                             "--tiny-steps", 6, "--shared-steps", 4, "--map-steps", 4, "--heldout", 60)
         profiles.append((run / "profiles.pt").read_bytes())

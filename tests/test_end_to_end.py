@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import RATINGS, ROOT, SMALL, STAGES, run_pipeline, run_process, run_stage, write_table
+from conftest import (RATINGS, ROOT, SMALL, STAGES, run_pipeline, run_process, run_stage, write_interactions,
+                      write_table)
 from userip.artifacts import MADE_BY, read_artifacts, write_artifact
 
 
@@ -87,7 +88,7 @@ def test_support_rows_move_their_own_users_profile_and_test_rows_nothing(tmp_pat
     table.loc[rows, "item"] = (table.loc[rows, "item"] + 7) % (table["item"].max() + 1)
     if poisoned == "support":  # and fewer of them
         table.loc[table.index[rows & (table["user"] == cold[-1])][:2], "split"] = "test"
-    write_artifact(options, "interactions.parquet", table)
+    write_interactions(options, table)
     stored, results = [], []
     for name in ("one", "two"):
         for script in list(SMALL)[:3]:
@@ -120,8 +121,8 @@ def test_items_that_only_test_rows_have_leave_no_trace(small_run, tmp_path):
         interactions, items = read_artifacts(options, "interactions.parquet", "items.parquet")
         interactions.loc[interactions["item"] == 3, "split"] = "test"
         items.loc[3, "title"] = title
-        write_artifact(options, "interactions.parquet", interactions)
         write_artifact(options, "items.parquet", items)
+        write_interactions(options, interactions)
         run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 4,
                   "--shared-steps", 3, "--map-steps", 3, "--heldout", 60)
         profiles.append((run / "profiles.pt").read_bytes())
