@@ -129,7 +129,8 @@ def write_table(folder, num_users=60, num_items=40, seed=0, suffix=".csv.gz"):
     })
     for name, frame in (("interactions", interactions), ("items", items)):
         path = folder / f"{name}{suffix}"
-        frame.to_parquet(path) if suffix == ".parquet" else frame.to_csv(path, index=False)
+        separator = "\t" if ".tsv" in suffix else ","
+        frame.to_parquet(path) if suffix == ".parquet" else frame.to_csv(path, index=False, sep=separator)
     return interactions, items
 
 

@@ -1,6 +1,7 @@
 """Lines of raw files, plain or gzip, as a stream of a few blocks; damage is counted or refused."""
 
 import ast
+import re
 import zlib
 
 import msgspec
@@ -9,6 +10,7 @@ from tqdm import tqdm
 from userip.artifacts import fail, warn
 
 BAD_LINE = (msgspec.MsgspecError, ValueError, SyntaxError, RecursionError, MemoryError)
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 DAMAGE = (EOFError, zlib.error)  # of a gzip file
 
 
@@ -73,7 +75,7 @@ def parse_line(line):
     except msgspec.MsgspecError:
         text = line.decode().strip()
         try:
-            record = ast.literal_eval(text)
+            record = ast.literal_eval(SURROGATE.sub("", text))  # half of a pair is no letter
         except (SyntaxError, ValueError):
             raise ValueError("neither JSON nor a Python literal") from None
     if not isinstance(record, dict):
