@@ -23,7 +23,7 @@ Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds
         tiny_llm/: the LLM, where --llm is tiny; progress/: finished work, until the run is done
 
 Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it to pretrain the tiny LLM)
-  wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3615, shared 1.3681
+  wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3804, shared 1.3835
 """
 
 import time
@@ -212,7 +212,7 @@ def fit_shared(run, max_histories=4096):
     for route in run.routes:
         scores |= centred_scores(run, route, soft, weights)
     noise = torch.stack([scores[k].noise for k in range(run.prompt.num_profiles)])
-    prior = make_prior(args, run.codebook, run.prompt.names, soft)
+    prior = make_prior(args, run.codebook, soft)
     return SimpleNamespace(soft=soft, curve=curve, weights=weights, scores=scores, noise=noise, prior=prior)
 
 

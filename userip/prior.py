@@ -10,22 +10,23 @@ from userip.heldout import heldout_nll
 from userip.progress import Profiles
 
 
-def read_codebook(args):
-    """codebook.pt, which --prior names: by profile; an empty dict without --prior"""
+def read_codebook(args, names):
+    """codebook.pt, which --prior names, of the profiles `names`; an empty dict without --prior"""
     if not args.prior:
         return {}
     own = Path(args.run_dir) / "codebook.pt"
     if args.prior.resolve() != own.resolve():
         fail(f"--prior {args.prior}: give the codebook of this run, {own}")
-    return read_artifacts(args, "codebook.pt")[0]
+    codebook = read_artifacts(args, "codebook.pt")[0]
+    if list(codebook) != list(names):
+        fail(f"--prior {args.prior} has the profiles {', '.join(codebook)}, not {', '.join(names)}")
+    return codebook
 
 
-def make_prior(args, codebook, names, shared):
+def make_prior(args, codebook, shared):
     """The codebook and θ̄, shared [P, S D] -> a list of namespaces of codebook [K, C'], transform [S D, C'],
     mean [S D], shared [C'] (θ̄ transformed); empty without --prior
     """
-    if codebook and list(codebook) != list(names):
-        fail(f"--prior {args.prior} has the profiles {', '.join(codebook)}, not {', '.join(names)}")
     prior = [SimpleNamespace(**part) for part in codebook.values()]
     for part, soft in zip(prior, shared):
         if len(part.mean) != len(soft):

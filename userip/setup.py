@@ -71,9 +71,10 @@ def set_up(args, rank, world):
     """
     inputs = ["interactions.parquet", "items.parquet"]
     interactions, items = read_artifacts(args, *inputs)
-    codebook, num_users = read_codebook(args), int(interactions["user"].max()) + 1
+    num_users = int(interactions["user"].max()) + 1
     observed = observe(args, interactions, num_users)
     profiles = dict(text.split("=", 1) for text in args.profiles)
+    codebook = read_codebook(args, profiles)
     routes = make_routes(args, interactions, items, observed, list(profiles))
     llm, tokenizer, prompt = load_prompt(args, profiles, routes, observed.train, rank)
     own = observed.own
