@@ -25,6 +25,7 @@ Example: python 01_prepare.py        (2 seconds)
   wrote runs/demo/interactions.parquet: 34,213 rows, 1,975 users, 600 items | base-rate logloss 0.6674
 """
 
+import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
 import json
 import time
 from pathlib import Path
@@ -71,7 +72,8 @@ def parse_args(argv=None):
     add.data("--max-line", type=at_least(1), default=16, help="longest line of a text file, in MiB")
     add.data("--max-ratio", type=at_least(1), default=200, help="largest factor by which gzip files expand")
     add.method("--min-interactions", type=at_least(1), default=4, help="drop users and items with fewer")
-    add.method("--threshold", type=float, default=3, help="a rating above this is a positive label")
+    add.method("--threshold", type=at_least(-1e30, float), default=3,
+               help="a rating above this is a positive label")
     add.method("--split", choices=SPLITS, help="see above (default: random; nete: published)")
     add.method("--split-seed", type=at_least(0), help="random, cold-user: its seed (default: --seed)")
     args = parser.parse_args(argv)
@@ -115,6 +117,8 @@ def load(args):
         advice = "; --download fetches what is missing" if args.dataset in BELONGS["download"] else ""
         fail(f"--raw {args.raw} cannot be read: {error}{advice}")
     users = pd.DataFrame({"user_id": interactions["user_id"].unique()}) if users is None else users
+    for column in users.columns[users.dtypes == object]:  # of mixed types, which parquet does not have
+        users[column] = users[column].map(str, na_action="ignore")
     for frame in (interactions, items, users):
         for column in frame.columns.intersection(["user_id", "item_id"]):
             if num_missing := int(frame[column].isna().sum()):

@@ -26,6 +26,7 @@ Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it 
   wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3804, shared 1.3835
 """
 
+import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,7 +66,7 @@ def parse_args(argv=None):
     add.data("--evidence", choices=["items", "history", "review"], default="items",
              help="each item alone, a user's items as one sequence (gradient only), or reviews")
     add.data("--ratings", action="store_true", help="say if an item was liked (a third profile reads it)")
-    add.data("--folds", type=at_least(0), metavar="F",
+    add.data("--folds", type=at_least(0, at_most=1000), metavar="F",
              help="infer also without each of F folds of the train rows (default: 5 with --ratings, else 0)")
     add.data("--route", nargs="+", metavar="FIELDS",
              help="fields per profile, or none (default of two: title+category brand+price; rating: a third)")
@@ -80,7 +81,8 @@ def parse_args(argv=None):
     add.method("--method", choices=["score", "gradient"], default="score",
                help="one whitened step from θ̄, or AdamW by user")
     add.method("--mask", choices=["fig4", "causal"], default="fig4", help="Fig. 4, or causal (ablation)")
-    add.method("--soft-tokens", type=at_least(1), default=1, metavar="S", help="soft tokens per profile, S")
+    add.method("--soft-tokens", type=at_least(1, at_most=1000), default=1, metavar="S",
+               help="soft tokens per profile, S")
     add.method("--rank", type=at_least(1), default=16, metavar="R",
                help="score: directions of a profile's S · D in which users may differ")
     add.method("--prior", type=Path, metavar="CODEBOOK",
@@ -144,9 +146,10 @@ def check_profiles(parser, args):
     if any("=" not in text or not all(text.split("=", 1)) for text in args.profiles):
         parser.error(f"--profiles takes NAME=TEXT, such as {DEFAULT_PROFILES[0]!r}, not {args.profiles}")
     names = [text.split("=", 1)[0] for text in args.profiles]
-    if len({*names, "user", "user_id"}) < len(names) + 2 or not all(name.isidentifier() for name in names):
+    is_taken = len({*names, "user", "user_id", "item"}) < len(names) + 3
+    if is_taken or not all(name.isidentifier() for name in names):
         parser.error(f"--profiles: the names {names} must differ and be words of letters, digits and _, but "
-                     f"not user or user_id, which are columns of the feature bank")
+                     f"not user, user_id or item, which are columns of the feature bank")
     if any("{" in text for text in args.profiles):
         parser.error("--profiles: placeholders such as {brand} are not filled in; give plain texts")
     if args.route is None:

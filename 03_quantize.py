@@ -19,6 +19,7 @@ Example: python 03_quantize.py        (30 seconds)
   wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.99 of 4, background 2.99 of 3
 """
 
+import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
 import argparse
 import math
 import time
@@ -51,7 +52,7 @@ def parse_args(argv=None):
                help="whiten θ by the noise and keep directions that exceed it, or take θ as it is")
     add.method("--init", choices=["kmeans", "released"], default="kmeans",
                help="first codewords: k-means++, later moved to a user if they have none, or random and far")
-    add.method("--stability", type=at_least(0), default=1, metavar="R",
+    add.method("--stability", type=at_least(0, at_most=100), default=1, metavar="R",
                help="quantize again with R other seeds: ARI of the codes between seeds")
     add.training("--epochs", type=at_least(1), default=10, help="passes over the train rows (eq. 5)")
     add.training("--lr", type=at_least(0, float), default=0.003, help="learning rate of Adam")
@@ -61,6 +62,8 @@ def parse_args(argv=None):
     add.training("--rec-weight", type=at_least(0, float), default=1.0, help="weight of the rec. loss, γ")
     add.training("--seed", type=at_least(0), default=0, help="seed of k-means++ and of the training")
     args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
+    if args.seed + args.stability >= 2**32:
+        parser.error(f"--seed {args.seed}: seeds must be below 2**32 = {2**32}")
     refuse_without_effect(parser, args, {"beta": (args.vq_weight > 0, "--vq-weight above 0")})
     if args.apply and (changed := changed_options(parser, args, ignored=("run_dir", "apply"))):
         parser.error(f"--apply uses the codebook as it is: leave out {option_name(changed[0])}")

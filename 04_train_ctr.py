@@ -19,6 +19,7 @@ Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
   wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0756 ± 0.0117, 75% of what …
 """
 
+import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
 import hashlib
 import itertools
 import json
@@ -64,13 +65,15 @@ def parse_args(argv=None):
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], metavar="MODEL",
                help=f"of {' '.join(MODELS)} (default: dcn pnn onn dcnv2)")
-    add.method("--field-dim", type=at_least(1), default=8, help="width of a field's embedding, E")
-    add.method("--layers", type=at_least(1), default=3, help="cross layers or attention layers, if any")
-    add.method("--hidden", type=at_least(1), nargs="+", default=[16, 16], help="widths of an MLP, if any")
+    add.method("--field-dim", type=at_least(1, at_most=4096), default=8, help="width of an embedding, E")
+    add.method("--layers", type=at_least(1, at_most=100), default=3, help="cross or attention layers, if any")
+    add.method("--hidden", type=at_least(1, at_most=100_000), nargs="+", default=[16, 16],
+               help="widths of an MLP, if any")
     add.method("--dropout", type=at_least(0, float), default=0.2, help="in the MLP, in AFM's attention")
     add.method("--id-dropout", type=at_least(0, float), default=0.0, help="share of rows of unknown user id")
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds")
-    add.training("--seeds", type=at_least(1), default=5, help="seeds of start, batches, dropout, drawn codes")
+    add.training("--seeds", type=at_least(1, at_most=10_000), default=5,
+                 help="seeds of start, batches, dropout, drawn codes")
     add.training("--lr", type=at_least(0, float), default=0.005, help="learning rate of Adam")
     add.training("--weight-decay", type=at_least(0, float),
                  help="L2 penalty of the embeddings (default: 3e-3; FFM, AFM and FiBiNET 1e-4)")
@@ -137,10 +140,11 @@ def read_run(run_dir, features):
 
 def check_features(args, run):
     """The feature sets asked for; `truth` exists on planted data only, and for its own profiles only."""
-    missing = [f"true_{name}" for name in run.names if f"true_{name}" not in run.users]
+    missing = [f"true_{name}" for name in run.names
+               if f"true_{name}" not in run.users or run.users[f"true_{name}"].isna().any()]
     if "truth" in (args.features or []) and missing:
-        fail(f"--features truth: users.parquet has no column {missing[0]}; only planted data know the truth, "
-             f"of hobby and background")
+        fail(f"--features truth: users.parquet has no column {missing[0]}, or it has gaps; only planted data "
+             f"know the truth, of hobby and background")
     return list(dict.fromkeys(args.features or ["none", "codes", "random", *["truth"] * (not missing)]))
 
 

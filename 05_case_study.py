@@ -2,10 +2,10 @@
 
 Code cards: what the users of a code have more often than all others. For a few users: their items, codes, the
 words of their profiles (table 5 of the paper) beside those of another user as a control, and what a click
-model recommends without and with codes. Words are the tokens nearest to θ_u - mean θ, and by a lens those that
-the LLM expects more after "This user's hobby is" θ_u than after the mean θ; are the own words found in
-held-out items more often than the control's? Attention (figure 7): how much the words of "The user likes …" attend to
-the soft token, before and after tuning. Held-out rows are valid ones, never test.
+model recommends without and with codes. Words are the tokens nearest to θ_u - mean θ, and by a lens those
+that the LLM expects more after "This user's hobby is" θ_u than after the mean θ; are the own words found in
+held-out items more often than the control's? Attention (figure 7): how much the words of "The user likes …"
+attend to the soft token, before and after tuning. Held-out rows are valid ones, never test.
 
 Reads   all artifacts of the run, and the LLM
 Writes  report.html, one file with its pictures inside; report/: each picture as PNG, its data as csv
@@ -15,6 +15,7 @@ Example: python 05_case_study.py        (15 seconds)
   wrote runs/demo/report.html: 4 users, 7 codes, 6 pictures
 """
 
+import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
 import argparse
 import re
 import time

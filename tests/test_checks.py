@@ -38,14 +38,19 @@ FRAMES = [
     ("interactions.parquet", lambda f: f.assign(split="holdout"), "'holdout' in column split"),
     ("interactions.parquet", lambda f: b"PAR1 not parquet", "cannot be read"),
     ("items.parquet", lambda f: f.sample(frac=1, random_state=0), "must have item 0, 1, 2, … in this order"),
-    ("items.parquet", lambda f: f.assign(title=None), "rows without title")]
+    ("items.parquet", lambda f: f.assign(title=None), "rows without title"),
+    ("items.parquet", lambda f: f.assign(brand=7), "something else than text in column brand"),
+    ("items.parquet", lambda f: f.assign(price=np.inf), "finite numbers in column price"),
+    ("interactions.parquet", lambda f: f.assign(user=f["user"].astype(float)), "not whole"),
+    ("interactions.parquet", lambda f: f.assign(split="train"), "has no valid rows")]
 LATER = [
     ("feature_bank.parquet", lambda f: f.sample(frac=1, random_state=0), "must have user 0, 1, 2"),
     ("feature_bank.parquet", lambda f: f.assign(hobby=7), "a code above 2 in column hobby"),
     ("feature_bank.parquet", lambda f: f.assign(hobby=0.5), "not whole"),
     ("feature_bank.parquet", lambda f: f.assign(hobby="x"), "finite numbers in column hobby"),
     ("feature_bank.parquet", lambda f: f.drop(columns="hobby"), "has no column hobby"),
-    ("feature_bank.parquet", lambda f: f.iloc[:9], "is of")]
+    ("feature_bank.parquet", lambda f: f.iloc[:9], "is of"),
+    ("feature_bank.parquet", lambda f: f.assign(user_id=f["user_id"].to_numpy()[::-1]), "other user_ids")]
 
 
 @pytest.mark.parametrize("script, name, change, problem", [

@@ -32,6 +32,6 @@ def test_titles_are_plain_text(published, title):
     ([], ""), (None, ""), ("Books", "Books"), (["Movies & TV", "Studio", "All Titles"], "Studio"),
     (["All Beauty"], "All Beauty"), (["Gift Cards", "Gift Cards", "No expiration, no fees."], "Gift Cards"),
     (["Women", "</span></span>"], "Women"), (["Clothing", "Tops", "100% Cotton", "Imported"], "Tops"),
-    (["Travel, City &amp; Regional"], "Travel, City & Regional"), ([None, "x"], ""), ([["A"], "B"], "A")])
+    (["Travel, City &amp; Regional"], "Travel, City & Regional"), ([None, "x"], "x"), ([1, 2], "2"), ([["A"], "B"], "A")])
 def test_the_deepest_informative_category(published, category):
     assert deepest_category(published) == category

@@ -243,3 +243,23 @@ def test_sizes_have_limits(tmp_path):
     path.unlink()
     os.mkfifo(path)
     assert "is no regular file" in read_raw(tmp_path, "table", ok=False)
+
+
+def test_ids_are_printable_distinct_and_never_swallow_lines(tmp_path):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".parquet")
+    path = tmp_path / "raw/interactions.parquet"
+    for bad in ("", "  ", "a\nb"):
+        interactions.assign(user_id=[bad, *interactions["user_id"][1:]]).to_parquet(path)
+        assert "row 1: user_id is no printable text" in read_raw(tmp_path, "table", ok=False)
+    interactions.assign(user_id=2.0**53 + np.arange(len(interactions))).to_parquet(path)
+    assert "column user_id: double" in read_raw(tmp_path, "table", ok=False)
+    interactions.assign(rating=pd.to_datetime(interactions["timestamp"], unit="s")).to_parquet(path)
+    assert "column rating: timestamp" in read_raw(tmp_path, "table", ok=False)
+
+
+def test_genres_must_stand_in_the_order_of_the_flags(tmp_path):
+    write_ml_100k(tmp_path / "raw")
+    path = tmp_path / "raw/u.genre"
+    for text in ("Action|1\nunknown|0\nComedy|2\nFilm-Noir|3\n", "a|0\na|1\nb|2\nc|3\n"):
+        path.write_text(text)
+        assert "u.genre must have different genres" in read_raw(tmp_path, "ml-100k", ok=False)

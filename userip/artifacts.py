@@ -157,9 +157,9 @@ def write_artifact(args, name, value, inputs=(), **facts):
 
 def read_sidecar(args, name):
     """run_dir/name.json as a dict; exit code 2 with the command that makes it when it is missing."""
-    path = Path(args.run_dir) / name
+    path, beside = Path(args.run_dir) / name, Path(args.run_dir) / f"{name}.json"
     try:
-        sidecar = json.loads(path.with_name(f"{name}.json").read_text())
+        sidecar = json.loads(beside.read_text() if beside.is_file() else "")
         sidecar["sha256"] + "", sidecar["inputs"] | sidecar["options"]
         return sidecar
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -199,8 +199,12 @@ def read_artifacts(args, *names):
         except Exception as error:  # a file of another tool may raise anything; nothing in it is run
             reason = [*str(error).strip().splitlines(), type(error).__name__][0][:120]
             fail(f"{run_dir / name} cannot be read ({reason}): {advice[name]}")
-    if problem := find_problem(artifacts, sidecars):
-        name, problem = problem
+    try:
+        found = find_problem(artifacts, sidecars)
+    except Exception as error:  # a file of another tool may hold anything
+        found = names[0], f"or one read with it cannot be checked ({type(error).__name__}: {error})"
+    if found:
+        name, problem = found
         fail(f"{run_dir / name} {problem}: it is not what a stage writes; {advice[name]}")
     pa.default_memory_pool().release_unused()  # what reading took and a frame does not hold
     return list(artifacts.values())
@@ -208,7 +212,8 @@ def read_artifacts(args, *names):
 
 def run_of(run_dir):
     """The digest of the run that an artifact in run_dir belongs to, that of its interactions; None before"""
+    path = Path(run_dir) / "interactions.parquet.json"
     try:
-        return json.loads((Path(run_dir) / "interactions.parquet.json").read_text())["run"]
+        return json.loads(path.read_text() if path.is_file() else "")["run"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -4,13 +4,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-# column -> what it must hold: "number" (finite), "whole", "index" (whole, 0 or more), "order" (0, 1, 2, …),
-# "text" (none missing), or a set of values
+# column -> what it must hold: "number" (finite), "index" (integers, 0 or more), "order" (0, 1, 2, …), "text"
+# (none missing), "maybe text", "maybe number", or a set of values
 COLUMNS = {
     "interactions.parquet": {"user": "index", "item": "index", "rating": "number", "label": {0, 1},
-                             "timestamp": "whole", "split": {"train", "valid", "test", "support"}},
-    "items.parquet": {"item": "order", "item_id": "text", "title": "text", "category": "any", "brand": "any",
-                      "price": "any"},
+                             "timestamp": "number", "split": {"train", "valid", "test", "support"}},
+    "items.parquet": {"item": "order", "item_id": "text", "title": "text", "category": "maybe text",
+                      "brand": "maybe text", "price": "maybe number"},
     "users.parquet": {"user": "order", "user_id": "text"},
     "feature_bank.parquet": {"user": "order", "user_id": "text"},
     "train_codes.parquet": {"user": "index", "item": "index"},
@@ -20,6 +20,8 @@ SHAPES = {
     "profiles.pt": {"profiles": "NPD", "shared": "PD", "noise": "PDD", "gain": "NP", "num_evidence": "NP",
                     "has_evidence": "N"},
     "new_profiles.pt": {"profiles": "NPD", "num_evidence": "NP"}}
+FACTS = {"feature_bank.parquet": {"names": list, "codes": list}, "profiles.pt": {"heldout_nll": dict},
+         "results.parquet": {"gains": dict}}  # key of the sidecar -> its type
 CODEBOOK = {"codebook": "KC", "transform": "DC", "mean": "D"}  # of each profile
 
 
@@ -28,20 +30,32 @@ def find_problem(artifacts, sidecars):
     and the problem as texts; None if all can be
     """
     for name, value in artifacts.items():
-        problem = None
-        if name in COLUMNS:
+        problem = _problem_of_facts(sidecars[name], FACTS.get(name, {}))
+        if problem:
+            pass
+        elif name in COLUMNS:
             facts = sidecars[name]
             sizes = facts.get("codes") or [np.inf] * len(facts.get("names", []))
             codes = dict(zip(facts.get("names", []), sizes)) if name != "results.parquet" else {}
             problem = _problem_of_frame(value, COLUMNS[name], codes)
         elif name in SHAPES:
             problem = _problem_of_tensors(value, SHAPES[name])
+            names = value.get("names") if isinstance(value, dict) else None
+            if not problem and (not isinstance(names, list) or len(names) != value["profiles"].shape[-2]):
+                problem = "has no list of names, one for each profile"
         elif name == "codebook.pt":
             problems = [_problem_of_tensors(part, CODEBOOK) for part in value.values()]
             problem = next(filter(None, problems), None)
         if problem:
             return name, problem
     return _problem_of_sizes(artifacts)
+
+
+def _problem_of_facts(sidecar, kinds):
+    for key, kind in kinds.items():
+        if not isinstance(sidecar.get(key), kind):
+            return f"has a sidecar without {key} ({kind.__name__})"
+    return None
 
 
 def _problem_of_frame(frame, columns, codes):
@@ -56,12 +70,17 @@ def _problem_of_frame(frame, columns, codes):
             return f"has {str(values[~values.isin(kind)].iloc[0])!r} in column {column}"
         if kind == "text" and values.isna().any():
             return f"has rows without {column}"
-        if kind in ("number", "whole", "index", "order"):
+        if kind in ("text", "maybe text") and not values.dropna().map(type).eq(str).all():
+            return f"has something else than text in column {column}"
+        if kind == "maybe number":
+            values, kind = values.fillna(0.0), "number"
+        if kind in ("number", "index", "order"):
             is_number = pd.api.types.is_numeric_dtype(values)
             numbers = values.to_numpy(float, na_value=np.nan) if is_number else np.array([np.nan])
             if not np.isfinite(numbers).all():
                 return f"has something else than finite numbers in column {column}"
-            if kind != "number" and (numbers % 1).any() or kind == "index" and numbers.min() < 0:
+            if kind != "number" and not pd.api.types.is_integer_dtype(values) or \
+                    kind == "index" and numbers.min() < 0:
                 return f"has numbers in column {column} that are not whole or below 0"
             if kind == "order" and (numbers != np.arange(len(numbers))).any():
                 return f"must have {column} 0, 1, 2, … in this order"
@@ -94,6 +113,10 @@ def _problem_of_sizes(artifacts):
     for name, length in lengths.items():
         if length != next(iter(lengths.values())):
             return name, f"is of {length} users, but {next(iter(lengths))} of {next(iter(lengths.values()))}"
+    ids = [value["user_id"] for name, value in artifacts.items()
+           if name in ("users.parquet", "feature_bank.parquet")]
+    if len(ids) == 2 and (ids[0].to_numpy() != ids[1].to_numpy()).any():
+        return "feature_bank.parquet", "has other user_ids than users.parquet"
     if "interactions.parquet" in artifacts:
         lengths = dict.fromkeys(["user"], min(lengths.values(), default=np.inf))
         lengths["item"] = len(artifacts.get("items.parquet", ())) or np.inf

@@ -21,8 +21,10 @@ NOT_INFORMATIVE = re.compile(r"(all|general|other|more|misc\w*)( \w+)?", re.I)
 
 def clean(text):
     """Published text -> one line without HTML entities, tags, scripts and half surrogate pairs; else ""."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        return str(text)  # a title such as 1984
+    if isinstance(text, list) and len(text) == 1:
+        text = text[0]
+    if isinstance(text, (int, float)) and not isinstance(text, bool) and abs(text) < 1e15:
+        text = f"{text:.15g}"  # a title such as 1984; not nan
     if not isinstance(text, str):
         return ""
     text, before = text.encode("utf-8", "ignore").decode(), None
@@ -50,6 +52,9 @@ def deepest_category(paths):
     """A category, a path of categories or a list of paths -> last informative name of the longest path."""
     paths = paths if isinstance(paths, list) else [paths]
     paths = paths if any(isinstance(path, list) for path in paths) else [paths]
+    as_text = lambda part: clean(part) if isinstance(part, int) else part
+    paths = [[as_text(part) for part in path if part is not None] if isinstance(path, list) else path
+             for path in paths]
     is_name = lambda part: isinstance(part, str) and part.strip() and not NO_NAME.search(part.strip())
     longest = []
     for path in paths:

@@ -91,7 +91,7 @@ def choose_llm():
 def tiny_stamp(run_dir):
     """The digest of what run_dir/tiny_llm was made from; "" where there is none"""
     path = Path(run_dir) / "tiny_llm" / STAMP
-    return path.read_text() if path.exists() else ""
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def train_tokenizer(texts):
@@ -169,8 +169,8 @@ def make_tiny_llm(args, histories, prompt_texts):
         temporary.replace(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            fail(f"cannot write {folder}: {error.strerror}; free some space or choose another --run-dir")
+        if isinstance(error, OSError) or "No space" in str(error):  # safetensors has an error of its own
+            fail(f"cannot write {folder}: {error}; free some space or choose another --run-dir")
         raise
     print(f"tiny LLM: pretrained on {sum(map(len, histories)):,} texts of train rows in "
           f"{time.time() - started:.0f} s, loss {curve[-1]:.3f}")

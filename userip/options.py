@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -29,13 +31,14 @@ def stage_parser(doc):
     return parser, add
 
 
-def at_least(minimum, kind=int):
-    """The type of an option whose number must not be smaller: argparse then refuses it with one line."""
+def at_least(minimum, kind=int, at_most=2**31):
+    """The type of an option whose number has limits: argparse then refuses it with one line."""
 
     def parse(text):
         number = kind(text)
-        if not minimum <= number < 1e30:  # written this way, it refuses nan, too
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum} and below 1e30")
+        largest = 1e30 if kind is float else at_most
+        if not minimum <= number <= largest:  # written this way, it refuses nan, too
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} to {largest:g}")
         return number
 
     parse.__name__ = kind.__name__  # for argparse's "invalid int value"
@@ -96,6 +99,7 @@ def start_stage(args):
 def run_program(main, parse_args):
     """A stage as a program, alone on its run directory; Ctrl-C and what a disk refuses end in one line."""
     warnings.simplefilter("ignore")  # they are for developers; what users should know is printed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on as KeyboardInterrupt
     try:
         args = parse_args()
         is_first = not int(os.environ.get("RANK", 0))  # of the processes of torchrun
@@ -105,4 +109,9 @@ def run_program(main, parse_args):
         print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is kept", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}; free some space, or mend its rights")
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}; is it a file of this run, and is "
+             f"there room and the right to write?")
+    except (MemoryError, RuntimeError) as error:
+        if not re.search(r"out of memory|not enough memory|allocat", str(error), re.I):
+            raise
+        fail(f"memory does not suffice ({str(error).splitlines()[0][:120]}): take smaller numbers")

@@ -46,6 +46,14 @@ def recipe_of(args, prompt, inputs):
                                 "transformers": transformers.__version__, "device": str(prompt.device)}
 
 
+def read_recipe(path):
+    """The recipe of unfinished work; an empty one where the file is damaged"""
+    try:
+        return dict(json.loads(path.read_text())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 class Progress:
     """Finished pieces of a run in RUN_DIR/progress, so that a killed run goes on where it stood.
 
@@ -59,7 +67,7 @@ class Progress:
         manifest = self.folder / "recipe.json"
         if rank == 0:
             recipe = json.loads(json.dumps(recipe, default=str))
-            before = json.loads(manifest.read_text())["recipe"] if manifest.exists() else recipe
+            before = read_recipe(manifest) if manifest.exists() else recipe
             if changed := [key for key in recipe if recipe[key] != before.get(key)]:
                 print(f"unfinished work in {self.folder} had another {changed[0]} ({before.get(changed[0])}, "
                       f"now {recipe[changed[0]]}): it starts anew")

@@ -184,12 +184,15 @@ def read_yelp(args):
 def _yelp_item(record):
     """A business as a row of ITEM_FIELDS. Categories have no order: the first below the top level counts."""
     names = record.get("categories") or []
-    names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    names = names.split(",") if isinstance(names, str) else names if isinstance(names, list) else []
+    names = [name.strip() for name in names if isinstance(name, str)]
     category = next((name for name in names if name not in YELP_TOP_LEVEL), names[0] if names else "")
     attributes = record.get("attributes") or {}
     if isinstance(attributes, list):  # of 2017: ["RestaurantsPriceRange2: 2", …]
-        attributes = dict(part.split(": ", 1) for part in attributes if ": " in part)
+        attributes = dict(part.split(": ", 1) for part in map(str, attributes) if ": " in part)
+    attributes = attributes if isinstance(attributes, dict) else {}
     price = attributes.get("RestaurantsPriceRange2") or attributes.get("Price Range")  # until 2016
+    price = price.strip("u'\"") if isinstance(price, str) else price  # in some editions "u'2'"
     return record["id"], record.get("name"), category, None, price
 
 

@@ -71,6 +71,9 @@ def set_up(args, rank, world):
     """
     inputs = ["interactions.parquet", "items.parquet"]
     interactions, items = read_artifacts(args, *inputs)
+    for split in ("train", "valid"):
+        if split not in set(interactions["split"]):
+            fail(f"{args.run_dir}/interactions.parquet has no {split} rows: run 01_prepare.py with more data")
     num_users = int(interactions["user"].max()) + 1
     observed = observe(args, interactions, num_users)
     profiles = dict(text.split("=", 1) for text in args.profiles)

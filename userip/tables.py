@@ -12,6 +12,7 @@ import re
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from userip.artifacts import fail
@@ -25,7 +26,7 @@ ALLOWED = {*TEXTS, "rating", "timestamp", "price"}
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 LARGEST = {"rating": 3e38, "timestamp": 1e20}  # of float32; nanoseconds in the year 5138
-CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # a terminal would obey them
+UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f]|^\s*$"  # a terminal would obey them; blank
 
 
 def _fail_at(frame, path, row, problem):
@@ -37,10 +38,10 @@ def check_columns(frame, path):
     whose id is missing or not printable.
     """
     for column in frame.columns.intersection(["user_id", "item_id"]):
-        is_bad = frame[column].isna() | frame[column].str.contains(CONTROL)
+        is_bad = frame[column].fillna("").str.contains(UNPRINTABLE)
         if is_bad.any():
             row = int(is_bad.argmax())
-            _fail_at(frame, path, row, f"{column} is {str(frame[column].iloc[row])!r}")
+            _fail_at(frame, path, row, f"{column} is no printable text: {str(frame[column].iloc[row])!r}")
     for column in frame.columns.intersection(LARGEST):
         numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
         is_good = np.abs(numbers) <= LARGEST[column]  # false for nan, too
@@ -93,7 +94,11 @@ def _read_movielens(args, name, columns, separator):
 def read_ml_100k(args):
     """MovieLens-100k as published: u.data (tab), u.item (pipe, 19 genre flags), u.user, u.genre."""
     interactions = _read_movielens(args, "u.data", REQUIRED["interactions"], "\t")
-    genres = np.array(_read_movielens(args, "u.genre", ["genre", "number"], "|")["genre"])
+    genres = _read_movielens(args, "u.genre", ["genre", "number"], "|")
+    if genres["number"].tolist() != [str(number) for number in range(len(genres))] or \
+            genres["genre"].duplicated().any() or genres["genre"].isna().any():
+        fail(f"{movielens_file(args, 'u.genre')} must have different genres, numbered 0, 1, 2, … in order")
+    genres = np.array(genres["genre"])
     columns = ["item_id", "title", "released", "video_released", "url", *genres]
     items = _read_movielens(args, "u.item", columns, "|")
     items["category"] = [", ".join(genres[flags]) or None for flags in items[genres].to_numpy() == "1"]
@@ -245,11 +250,17 @@ def _plain(name, column):
         raise TypeError
     if pa.types.is_nested(column.type):  # what is known of users, for checking only
         return pa.array([value if value is None else str(value) for value in column.to_pylist()])
-    if pa.types.is_temporal(column.type):
+    if pa.types.is_temporal(column.type) and name == "timestamp":
         return column.cast(pa.timestamp("s"), safe=False).cast("int64")
-    if name not in TEXTS:
+    if name in ("rating", "price", "timestamp") and not pa.types.is_temporal(column.type):
         return column.cast("float64") if pa.types.is_decimal(column.type) else column
+    if name not in ALLOWED and not (pa.types.is_temporal(column.type) or pa.types.is_binary(column.type)):
+        return column
+    if name in ("rating", "price"):
+        raise TypeError  # a time
     if pa.types.is_floating(column.type):  # 7.0 is the id 7, in a column with gaps
+        if name in ("user_id", "item_id") and (pc.max(pc.abs(column)).as_py() or 0) >= 2**53:
+            raise TypeError  # neighbours are one number
         with contextlib.suppress(pa.ArrowInvalid):
             column = column.cast("int64")
     return column.cast("string")
