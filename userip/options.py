@@ -31,7 +31,7 @@ def stage_parser(doc):
     return parser, add
 
 
-def at_least(minimum, kind=int, at_most=2**31):
+def at_least(minimum, kind=int, at_most=2**32 - 1):
     """The type of an option whose number has limits: argparse then refuses it with one line."""
 
     def parse(text):
