@@ -245,6 +245,9 @@ def train_run(args, run, models, features, seeds):
     for model, group in itertools.product(models, groups):
         path = Path(args.run_dir) / "finished" / f"{group_key(args, run, model, group, seeds)}.json"
         finished = read_json(path)
+        if not isinstance(finished, list) or [row.get("seed") for row in finished if isinstance(row, dict)
+                                              and "auc" in row] != [*seeds] * len(group):
+            finished = None  # not what this stage writes
         print(f"{model} with {', '.join(group)}: {len(group) * len(seeds)} rows of split {run.split_seed} "
               f"{'finished before' if finished else 'side by side …'}", flush=True)
         if not finished:

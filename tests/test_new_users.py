@@ -47,7 +47,7 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
     assert "no column rating" in line
     table.assign(user_id=["", *table["user_id"].iloc[1:]]).to_csv(file, index=False)
     line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
-    assert "line 2: user_id is 'nan'" in line
+    assert "line 2: user_id is no printable text" in line
     for strange in ("good", "nan"):
         table.assign(rating=[*table["rating"].iloc[1:], strange]).to_csv(file, index=False)
         line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)

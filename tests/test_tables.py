@@ -263,3 +263,9 @@ def test_genres_must_stand_in_the_order_of_the_flags(tmp_path):
     for text in ("Action|1\nunknown|0\nComedy|2\nFilm-Noir|3\n", "a|0\na|1\nb|2\nc|3\n"):
         path.write_text(text)
         assert "u.genre must have different genres" in read_raw(tmp_path, "ml-100k", ok=False)
+
+
+def test_dates_written_as_numbers_are_refused(tmp_path):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    interactions.assign(timestamp=20160101).to_csv(tmp_path / "raw/interactions.csv", index=False)
+    assert "timestamp 20160101 looks like YYYYMMDD" in read_raw(tmp_path, "table", ok=False)

@@ -51,6 +51,9 @@ def check_columns(frame, path):
             _fail_at(frame, path, row, f"{column} {str(frame[column].iloc[row])!r} {problem}")
         frame[column] = numbers
     if "timestamp" in frame:
+        if frame["timestamp"].between(19000101, 21001231).all():
+            _fail_at(frame, path, 0, f"timestamp {frame['timestamp'].iloc[0]:.0f} looks like YYYYMMDD, as all "
+                     f"others; seconds are needed")
         frame["timestamp"] = to_seconds(frame["timestamp"])
 
 
