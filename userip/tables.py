@@ -52,8 +52,8 @@ def check_columns(frame, path):
         frame[column] = numbers
     if "timestamp" in frame:
         if frame["timestamp"].between(19000101, 21001231).all():
-            _fail_at(frame, path, 0, f"timestamp {frame['timestamp'].iloc[0]:.0f} looks like YYYYMMDD, as all "
-                     f"others; seconds are needed")
+            first = f"timestamp {frame['timestamp'].iloc[0]:.0f}"
+            _fail_at(frame, path, 0, f"{first} looks like YYYYMMDD, as all others do; seconds are needed")
         frame["timestamp"] = to_seconds(frame["timestamp"])
 
 
