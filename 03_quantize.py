@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add.method("--stability", type=at_least(0, at_most=100), default=1, metavar="R",
                help="quantize again with R other seeds: ARI of the codes between seeds")
     add.training("--epochs", type=at_least(1), default=10, help="passes over the train rows (eq. 5)")
-    add.training("--lr", type=at_least(0, float), default=0.003, help="learning rate of Adam")
+    add.training("--lr", type=at_least(1e-12, float), default=0.003, help="learning rate of Adam")
     add.training("--batch-size", type=at_least(1), default=512, help="train rows per step")
     add.training("--vq-weight", type=at_least(0, float), default=1.0, help="weight of the VQ loss, λ")
     add.training("--beta", type=at_least(0, float), default=0.25, help="weight of the commitment term, β")

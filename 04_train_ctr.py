@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds")
     add.training("--seeds", type=at_least(1, at_most=10_000), default=5,
                  help="seeds of start, batches, dropout, drawn codes")
-    add.training("--lr", type=at_least(0, float), default=0.005, help="learning rate of Adam")
+    add.training("--lr", type=at_least(1e-12, float), default=0.005, help="learning rate of Adam")
     add.training("--weight-decay", type=at_least(0, float),
                  help="L2 penalty of the embeddings (default: 3e-3; FFM, AFM and FiBiNET 1e-4)")
     add.training("--start", type=at_least(0, float), default=0.5, help="deviation of first embeddings")

@@ -8,5 +8,4 @@ import fuzz
 @pytest.mark.parametrize("name", fuzz.READERS)
 def test_damaged_files_are_read_or_refused_in_one_line(name):
     counts, faults = fuzz.fuzz(name, 8 if name in fuzz.DAMAGED else 25, seed=1)
-    assert not faults, faults[:2]
-    assert sum(counts.values()) >= 8
+    assert not faults, (counts, faults[:2])

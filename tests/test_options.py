@@ -36,7 +36,8 @@ OPTIONS = {
         "rank": [([2], [], MOVES), ([2], GRADIENT, REFUSED), ([1000], [], REFUSED)],
         "start": [(["random"], GRADIENT, MOVES), (["random"], [], REFUSED)],
         "steps": [([3], GRADIENT, MOVES), ([3], [], REFUSED)],
-        "lr": [([0.5], GRADIENT, MOVES), ([0.5], [], REFUSED), (["inf"], GRADIENT, REFUSED), ([1e300], GRADIENT, REFUSED)],
+        "lr": [([0.5], GRADIENT, MOVES), ([0.5], [], REFUSED), (["inf"], GRADIENT, REFUSED), ([1e300], GRADIENT, REFUSED),
+               ([1e29], GRADIENT, REFUSED)],
         "pull": [([3], [], MOVES), ([3], GRADIENT, MOVES), (["inf"], [], REFUSED), ([1e300], GRADIENT, REFUSED)],
         "field-weights": [(["none"], [], MOVES)], "shared-steps": [([5], [], MOVES)],
         "map-steps": [([5], [], MOVES), ([5], GRADIENT, REFUSED)], "tiny-steps": [([5], [], REFUSED)],
@@ -46,7 +47,7 @@ OPTIONS = {
         "run-dir": ELSEWHERE, "apply": ELSEWHERE, "seed": [([1], [], MOVES)], "paper": [([], [], MOVES)],
         "released": [([], [], MOVES)], "codes": [([3, 2], [], MOVES), ([100, 100], [], REFUSED)],
         "whiten": [([], [], MOVES)], "init": [(["released"], [], MOVES)],
-        "stability": [([1], [], MOVES)], "epochs": [([3], [], MOVES)], "lr": [([0.1], [], MOVES), ([1e300], [], REFUSED)],
+        "stability": [([1], [], MOVES)], "epochs": [([3], [], MOVES)], "lr": [([0.1], [], MOVES), ([1e300], [], REFUSED), ([1e29], [], REFUSED), ([0], [], REFUSED)],
         "batch-size": [([100], [], MOVES)], "vq-weight": [([0.5], [], MOVES)], "beta": [([1], [], MOVES)],
         "rec-weight": [([0.1], [], MOVES)]},
     "04_train_ctr.py": {

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from userip.report import agreement, code_cards, item_features, overrepresented, user_facts
+from userip.report import agreement, code_cards, draw_map, item_features, overrepresented, user_facts
 
 
 def test_overrepresented_finds_what_a_code_has_more_and_nothing_in_equal_codes():
@@ -66,3 +66,12 @@ def test_cards_tell_habits_over_train_rows_and_what_a_codes_users_have_more_ofte
     assert card.loc["categories", "hobby 0"].startswith("Games ×")
     assert card.loc["categories", "hobby 1"].startswith("Kitchen ×")
     assert meanings == ["Games, racer", "Kitchen, pan", "no evidence"] and num_names[0] == 4
+
+
+def test_texts_of_users_are_neither_formulas_nor_mathematics_and_missing_letters_are_said_once(tmp_path, capsys):
+    groups = np.array(["=1+1", "$x_", "電子", ""])
+    html = draw_map(tmp_path, "hobby by truth", np.eye(4)[:, :2], groups, {"$u$": 0})
+    assert html.startswith("<img") and (tmp_path / "map-hobby-by-truth.png").stat().st_size > 1000
+    data = pd.read_csv(tmp_path / "map-hobby-by-truth.csv", keep_default_na=False)
+    assert data["group"].tolist() == ["'=1+1", "$x_", "電子", ""]
+    assert capsys.readouterr().out.count("lacks letters") == 1

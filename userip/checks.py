@@ -30,31 +30,27 @@ def find_problem(artifacts, sidecars):
     and the problem as texts; None if all can be
     """
     for name, value in artifacts.items():
-        problem = _problem_of_facts(sidecars[name], FACTS.get(name, {}))
-        if problem:
-            pass
-        elif name in COLUMNS:
-            facts = sidecars[name]
-            sizes = facts.get("codes") or [np.inf] * len(facts.get("names", []))
-            codes = dict(zip(facts.get("names", []), sizes)) if name != "results.parquet" else {}
-            problem = _problem_of_frame(value, COLUMNS[name], codes)
-        elif name in SHAPES:
-            problem = _problem_of_tensors(value, SHAPES[name])
-            names = value.get("names") if isinstance(value, dict) else None
-            if not problem and (not isinstance(names, list) or len(names) != value["profiles"].shape[-2]):
-                problem = "has no list of names, one for each profile"
-        elif name == "codebook.pt":
-            problems = [_problem_of_tensors(part, CODEBOOK) for part in value.values()]
-            problem = next(filter(None, problems), None)
-        if problem:
+        if problem := _problem_of_artifact(name, value, sidecars[name]):
             return name, problem
     return _problem_of_sizes(artifacts)
 
 
-def _problem_of_facts(sidecar, kinds):
-    for key, kind in kinds.items():
+def _problem_of_artifact(name, value, sidecar):
+    for key, kind in FACTS.get(name, {}).items():
         if not isinstance(sidecar.get(key), kind):
             return f"has a sidecar without {key} ({kind.__name__})"
+    if name in COLUMNS:
+        names = sidecar.get("names", []) if name != "results.parquet" else []
+        sizes = sidecar.get("codes") or [np.inf] * len(names)
+        return _problem_of_frame(value, COLUMNS[name], dict(zip(names, sizes)))
+    if name in SHAPES:
+        problem = _problem_of_tensors(value, SHAPES[name])
+        names = value.get("names") if isinstance(value, dict) else None
+        if not problem and (not isinstance(names, list) or len(names) != value["profiles"].shape[-2]):
+            problem = "has no list of names, one for each profile"
+        return problem
+    if name == "codebook.pt":
+        return next(filter(None, (_problem_of_tensors(part, CODEBOOK) for part in value.values())), None)
     return None
 
 

@@ -143,7 +143,8 @@ def picture(folder, name, figure, data, description):
     if any("missing from font" in str(warning.message) for warning in caught):
         print(f"{name}.png lacks letters that its font DejaVu Sans does not have; {name}.csv has them")
     # a spreadsheet would run a text such as =1+1
-    data = data.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" else cell)
+    runs = lambda cell: isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    data = data.map(lambda cell: f"'{cell}" if runs(cell) else cell)
     for suffix, content in ((".png", buffer.getvalue()), (".csv", data.to_csv(index=False).encode())):
         with whole_file(folder / f"{name}{suffix}") as file:
             file.write(content)
