@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import run_stage
+from conftest import SMALL, run_stage
 from userip.artifacts import read_artifacts, sha256_of
 
 
@@ -58,7 +58,7 @@ LATER = [
 def test_a_frame_that_no_stage_writes_is_refused_by_name(small_run, tmp_path, script, name, change, problem):
     run = copy_of(small_run, tmp_path)
     overwrite(run, name, change(pd.read_parquet(run / name)))
-    line = run_stage(script, "--run-dir", run, ok=False)
+    line = run_stage(script, "--run-dir", run, *SMALL[script], ok=False)
     assert name in line and problem in line, line
 
 
@@ -99,11 +99,11 @@ def test_an_artifact_of_another_run_put_beside_is_refused(small_run, tmp_path):
     run_stage("01_prepare.py", "--dataset", "table", "--raw", small_run[0], "--run-dir", other, "--seed", 1)
     for name in ("items.parquet", "items.parquet.json"):
         shutil.copy(other / name, run / name)
-    line = run_stage("02_infer_profiles.py", "--run-dir", run, ok=False)
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, *SMALL["02_infer_profiles.py"], ok=False)
     assert "two runs are mixed" in line and "items.parquet belongs to run" in line
     for name in ("interactions.parquet", "interactions.parquet.json"):  # written first; then the kill
         shutil.copy(small_run[1] / name, other / name)
-    line = run_stage("02_infer_profiles.py", "--run-dir", other, ok=False)
+    line = run_stage("02_infer_profiles.py", "--run-dir", other, *SMALL["02_infer_profiles.py"], ok=False)
     assert "two runs are mixed" in line and "python 01_prepare.py" in line
 
 
