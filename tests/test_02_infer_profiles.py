@@ -256,7 +256,8 @@ def test_the_score_method_finds_a_planted_hobby(tmp_path):
     run_stage("01_prepare.py", "--run-dir", tmp_path, "--seed", 5)
     run_stage("02_infer_profiles.py", "--run-dir", tmp_path, "--llm", "tiny", "--tiny-steps", 60,
               "--shared-steps", 40, "--map-steps", 5, "--heldout", 200)
-    run_stage("03_quantize.py", "--run-dir", tmp_path, "--epochs", 3, "--stability", 0)
+    run_stage("03_quantize.py", "--run-dir", tmp_path, "--epochs", 3, "--stability", 0,
+              "--rec-weight", 0)  # no choice of directions, which takes half a minute and has tests of its own
     figures = json.loads((tmp_path / "feature_bank.parquet.json").read_text())
     assert figures["hobby_share_of_bayes"] > 0.5 and figures["background_share_of_bayes"] > 0.5
     assert abs(figures["hobby_vs_true_background"]) < 0.05 and abs(figures["background_vs_true_hobby"]) < 0.05
