@@ -13,17 +13,6 @@ from conftest import (RATINGS, ROOT, SMALL, STAGES, run_pipeline, run_process, r
 from userip.artifacts import MADE_BY, read_artifacts, write_artifact
 
 
-def test_the_same_seed_gives_the_same_bits(small_run, tmp_path):
-    raw, run = small_run
-    run_pipeline(tmp_path / "again", raw, run=run_process)  # as users run it
-    extra = ("figure", "new_", "train_codes")  # made on demand
-    names = [name for name in MADE_BY if not name.startswith(extra)]
-    assert len(names) == 11
-    again = tmp_path / "again"
-    different = [name for name in names if (run / name).read_bytes() != (again / name).read_bytes()]
-    assert not different
-
-
 @pytest.mark.parametrize("split, ratings", [
     (["random"], False), (["random"], True), (["temporal"], False), (["cold-user"], True),
     (["published"], False)], ids=str)
@@ -176,23 +165,33 @@ def test_every_command_in_the_readme_parses():
             STAGES[script].parse_args(shlex.split(options))
 
 
-@pytest.mark.parametrize("title", ["Quick start", "Your own data"])
-def test_the_commands_of_the_readme_run(tmp_path, title):
-    """In order, as they stand, but on a small table and with small numbers behind them"""
-    section = (Path(ROOT) / "README.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
-    if title == "Quick start":
-        assert 'for stage in 0*.py; do python "$stage" || break; done' in section
-        commands = [(script, []) for script in STAGES]
-    else:
-        write_table(tmp_path / "raw", suffix=".csv")
-        commands = [(script, shlex.split(options)) for script, options in commands_of(section)]
+def section_of(title):
+    return (Path(ROOT) / "README.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_quick_start_runs(tmp_path):
+    assert 'for stage in 0*.py; do python "$stage" || break; done' in section_of("Quick start")
+    fast = {**SMALL, "04_train_ctr.py": ["--models", "dcn", "--seeds", 1, "--epochs", 2]}
+    for script in STAGES:
+        run_stage(script, *fast.get(script, []), "--run-dir", tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_commands_for_own_data_run_and_the_same_seed_gives_the_same_bits(small_run, tmp_path):
+    """In order, as they stand and as processes, with the small numbers of the run that they must equal"""
+    raw, run = small_run
+    section = section_of("Your own data")
+    commands = [(script, shlex.split(options)) for script, options in commands_of(section)]
     assert [script for script, _ in commands] == list(STAGES)
     for script, options in commands:
-        options = [str(tmp_path / "raw") if word == "data/mine" else word for word in options]
-        if "--run-dir" in options:  # options given twice: the last one counts
-            assert options[options.index("--run-dir") + 1] == "runs/mine"
-        run_stage(script, *options, *SMALL.get(script, []), "--run-dir", tmp_path / "run")
-    assert (tmp_path / "run" / "report.html").exists()
+        options = [str(raw) if word == "data/mine" else word for word in options]
+        assert options[options.index("--run-dir") + 1] == "runs/mine"  # given twice: the last one counts
+        run_process(script, *options, *SMALL.get(script, []), "--run-dir", tmp_path / "again")
+    names = [name for name in MADE_BY if not name.startswith(("figure", "new_", "train_codes"))]
+    assert len(names) == 11
+    again = tmp_path / "again"
+    different = [name for name in names if (run / name).read_bytes() != (again / name).read_bytes()]
+    assert not different
 
 
 def test_the_tree_holds_what_the_readme_says_and_nothing_else():

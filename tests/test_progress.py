@@ -209,16 +209,28 @@ def test_a_run_goes_on_with_its_own_batches_when_other_memory_is_free(small_run,
     assert json.loads((run / "profiles.pt.json").read_text())["options"]["tokens_per_batch"] == 512
 
 
-def test_several_processes_give_the_bits_of_one_and_the_others_of_a_dead_one_go_on(small_run, tmp_path,
-                                                                                   undisturbed):
-    options = tuple(GRADIENT)
-    run = fresh(small_run, tmp_path / "two")
-    printed, complaint = torchrun(run, *options).communicate()
-    assert bits(run) == undisturbed[options] and printed.count("wrote") == 1, complaint
-    run = fresh(small_run, tmp_path / "score")
-    torchrun(run).communicate()
+def rank_in_child(rank, store, run):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    init = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda backend, timeout: init(
+        backend, init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    infer.main(infer.parse_args(["--run-dir", str(run), *map(str, small())]))
+
+
+def test_two_processes_give_the_bits_of_one(small_run, tmp_path, undisturbed):
+    run = fresh(small_run, tmp_path / "run")
+    ranks = [FORKS.Process(target=rank_in_child, args=(rank, tmp_path / "store", run)) for rank in (0, 1)]
+    for worker in ranks:
+        worker.start()
+    for worker in ranks:
+        worker.join()
+    assert [worker.exitcode for worker in ranks] == [0, 0]
     assert bits(run) == undisturbed[()]
 
+
+def test_torchrun_ends_when_a_process_dies_and_goes_on_to_the_same_bits(small_run, tmp_path, undisturbed):
+    options = tuple(GRADIENT)
     run = fresh(small_run, tmp_path / "dead")
     worker = torchrun(run, *options)
     wait_for_pieces(worker, run, 3, "fold-*.pt")
@@ -226,7 +238,8 @@ def test_several_processes_give_the_bits_of_one_and_the_others_of_a_dead_one_go_
     os.kill(int(ranks[-1]), signal.SIGKILL)
     worker.communicate()
     assert worker.returncode != 0 and len(list((run / "progress").glob("fold-*.pt"))) >= 3
-    assert "going on with the unfinished run" in finish(run, *options)
+    printed, complaint = torchrun(run, *options).communicate()
+    assert printed.count("wrote") == printed.count("going on with the unfinished run") == 1, complaint
     assert bits(run) == undisturbed[options]
 
 
@@ -253,7 +266,8 @@ def test_a_changed_input_starts_anew(small_run, tmp_path, undisturbed):
     assert bits(run)[0] == undisturbed[()][0]
 
 
-LONG = {"01_prepare.py": ["--dataset", "planted"], "02_infer_profiles.py": ["--llm", "tiny", "--tiny-steps", "9999"],
+LONG = {"01_prepare.py": ["--dataset", "planted"],
+        "02_infer_profiles.py": ["--llm", "tiny", "--tiny-steps", "9999"],
         "03_quantize.py": ["--epochs", "9999"], "04_train_ctr.py": ["--epochs", "9999", "--patience", "9999"],
         "05_case_study.py": []}
 
@@ -272,7 +286,8 @@ def test_ctrl_c_ends_a_stage_with_one_line_and_keeps_what_is_finished(small_run,
     before = {path.name for path in run.iterdir()}
     worker = FORKS.Process(target=program_in_child, args=(script, run))
     worker.start()
-    while worker.is_alive() and not (run.with_suffix(".txt").exists() and run.with_suffix(".txt").read_text()):
+    printed = run.with_suffix(".txt")
+    while worker.is_alive() and not (printed.exists() and printed.read_text()):
         time.sleep(0.01)
     time.sleep(0.2)
     os.kill(worker.pid, signal.SIGINT)
