@@ -125,8 +125,6 @@ def load(args):
         users["age"] = users["age"].mask(is_bad)
     for frame in (interactions, items, users):
         for column in frame.columns.intersection(["user_id", "item_id"]):
-            if num_missing := int(frame[column].isna().sum()):
-                fail(f"{num_missing} rows have no {column} in {args.raw}: fill or drop them")
             if frame[column].dtype != "category":
                 frame[column] = frame[column].astype(str)
     interactions = interactions.reset_index(drop=True).astype({"user_id": "category", "item_id": "category"})
@@ -141,8 +139,7 @@ def keep_latest(interactions):
     pair = ["user_id", "item_id"]
     repeated = interactions[interactions.duplicated(pair, keep=False)].sort_values("timestamp", kind="stable")
     if num_equal := int(repeated.duplicated([*pair, "timestamp"]).sum()):
-        warn(f"{num_equal:,} of {len(interactions):,} rows repeat the user, item and time of another: the last "
-             f"is kept")
+        warn(f"{num_equal:,} rows repeat another's user, item and time; the last is kept")
     return interactions.drop(index=repeated.index[repeated.duplicated(pair, keep="last")])
 
 

@@ -33,32 +33,10 @@ def to_text(value):
     return value if isinstance(value, str) else None
 
 
-def holds_no_text(value):
-    """Is it neither missing nor text: true, {"a": 1}, or several texts where one belongs?"""
-    return value not in (None, "", [], {}) and value == value and to_text(value) is None
-
-
-def leaves(value):
-    """Lists in lists -> all elements, in order; any other value -> a list of it"""
-    found, stack = [], [value]
-    while stack:  # not recursive: files may nest deeper than Python
-        if isinstance(part := stack.pop(), list):
-            stack += part
-        else:
-            found.append(part)
-    return found[::-1]
-
-
-def read_list(category):
-    """The text of a list, such as '["a", "b"]' -> the list, None if it cannot be read; all else stays as it is."""
-    if not isinstance(category, str) or not LIST_TEXT.fullmatch(category):
-        return category
-    with_commas = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", category)  # numpy prints none
-    for parse, text in ((json.loads, category), (ast.literal_eval, with_commas)):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            if isinstance(names := parse(text), (list, tuple)):
-                return [*names]
-    return None
+def odd_part(value):
+    """A value that is neither missing nor text nor a number, such as true or {"a": 1}; any other -> None"""
+    is_odd = value not in (None, "", [], {}) and value == value and to_text(value) is None
+    return value if is_odd else None
 
 
 def clean(text):
@@ -98,6 +76,25 @@ def deepest_category(paths):
             names.pop()
         longest = max(longest, names, key=len)
     return longest[-1] if longest else ""
+
+
+def read_category(published):
+    """A category, also as the text of a list such as '["a", "b"]' -> its deepest informative name, and the
+    first part of it that is neither text nor a number (of a list that cannot be read all of it), or None.
+    """
+    if isinstance(published, str) and LIST_TEXT.fullmatch(published):
+        with_commas = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", published)  # numpy prints none
+        names = None
+        for parse, text in ((ast.literal_eval, with_commas), (json.loads, published)):  # the last one counts
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                names = parse(text)
+        if not isinstance(names, (list, tuple)):
+            return "", published
+        published = [*names]
+    parts = [published]
+    while any(isinstance(part, list) for part in parts):
+        parts = [leaf for part in parts for leaf in (part if isinstance(part, list) else [part])]
+    return deepest_category(published), next((part for part in parts if odd_part(part) is not None), None)
 
 
 def is_no_age(value):

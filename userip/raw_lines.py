@@ -12,10 +12,6 @@ from userip.artifacts import fail, warn
 BAD_LINE = (msgspec.MsgspecError, ValueError, SyntaxError, RecursionError, MemoryError)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 DAMAGE = (EOFError, zlib.error)  # of a gzip file
-NOT_LINES = {  # how a file begins: what it is, and the cure
-    rb"\xff\xfe|\xfe\xff|(?:[^\0]\0){4}|(?:\0[^\0]){4}": "is UTF-16: `iconv -f UTF-16 -t UTF-8` makes it UTF-8",
-    rb"[^\n]*\r[^\r\n]": "ends its lines with CR alone, as old Macs did: `tr '\\r' '\\n'` mends it",
-}
 
 
 def read_lines(path, args, decode):
@@ -36,7 +32,6 @@ def read_lines(path, args, decode):
                     except BAD_LINE as error:
                         kind = str(error).split(" (byte ")[0].replace("$[0]", "$")
                         kind = "not UTF-8" if isinstance(error, UnicodeError) else kind
-                        kind = "NUL bytes" if b"\0" in line else kind
                         bad.setdefault(kind, []).append(number)
             yield from records
     except DAMAGE as error:
@@ -57,7 +52,6 @@ def text_lines(path, args):
     """Yields the lines of a text file in UTF-8, with their ends. Damage and other encodings: exit code 2."""
     try:
         for first, _, block in _blocks(path, args):
-            refuse_nul(path, block, first)
             try:
                 lines = block.decode().split("\n")
             except UnicodeDecodeError as error:
@@ -68,17 +62,16 @@ def text_lines(path, args):
         fail(f"{path} is no whole gzip file ({error}): download or export it again")
 
 
-def problem_of(start):
-    """Why the bytes with which a file begins are no lines in UTF-8, with the cure; "" if they may be"""
-    return next((problem for pattern, problem in NOT_LINES.items() if re.match(pattern, start)), "")
-
-
-def refuse_nul(path, content, first=1):
-    """Exit code 2 where bytes, from line `first` on, hold a NUL byte."""
+def problem_of(content, first=1):
+    """Why bytes, those of a file from line `first` on, are no lines of UTF-8, with the cure, or None"""
+    if first == 1 and re.match(rb"\xff\xfe|\xfe\xff|(?:[^\0]\0){4}|(?:\0[^\0]){4}", content):
+        return "is UTF-16: `iconv -f UTF-16 -t UTF-8` makes it UTF-8"
+    if first == 1 and re.match(rb"[^\n]*\r[^\r\n]", content):
+        return "ends its lines with CR alone, as old Macs did: `tr '\\r' '\\n'` mends it"
     if (position := content.find(b"\0")) >= 0:
         number = first + content.count(b"\n", 0, position)
-        fail(f"{path}, line {number} holds a NUL byte: it is damaged or no text; save it as text again, or "
-             f"`tr -d '\\0'` leaves them out")
+        return f"has a NUL byte in line {number}: it is damaged or no text; `tr -d '\\0'` drops such bytes"
+    return None
 
 
 def first_lines(path):
@@ -143,8 +136,8 @@ def _blocks(path, args):
                      f"that is right")
             if not last and not rest:
                 piece = piece.removeprefix(b"\xef\xbb\xbf")
-                if problem := problem_of(piece):
-                    fail(f"{path} {problem}")
+            if problem := problem_of(piece, last + 1):
+                fail(f"{path} {problem}")
             lines, newline, tail = piece.rpartition(b"\n")
             if newline:
                 first, last = last + 1, last + 1 + lines.count(b"\n")

@@ -19,9 +19,9 @@ import pandas as pd
 import pyarrow as pa
 
 from userip.artifacts import fail, warn
-from userip.cleaning import deepest_category, holds_no_text, leaves, read_list, to_seconds, to_text
+from userip.cleaning import CONTROL, odd_part, read_category, to_seconds, to_text
 from userip.raw_lines import BAD_LINE, DAMAGE, first_lines, parse_line, problem_of, read_lines
-from userip.tables import UNPRINTABLE, check_columns
+from userip.tables import check_columns
 
 CATEGORIES = {"clothing": "Clothing_Shoes_and_Jewelry", "movies": "Movies_and_TV", "games": "Video_Games"}
 ITEM_FIELDS = ["item_id", "title", "category", "brand", "price"]
@@ -104,8 +104,7 @@ def _read_reviews(args, path, fields):
     def decode(lines):
         records = decoder.decode_lines(lines)
         ids = [text for record in records for text in (record.user_id, record.item_id)]
-        is_plain = "".join(ids).isprintable() and all(map(str.strip, ids))  # faster than the pattern
-        if not is_plain and any(map(re.compile(UNPRINTABLE).search, ids)):
+        if CONTROL.search("".join(ids)) or not all(map(str.strip, ids)):
             raise ValueError(f"{fields[0]} or {fields[1]} is no printable text")
         return records
 
@@ -156,8 +155,8 @@ def _read_records(args, path, keys, ids):
             if not match or match[1].decode("utf-8", "replace") in ids:
                 record = parse_line(line)
                 record["id"] = next(filter(None, map(record.get, keys)), None)
-                if not isinstance(record["id"], str) or re.search(UNPRINTABLE, record["id"]):
-                    raise ValueError(f"no printable {keys[-1]}")
+                if not isinstance(record["id"], str):
+                    raise ValueError(f"no {keys[-1]}")
                 records.append(record)
         return records
 
@@ -171,18 +170,16 @@ def _first(*values):
 
 def _to_items(path, rows):
     """Rows of ITEM_FIELDS as published -> a frame; says how many values hold no text, with the first."""
-    items, odd = pd.DataFrame(rows, columns=ITEM_FIELDS, dtype=object), []
-    for item, title, paths, brand, _ in items.itertuples(index=False):
-        names = read_list(paths)
-        parts = [("title", title), ("brand", brand), *(("category", part) for part in leaves(names))]
-        odd += [(item, name, part) for name, part in parts if holds_no_text(part)]
-        odd += [(item, "category", paths)] if names is None and paths is not None else []
-    items["category"] = [deepest_category(read_list(paths)) for paths in items["category"]]
+    items, names, odd = pd.DataFrame(rows, columns=ITEM_FIELDS, dtype=object), [], []
+    for item, title, category, brand, _ in items.itertuples(index=False):
+        name, part = read_category(category)
+        names.append(name)
+        parts = {"title": odd_part(title), "category": part, "brand": odd_part(brand)}
+        odd += [f"{reprlib.repr(part)}, {key} of {item}" for key, part in parts.items() if part is not None]
     if odd:
-        item, name, part = odd[0]
-        warn(f"{path}: {len(odd):,} titles, brands or parts of categories are neither text nor numbers, the "
-             f"first of them {reprlib.repr(part)}, {name} of {item}: they are left out")
-    return items
+        warn(f"{path}: {len(odd):,} titles, categories or brands are neither text nor a number and are "
+             f"left out, the first of them {odd[0]}")
+    return items.assign(category=names)
 
 
 def read_amazon(args):
@@ -216,11 +213,11 @@ def read_yelp(args):
 
 def _yelp_item(record):
     """A business as a row of ITEM_FIELDS. Categories have no order: the first below the top level counts."""
-    category = read_list(categories := record.get("categories"))
-    parts = category.split(",") if isinstance(category, str) else leaves(category)
+    parts = record.get("categories")
+    parts = parts.split(",") if isinstance(parts, str) else parts if isinstance(parts, list) else [parts]
     names = [name.strip() for part in parts if (name := to_text(part))]
-    first = next((name for name in names if name not in YELP_TOP_LEVEL), names[0] if names else "")
-    category = categories if category is None else [first, *filter(holds_no_text, parts)]
+    category = next((name for name in names if name not in YELP_TOP_LEVEL), names[0] if names else "")
+    category = [category, *(part for part in parts if odd_part(part) is not None)]
     attributes = record.get("attributes") or {}
     if isinstance(attributes, list):  # of 2017: ["RestaurantsPriceRange2: 2", …]
         attributes = dict(part.split(": ", 1) for part in map(str, attributes) if ": " in part)
@@ -245,10 +242,10 @@ def read_nete(args):
     """
     dump, text = (args.raw / "reviews.pickle").read_bytes(), (args.raw / "item.json").read_bytes()
     try:
-        text_of = lambda review: (review.get("template") or (None,) * 3)[2] or review.get("text")
         rows = [(_nete_text(review["user"]), _nete_text(review["item"]), float(review["rating"]),
-                 None if text_of(review) is None else _nete_text(text_of(review)))
+                 (review.get("template") or (None,) * 3)[2] or review.get("text"))
                 for review in SafeUnpickler(BytesIO(dump)).load()]
+        rows = [(*row, text if text is None else _nete_text(text)) for *row, text in rows]
         if problem := problem_of(text):
             raise ValueError(f"item.json {problem}")
         records = json.loads(text) if text.lstrip().startswith(b"[") else map(parse_line, text.splitlines())
@@ -258,7 +255,7 @@ def read_nete(args):
              f"{error}): download it again")
     interactions = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "review"])
     interactions["timestamp"] = 0  # the dumps have none
-    for frame, name in ((interactions, "reviews.pickle"), (items, "item.json")):
+    for frame, name in ((interactions, "reviews.pickle"), (items[["item_id"]], "item.json")):
         frame.index = pd.RangeIndex(1, len(frame) + 1, name="record")
         check_columns(frame, args.raw / name)
     if args.split == "published":

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from userip.artifacts import fail
-from userip.cleaning import deepest_category, holds_no_text, leaves, read_list, to_seconds
-from userip.raw_lines import problem_of, refuse_nul, text_lines
+from userip.cleaning import LIST_TEXT, read_category, to_seconds
+from userip.raw_lines import problem_of, text_lines
 
 REQUIRED = {"interactions": ["user_id", "item_id", "rating", "timestamp"], "items": ["item_id", "title"],
             "users": ["user_id"]}
@@ -49,15 +49,13 @@ def check_columns(frame, path):
     exit code 2 with the first line where that cannot be, or whose id is missing or not printable.
     """
     _refuse(frame, path, ["user_id", "item_id"], UNPRINTABLE, "is no printable text", is_missing_bad=True)
-    categories = frame.get("category", pd.Series(dtype="str"))
-    lists = {text: names for text in categories.dropna().unique() if (names := read_list(text)) != text}
-    for text, names in lists.items():
-        if names is None or any(map(holds_no_text, leaves(names))):
-            row = int((categories == text).argmax())
-            _fail_at(frame, path, row, f"category {text[:60]!r} is no list of names, as in JSON")
-    if lists:
-        frame["category"] = [deepest_category(lists[text]) or None if text in lists else text
-                             for text in categories]
+    for text in frame.get("category", pd.Series(dtype="str")).dropna().unique():
+        if LIST_TEXT.fullmatch(text):
+            name, odd_part = read_category(text)
+            rows = (frame["category"] == text).to_numpy(dtype=bool, na_value=False)
+            if odd_part is not None:
+                _fail_at(frame, path, int(rows.argmax()), f"category {text[:60]!r} is no list of names")
+            frame.loc[rows, "category"] = name or None
     for column in frame.columns.intersection(LARGEST):
         numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
         is_good = np.abs(numbers) <= LARGEST[column]  # false for nan, too
@@ -92,7 +90,6 @@ def _read_movielens(args, name, columns, separator):
     content = path.read_bytes()
     if problem := problem_of(content):
         fail(f"{path} {problem}")
-    refuse_nul(path, content)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -146,12 +143,11 @@ def read_table(args):
     """A folder with interactions.*, items.* (and users.*, if any) as csv, tsv (both also .gz) or parquet."""
     required = REQUIRED | {"interactions": REQUIRED["interactions"] + ["split"] * (args.split == "published")}
     names = {}
-    for ours, _, theirs in (pair.partition("=") for pair in args.columns):
-        if not theirs or ours not in ALLOWED:
-            fail(f"--columns {ours}={theirs}: each must be OURS=THEIRS, such as rating=stars; ours is one of "
-                 f"{', '.join(sorted(ALLOWED))}")
-        if theirs in names:
-            fail(f"--columns {names[theirs]}={theirs} {ours}={theirs} has {theirs} twice: leave one out")
+    for pair in args.columns:
+        ours, _, theirs = pair.partition("=")
+        if not theirs or theirs in names or ours not in ALLOWED:
+            fail(f"--columns {pair}: each must be OURS=THEIRS, such as rating=stars, none twice; ours is "
+                 f"one of {', '.join(sorted(ALLOWED))}")
         names[theirs] = ours
     frames, unused = {}, set(names)
     for kind, columns in required.items():
@@ -187,15 +183,14 @@ def read_frame(path, required, args, names=None):
         fail(f"{path} has no rows: download or export it again")
     ours = [(names or {}).get(name, name) for name in table.column_names]
     if len(set(ours)) < len(ours):
-        fail(f"{path} has two columns of one name among {', '.join(ours)}, which are "
-             f"{', '.join(table.column_names)} in the file: leave one out of it or of --columns")
+        fail(f"{path} has two columns of one name among {', '.join(ours)}: see --columns")
     if missing := [column for column in required if column not in ours]:
         fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(ours)}")
     frame = _to_frame(table.rename_columns(ours), numbers, path)
     check_columns(frame, path)
     if path.suffix != ".parquet":
-        _refuse(frame, path, sorted(TEXTS), ESCAPE, r"holds an escape with a backslash, and only \N is one here "
-                r"(double quotes instead, or `sed 's,\\,/,g'`)")
+        _refuse(frame, path, sorted(TEXTS), ESCAPE, r"has a backslash escape, and only \N is one here: write "
+                r"the letter itself (quotes twice), or `sed 's,\\,/,g'`")
     frame.attrs["published"] = table.column_names
     return frame
 
@@ -217,8 +212,8 @@ def _read_text(path, args):
     try:
         header, end = [field.strip() for field in next(reader)], reader.line_num
         if delimiter == "\t" and any(header) and all(re.fullmatch('".*"|', field) for field in header):
-            fail(f"{path} has its columns in quotes, which in a tab-separated file are letters of names and ids: "
-                 f"save it without quotes, or as csv with commas")
+            fail(f"{path} has its columns in quotes, but in a tab-separated file quotes are letters: save it "
+                 f"without quotes, or as csv with commas")
         for record in reader:
             number, end = num_blank + end + 1, reader.line_num
             if len(record) == len(header) + 1 and not record[-1]:  # a delimiter at the end of the line
@@ -271,30 +266,23 @@ def _to_frame(table, numbers, path):
             column.validate(full=True)  # that text is UTF-8
             columns[name] = _plain(name, column).to_pandas()
         except (pa.ArrowException, TypeError):
-            _check_utf8(path, name, column, numbers)
+            with contextlib.suppress(pa.ArrowException):  # neither texts nor bytes
+                for number, text in zip(numbers, column.cast("large_binary").to_pylist()):
+                    if text and text.decode(errors="ignore").encode() != text:
+                        fail(f"{path}, column {name}, {numbers.name} {number}: {text[:40]!r} is not UTF-8: "
+                             f"save it as such")
             kind = "text" if name in TEXTS else "number"
             fail(f"{path}, column {name}: {column.type} is no {kind}, in row 1 and all others")
     return pd.DataFrame(columns).set_index(numbers)
 
 
-def _check_utf8(path, name, column, numbers):
-    """Exit code 2 with the first row of a column of texts or bytes that is not UTF-8"""
-    with contextlib.suppress(pa.ArrowException):  # neither texts nor bytes
-        for number, text in zip(numbers, column.cast("large_binary").to_pylist()):
-            try:
-                (text or b"").decode()
-            except UnicodeDecodeError:
-                fail(f"{path}, column {name}, {numbers.name} {number}: {text[:40]!r} is not UTF-8; save it as "
-                     f"text")
-
-
 def _plain(name, column):
     """A column of a table as text or as numbers: raises an ArrowException or TypeError where it is neither"""
     if hasattr(column.type, "value_type") and name == "category":  # a list of any kind
-        paths = column.to_pylist()
-        if any(holds_no_text(part) for path in paths for part in leaves(path)):
+        names, odd_parts = zip(*map(read_category, column.to_pylist()))
+        if any(part is not None for part in odd_parts):
             raise TypeError
-        return pa.array([deepest_category(path) or None for path in paths], "string")
+        return pa.array([name or None for name in names], "string")
     if pa.types.is_nested(column.type) and name in ALLOWED:
         raise TypeError
     if pa.types.is_nested(column.type):  # what is known of users, for checking only
