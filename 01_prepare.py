@@ -36,7 +36,7 @@ import pyarrow as pa
 
 from common import logloss
 from userip.artifacts import WARNINGS, fail, warn, write_artifact
-from userip.cleaning import clean_items
+from userip.cleaning import clean_items, is_no_age
 from userip.download import ARCHIVES, download
 from userip.options import at_least, changed_options, option_name, run_program, stage_parser, start_stage
 from userip.planted import bayes_ari, read_planted
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add.data("--fold", type=at_least(1), default=1, help="nete: which of the published splits")
     add.data("--download", nargs="?", const="", metavar="URL",
              help="first fetch what is not in --raw yet (Amazon 2014, MovieLens); URL: folder of a mirror")
-    add.data("--max-bad", type=at_least(0, float), default=0.01,
+    add.data("--max-bad", type=at_least(0, float, at_most=1), default=0.01,
              help="Amazon, Yelp: share of bad lines above which a file is refused")
     add.data("--max-line", type=at_least(1), default=16, help="longest line of a text file, in MiB")
     add.data("--max-ratio", type=at_least(1), default=200, help="largest factor by which gzip files expand")
@@ -119,10 +119,12 @@ def load(args):
     users = pd.DataFrame({"user_id": interactions["user_id"].unique()}) if users is None else users
     for column in users.columns[users.dtypes == object]:  # of mixed types, which parquet does not have
         users[column] = users[column].map(str, na_action="ignore")
+    if "age" in users and (is_bad := users["age"].map(is_no_age)).any():
+        warn(f"{int(is_bad.sum()):,} ages of users are dates, years or no number from 0 to 120, the first of "
+             f"them {str(users['age'][is_bad].iloc[0])!r}: they are left out")
+        users["age"] = users["age"].mask(is_bad)
     for frame in (interactions, items, users):
         for column in frame.columns.intersection(["user_id", "item_id"]):
-            if num_missing := int(frame[column].isna().sum()):
-                fail(f"{num_missing} rows have no {column} in {args.raw}: fill or drop them")
             if frame[column].dtype != "category":
                 frame[column] = frame[column].astype(str)
     interactions = interactions.reset_index(drop=True).astype({"user_id": "category", "item_id": "category"})
@@ -136,6 +138,8 @@ def keep_latest(interactions):
     """Of rows with the same user and item the latest, of equal times the last; rows stay in order."""
     pair = ["user_id", "item_id"]
     repeated = interactions[interactions.duplicated(pair, keep=False)].sort_values("timestamp", kind="stable")
+    if num_equal := int(repeated.duplicated([*pair, "timestamp"]).sum()):
+        warn(f"{num_equal:,} rows repeat another's user, item and time; the last is kept")
     return interactions.drop(index=repeated.index[repeated.duplicated(pair, keep="last")])
 
 

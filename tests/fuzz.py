@@ -13,7 +13,10 @@ import contextlib
 import gzip
 import io
 import os
+import pickle
+import pickletools
 import random
+import re
 import resource
 import shutil
 import signal
@@ -45,6 +48,13 @@ def reader(dataset, write, *options):
             lambda folder: ("01_prepare.py", "--dataset", dataset, "--raw", folder / "raw", *options))
 
 
+def write_old_nete(folder):
+    """NETE with a pickle of protocol 2, whose opcodes stand in no frames: others may be put between them"""
+    write_nete(folder)
+    path = folder / "reviews.pickle"
+    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()), 2))
+
+
 LENIENT = "--min-interactions", 1, "--max-bad", 1
 READERS = {
     "amazon-2014": reader("games", lambda raw: write_amazon(raw, 2014, suffix=""), *LENIENT),
@@ -53,6 +63,7 @@ READERS = {
     "amazon-2023": reader("games", lambda raw: write_amazon(raw, 2023, suffix=""), *LENIENT),
     "yelp": reader("yelp", write_yelp, *LENIENT),
     "nete": reader("nete", write_nete),
+    "nete-2": reader("nete", write_old_nete),
     "ml-100k": reader("ml-100k", write_ml_100k, *LENIENT[:2]),
     "ml-1m": reader("ml-1m", write_ml_1m, *LENIENT[:2]),
     **{f"table{suffix}": reader("table", lambda raw, suffix=suffix: write_table(raw, 20, 20, suffix=suffix),
@@ -66,7 +77,11 @@ DAMAGED = {"artifacts": ("interactions.parquet", "users.parquet", "profiles.pt")
 TOKENS = (b'"', b'""', b"'", b"\\", b'\\"', b"\n", b"\r\n", b"\r", b"\n\n", b"\t", b",", b"::", b"|", b"\x00",
           b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"nan", b"inf", b"-1", b"1e39", b"1e400",
           b"9" * 40, b"{", b"}", b"[" * 200, b"null", b"<b>", b"\x1b[31m", b"=cmd|' /C calc'!A0", b" ",
-          b"\x1f\x8b", "é".encode("latin-1"), "\u2028".encode())
+          b"\x1f\x8b", "é".encode("latin-1"), "\u2028".encode(), b"\\\\", b"\\t", b"['a' 'b']", b'["a", "b"]')
+VALUES = (b"true", b'{"a": 1}', b"[[1]]", b"7", b"2.5", b"null", b"[]", b'["a", "b"]', b'" "', b'"\\u0000"',
+          b'"\\ud800"', b"NaN", b"1e999", b"[" * 900 + b"]" * 900)
+HARMFUL = (b"cposix\n_exit\n(I7\ntR.", b"cos\nsystem\n(S'exit'\ntR0", b"cbuiltins\neval\n(S'1'\ntR0",
+           b"(S'exit'\niposix\nsystem\n0", b"\x80\x02cbuiltins\ngetattr\n0", b"2" * 99, b"\x95" + b"\xff" * 8)
 
 
 def damage(content, rng):
@@ -83,8 +98,19 @@ def damage(content, rng):
             lambda: content[:first],  # cut off
             lambda: content[:other] + part + content[other:],  # copy
             lambda: b"\n".join(rng.sample(lines := content.split(b"\n"), len(lines))),  # other order
+            lambda: convert(content, rng),
         ])()
     return content
+
+
+def convert(content, rng):
+    """bytes -> the same in another encoding or with other line ends, or with another value of a JSON field"""
+    fields = [match.span(1) for match in re.finditer(rb'": ("[^"]*"|[\d.]+|\[[^]]*\])', content)]
+    if fields and rng.random() < 0.9:
+        first, last = rng.choice(fields)
+        return content[:first] + rng.choice(VALUES) + content[last:]
+    return rng.choice([content.decode("latin-1").encode("utf-16"), content.decode("latin-1").encode("utf-16-le"),
+                       content.replace(b"\n", b"\r"), content.replace(b"\t", b'"\t"')])
 
 
 def damage_folder(folder, name, rng):
@@ -96,6 +122,10 @@ def damage_folder(folder, name, rng):
     content = path.read_bytes()
     if path.suffix == ".gz" and rng.random() < 0.5:
         path.write_bytes(gzip.compress(damage(gzip.decompress(content), rng), 1))
+        return
+    if name == "nete-2" and path.suffix == ".pickle":
+        position = rng.choice([position for *_, position in pickletools.genops(content)])
+        path.write_bytes(content[:position] + rng.choice(HARMFUL) + content[position:])
         return
     before = sha256_of(path)
     path.write_bytes(damage(content, rng))

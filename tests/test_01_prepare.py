@@ -248,7 +248,7 @@ def test_no_user_left(tmp_path):
     ["--dataset", "nete", "--min-interactions", "5"], ["--dataset", "nete", "--split-seed", "5"],
     ["--dataset", "games", "--split", "temporal", "--split-seed", "1"], ["--dataset", "games", "--fold", "2"],
     ["--dataset", "nete", "--split", "random", "--fold", "2"], ["--dataset", "games", "--max-bad", "1%"],
-    ["--dataset", "games", "--max-bad", "-1"], ["--dataset", "games", "--max-bad", "nan"]])
+    ["--dataset", "games", "--max-bad", "-1"], ["--dataset", "games", "--max-bad", "1.5"], ["--dataset", "games", "--max-bad", "nan"]])
 def test_options_that_mean_nothing_are_refused(options, capsys):
     with pytest.raises(SystemExit) as stop:
         prepare.parse_args([*options, "--raw", "x"])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from userip.cleaning import clean, deepest_category, to_price
+from userip.cleaning import clean, deepest_category, is_no_age, read_category, to_price
 
 
 @pytest.mark.parametrize("published, price", [
@@ -35,3 +35,23 @@ def test_titles_are_plain_text(published, title):
     (["Travel, City &amp; Regional"], "Travel, City & Regional"), ([None, "x"], "x"), ([1, 2], "2"), ([["A"], "B"], "A")])
 def test_the_deepest_informative_category(published, category):
     assert deepest_category(published) == category
+
+
+@pytest.mark.parametrize("published, category, odd", [
+    ('["Books", "Fiction"]', "Fiction", None), ("['Books']", "Books", None), ("['Books' 'Sci\\n']", "Sci", None),
+    ("['Books' 'Fiction']", "Fiction", None), ("('a', 'b')", "b", None), ('[["A"], ["B", "C"]]', "C", None),
+    ('["A", null]', "A", None), ("[]", "", None), ("[7]", "7", None), ("[Books, Fiction]", "", "[Books, Fiction]"),
+    ("{Books,Fiction}", "", "{Books,Fiction}"), ('["Books", "Fic', "", '["Books", "Fic'),
+    ("array(['a', 'b'], dtype=object)", "", "array(['a', 'b'], dtype=object)"), ("Toys (new)", "Toys (new)", None),
+    ('["A", {"x": 1}]', "A", {"x": 1}), (True, "", True), (False, "", False), ([["A", [2.5]]], "2.5", None),
+    ({"a": 1}, "", {"a": 1}), (7, "7", None), (2.5, "2.5", None), ([1, 2.5], "2.5", None), (float("nan"), "", None)])
+def test_categories_that_are_lists_texts_of_lists_or_of_odd_types(published, category, odd):
+    assert read_category(published) == (category, odd)
+
+
+@pytest.mark.parametrize("value, odd", [
+    (0, False), (25, False), ("25-34", False), ("18+", False), ("Under 18", False), (120, False), (26.0, False),
+    (float("nan"), False), (None, False), ("0-17", False), (121, True), (1987, True), ("1987-05-12", True),
+    ("12.05.87", True), ("5/12/87", True), ("May 1987", True), (-3, True), (5.4e8, True)])
+def test_dates_years_and_numbers_beyond_120_are_no_ages(value, odd):
+    assert is_no_age(value) == odd

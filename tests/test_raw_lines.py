@@ -56,8 +56,12 @@ def test_one_bad_line_in_a_hundred_is_the_limit(tmp_path):
 def test_a_file_of_another_encoding_is_refused(tmp_path):
     damaged(tmp_path, lambda lines: lines)
     path = tmp_path / "raw/Video_Games_5.json"
-    path.write_bytes(path.read_text().encode("utf-16"))
-    assert "no reviews in the format" in read_raw(tmp_path, "games", ok=False)
+    text = path.read_text()
+    for content, complaint in ((text.encode("utf-16"), "no reviews in the format"), (text.encode("utf-16"), "is UTF-16"),
+                               (text.replace("\n", "\r").encode(), "CR alone"),
+                               (text.replace("5", "\0", 1).encode(), "has a NUL byte in line 1")):
+        path.write_bytes(content)
+        assert complaint in read_raw(tmp_path, "games", ok=False)
 
 
 def test_a_byte_order_mark_and_windows_lines_are_no_damage(tmp_path):

@@ -215,3 +215,66 @@ def test_a_broken_dump_is_refused_in_one_line(tmp_path, content):
     write_nete(tmp_path / "raw")
     (tmp_path / "raw/reviews.pickle").write_bytes(content)
     assert "reviews.pickle" in read_raw(tmp_path, "nete", ok=False)
+
+
+# --- odd types and ids ----------------------------------------------------------------------------------
+
+
+def change_items(path, changes):
+    """JSON lines with other values in the fields of the first records; changes: a dict each"""
+    lines = path.read_text().splitlines()
+    lines[:len(changes)] = [json.dumps(json.loads(line) | change) for line, change in zip(lines, changes)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("year", [2018, 2023])
+def test_odd_types_are_text_or_counted_with_the_first(tmp_path, year):
+    write_amazon(tmp_path / "raw", year, suffix="", oddities=False)
+    path = next((tmp_path / "raw").glob("meta_*"))
+    path, brand, category = path, *(("brand", "category") if year == 2018 else ("store", "categories"))
+    change_items(path, [{"title": 1984, brand: 7, category: ["Games", 2048]}, {"title": ["one"], brand: ["Åcme"]},
+                        {"title": {"a": 1}, brand: [["Bolt"]]}, {brand: True, "title": "x"},
+                        {category: ["Games", {"x": 1}]}, {brand: ["a", "b"]}, {category: "['Books', 'Comics']"}])
+    _, items, _, printed = read_raw(tmp_path, "games")
+    assert items["title"].iloc[:3].tolist() == ["1984", "one", "B002"]
+    assert items["brand"].fillna("-").iloc[:6].tolist() == ["7", "Åcme", "Bolt", "-", "-", "-"]
+    assert items["category"].iloc[[0, 4, 6]].tolist() == ["2048", "Games", "Comics"]
+    assert printed.count("4 titles, categories or brands are neither") == 1 and "{'a': 1}, title of B002" in printed
+
+
+def test_odd_types_of_yelp_are_text_or_counted(tmp_path):
+    write_yelp(tmp_path / "raw")
+    change_items(tmp_path / "raw/yelp_academic_dataset_business.json", [
+        {"name": 7, "categories": 5}, {"categories": {"a": 1}}, {"categories": ["Food", "Tea", False]}, {"name": True}])
+    _, items, _, printed = read_raw(tmp_path, "yelp")
+    assert items["title"].iloc[[0, 3]].tolist() == ["7", "b3"]
+    assert items["category"].fillna("-").iloc[:3].tolist() == ["5", "-", "Tea"]
+    assert "3 titles, categories or brands are neither" in printed and "{'a': 1}, category of b1" in printed
+
+
+@pytest.mark.parametrize("bad", ["a\x1b[31m", "  ", "a\u0000", "\x85"])
+def test_ids_that_are_blank_or_not_printable_are_bad_lines(tmp_path, bad):
+    reviews = write_amazon(tmp_path / "raw", 2018, suffix="", oddities=False)
+    change_items(tmp_path / "raw/Video_Games_5.json", [{"reviewerID": bad}, {"asin": bad}])
+    table, _, _, printed = read_raw(tmp_path, "games", "--max-bad", 0.1)
+    assert len(table) == len(reviews) - 2 and "2 × reviewerID or asin is no printable text (first: line 1)" in printed
+    assert "no printable text" in read_raw(tmp_path, "games", ok=False)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"user": "a\x1b[31m"}, "reviews.pickle, record 1: user_id is no printable text"),
+    ({"item": " "}, "record 1: item_id is"), ({"user": None}, "None is neither text"), ({"user": ["u"]}, "['u'] is"),
+    ({"user": "\ud800"}, "surrogates"), ({"rating": "nan"}, "record 1: rating 'nan'"), ({"rating": 1e39}, "beyond 3e+38"),
+    ({"template": ("a", "b", {"c": 1}, 1)}, "{'c': 1} is neither text"), ({"item": True}, "True is neither")])
+def test_values_of_a_dump_that_cannot_be_are_refused(tmp_path, change, complaint):
+    reviews = write_nete(tmp_path / "raw")
+    reviews[0] |= change
+    (tmp_path / "raw/reviews.pickle").write_bytes(pickle.dumps(reviews))
+    assert complaint in read_raw(tmp_path, "nete", ok=False)
+
+
+def test_item_json_of_another_encoding_is_named(tmp_path):
+    write_nete(tmp_path / "raw")
+    path = tmp_path / "raw/item.json"
+    path.write_bytes(path.read_text().encode("utf-16"))
+    assert "item.json is UTF-16" in read_raw(tmp_path, "nete", ok=False)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from conftest import dies, read_raw, write_ml_1m, write_ml_100k, write_table
@@ -63,7 +65,13 @@ def test_tables_with_tabs_and_other_names(tmp_path):
     assert "two columns of one name" in refuse("item_id=reviewer")
     (tmp_path / "raw/items.csv").write_text("item_id,title\n")
     assert "leave one of them" in refuse(*columns)
-    assert "ours is one of" in refuse("stars=rating")
+    for wrong in (["stars=rating"], ["rating"], ["rating="], ["=stars"], ["rating=stars", "timestamp=stars"],
+                  ["rating=stars", "rating=stars"]):
+        assert f"--columns {wrong[-1]}: each must be OURS=THEIRS" in refuse(*wrong)
+    interactions.assign(score=1).rename(columns=theirs).to_csv(
+        tmp_path / "raw/interactions.tsv.gz", index=False, sep="\t")
+    (tmp_path / "raw/items.csv").unlink()
+    assert "two columns of one name" in refuse(*columns, "rating=score")
 
 
 def test_a_table_with_a_split_of_its_own(tmp_path):
@@ -147,7 +155,7 @@ def test_quotes_in_tab_separated_files_are_letters(tmp_path):
     (['i000,"Blue \\"racer\\"",Games,Acme,3'], "lines 2 to 2: ',' expected"),
     (['i000,"Blue racer,Games,Acme,3'], "unexpected end of data"),
     (["i000,Blue racer, the game,Games,Acme,3"], "line 2 has 6 fields between commas, but the header has 5"),
-    (["", "", "i000,red,Games"], "line 4 has 3 fields"), (["i000,red,Games,Acme,3\x00\xff"], "")])
+    (["", "", "i000,red,Games"], "line 4 has 3 fields"), (["i000,red,Games,Acme,3\xff"], "")])
 def test_csv_files_that_do_not_add_up_are_refused_with_the_line(tmp_path, lines, complaint):
     path = with_items(tmp_path, lines)
     if not complaint:
@@ -207,6 +215,8 @@ def test_numbers_and_lists_in_parquet_are_text_or_refused(tmp_path):
     assert stored["title"].iloc[3] == "1953" and set(stored["category"]) == {"Chess"}
     assert stored["brand"].iloc[:2].tolist()[1] == "7" and stored["brand"].isna().sum() == 20
     assert stored["price"].iloc[0] == 3.5
+    items.assign(category=[[{"name": "Games"}]] * 40).to_parquet(path)
+    assert "column category: list<" in read_raw(tmp_path, "table", ok=False)
     for column in ("item_id", "title", "price"):
         items.assign(**{column: [[1]] * 40}).to_parquet(path)
         assert f"column {column}: list<" in read_raw(tmp_path, "table", ok=False)
@@ -269,3 +279,81 @@ def test_dates_written_as_numbers_are_refused(tmp_path):
     interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
     interactions.assign(timestamp=20160101).to_csv(tmp_path / "raw/interactions.csv", index=False)
     assert "timestamp 20160101 looks like YYYYMMDD" in read_raw(tmp_path, "table", ok=False)
+
+
+# --- other dialects -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, is_whole", [
+    ("AC\\DC", True), ("and\\or \\o", True), ("a \\ b", True), ("24\\7", True), ("Blue \\\"racer\\\"", False),
+    ("AC\\\\DC", False), ("tab\\tbed", False), ("caf\\u00e9", False), ("Rock \\'n", False), ("end\\", False),
+    ('"in\\, quotes"', False)])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_backslash_is_a_letter_and_an_escape_is_refused(tmp_path, text, is_whole, suffix):
+    separator = "\t" if suffix == ".tsv" else ","
+    with_items(tmp_path, [separator.join(["i000", text, "Games", "Acme", "3"])], suffix)
+    if is_whole:
+        assert read_raw(tmp_path, "table")[1].loc["i000", "title"] == text
+    else:
+        assert "line 2: title has a backslash escape" in read_raw(tmp_path, "table", ok=False)
+
+
+@pytest.mark.parametrize("convert, complaint", [
+    (lambda text: text.encode("utf-16"), "is UTF-16: `iconv"), (lambda text: text.encode("utf-16-be"), "is UTF-16"),
+    (lambda text: b"\xfe\xff" + text.encode("utf-16-be"), "is UTF-16"), (lambda text: text.encode("utf-16-le"), "UTF-16"),
+    (lambda text: text.replace("\n", "\r").encode(), "CR alone, as old Macs did: `tr"),
+    (lambda text: text.replace("3", "\0", 1).encode(), "has a NUL byte in line ")])
+def test_other_encodings_and_line_ends_are_named_with_the_cure(tmp_path, convert, complaint):
+    write_table(tmp_path / "raw", suffix=".csv")
+    write_ml_1m(tmp_path / "ml/raw")
+    for folder, name, dataset in ((tmp_path, "items.csv", "table"), (tmp_path / "ml", "users.dat", "ml-1m")):
+        path = folder / "raw" / name
+        path.write_bytes(convert(path.read_text()))
+        assert f"{path} {complaint}" in (line := read_raw(folder, dataset, ok=False)) or complaint in line
+
+
+def test_a_quoted_tab_separated_file_is_refused(tmp_path):
+    path = with_items(tmp_path, [], ".tsv")
+    path.write_text(path.read_text().replace("\t", '"\t"').replace("\n", '"\n"')[:-1].join(['"', ""]))
+    assert "items.tsv has its columns in quotes" in read_raw(tmp_path, "table", ok=False)
+
+
+def test_a_category_in_csv_that_is_the_text_of_a_list(tmp_path):
+    path = with_items(tmp_path, ['i000,red,"[""Books"", ""Fiction""]",Acme,3', "i001,red,['Books'],Acme,3"])
+    assert read_raw(tmp_path, "table")[1]["category"].iloc[:3].tolist() == ["Fiction", "Books", "Games"]
+    path.write_text(path.read_text().replace("['Books']", "[Books]"))
+    assert "line 3: category '[Books]' is no list of names" in read_raw(tmp_path, "table", ok=False)
+
+
+def test_ages_that_are_dates_are_left_out_with_a_line(tmp_path):
+    write_table(tmp_path / "raw", suffix=".csv")
+    (tmp_path / "raw/users.csv").write_text("user_id,age\nu000,25-34\nu001,1987-05-12\nu002,1987\nu003,41\n")
+    _, _, users, printed = read_raw(tmp_path, "table")
+    assert users.loc[["u000", "u003"], "age"].tolist() == ["25-34", "41"] and users["age"].notna().sum() == 2
+    assert "2 ages of users are dates, years" in printed and "'1987-05-12'" in printed
+
+
+def test_rows_that_are_there_twice_are_counted(tmp_path):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    path = tmp_path / "raw/interactions.csv"
+    later = interactions[:5].assign(timestamp=1_600_000_000)
+    pd.concat([interactions, interactions[:3], later]).to_csv(path, index=False)
+    table, _, _, printed = read_raw(tmp_path, "table")
+    assert printed.count("3 rows repeat another's user, item and time") == 1 and len(table) == len(interactions)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string(), pa.dictionary(pa.int32(), pa.binary())])
+@pytest.mark.parametrize("column", ["item_id", "title"])
+def test_bytes_in_parquet_are_utf_8_or_refused_with_the_row(tmp_path, column, kind):
+    _, items = write_table(tmp_path / "raw", suffix=".parquet")
+    for text, is_good in (("é".encode(), True), (b"\xe9", False)):
+        values = pa.array([*(name.encode() for name in items[column][:-1]), text], pa.binary())
+        values = pa.Array.from_buffers(kind, len(values), values.buffers()) if kind == pa.string() else \
+            values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
+        table = pa.Table.from_pandas(items, preserve_index=False)
+        pq.write_table(table.set_column(table.schema.get_field_index(column), column, values),
+                       tmp_path / "raw/items.parquet")
+        if is_good:
+            assert len(read_raw(tmp_path, "table")[1]) == 40
+        else:
+            assert f"column {column}, row 40: b'\\xe9' is not UTF-8" in read_raw(tmp_path, "table", ok=False)

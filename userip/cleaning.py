@@ -1,6 +1,9 @@
 """Cleaning: titles, prices, categories and times as data sets publish them -> plain text and numbers."""
 
+import ast
+import contextlib
 import html
+import json
 import re
 from itertools import takewhile
 
@@ -16,18 +19,29 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 AMOUNT = re.compile(r"\$?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 PRICE = re.compile(rf"\s*(?:from\s+)?{AMOUNT.pattern}\s*(?:[-–—]\s*{AMOUNT.pattern}\s*)?", re.I)
 NO_NAME = re.compile(r"[<{%]|[.!?:;]$|.{51}")  # features and slogans in Amazon 2018's category paths
+LIST_TEXT = re.compile(  # a list as csv files hold it, in JSON, Python, numpy or a database; or half of one
+    r"""\s*(?:[\[{].*[\]}]|\(\s*['"].*\))\s*|.*\[\s*['"].*""", re.S)
 NOT_INFORMATIVE = re.compile(r"(all|general|other|more|misc\w*)( \w+)?", re.I)
+
+
+def to_text(value):
+    """A published title, brand or category as text, also where it is a number or a list of one; else None"""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15:
+        return f"{value:.15g}"  # a title such as 1984; not nan
+    return value if isinstance(value, str) else None
+
+
+def odd_part(value):
+    """A value that is neither missing nor text nor a number, such as true or {"a": 1}; any other -> None"""
+    is_odd = value not in (None, "", [], {}) and value == value and to_text(value) is None
+    return value if is_odd else None
 
 
 def clean(text):
     """Published text -> one line without HTML entities, tags, scripts and half surrogate pairs; else ""."""
-    if isinstance(text, list) and len(text) == 1:
-        text = text[0]
-    if isinstance(text, (int, float)) and not isinstance(text, bool) and abs(text) < 1e15:
-        text = f"{text:.15g}"  # a title such as 1984; not nan
-    if not isinstance(text, str):
-        return ""
-    text, before = text.encode("utf-8", "ignore").decode(), None
+    text, before = (to_text(text) or "").encode("utf-8", "ignore").decode(), None
     while text != before:  # entities may be escaped twice, tags may hide in entities
         before, text = text, TAG.sub(" ", html.unescape(text))
     return "" if SCRIPT.search(text) else " ".join(CONTROL.sub(" ", text).split())
@@ -52,8 +66,7 @@ def deepest_category(paths):
     """A category, a path of categories or a list of paths -> last informative name of the longest path."""
     paths = paths if isinstance(paths, list) else [paths]
     paths = paths if any(isinstance(path, list) for path in paths) else [paths]
-    as_text = lambda part: clean(part) if isinstance(part, int) else part
-    paths = [[as_text(part) for part in path if part is not None] if isinstance(path, list) else path
+    paths = [[to_text(part) for part in path if part is not None] if isinstance(path, list) else path
              for path in paths]
     is_name = lambda part: isinstance(part, str) and part.strip() and not NO_NAME.search(part.strip())
     longest = []
@@ -63,6 +76,31 @@ def deepest_category(paths):
             names.pop()
         longest = max(longest, names, key=len)
     return longest[-1] if longest else ""
+
+
+def read_category(published):
+    """A category, also as the text of a list such as '["a", "b"]' -> its deepest informative name, and the
+    first part of it that is neither text nor a number (of a list that cannot be read all of it), or None.
+    """
+    if isinstance(published, str) and LIST_TEXT.fullmatch(published):
+        with_commas = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", published)  # numpy prints none
+        names = None
+        for parse, text in ((ast.literal_eval, with_commas), (json.loads, published)):  # the last one counts
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                names = parse(text)
+        if not isinstance(names, (list, tuple)):
+            return "", published
+        published = [*names]
+    parts = [published]
+    while any(isinstance(part, list) for part in parts):
+        parts = [leaf for part in parts for leaf in (part if isinstance(part, list) else [part])]
+    return deepest_category(published), next((part for part in parts if odd_part(part) is not None), None)
+
+
+def is_no_age(value):
+    """Is a value of a column of ages a date, a year or another number above 120, or below 0?"""
+    is_date = re.search(r"\d([./-])\d+\1\d|^\s*-\d", str(value))
+    return bool(is_date) or any(float(number) > 120 for number in re.findall(r"\d+(?:\.\d+)?", str(value)))
 
 
 def clean_items(items):

@@ -31,12 +31,12 @@ def stage_parser(doc):
     return parser, add
 
 
-def at_least(minimum, kind=int, at_most=2**32 - 1):
+def at_least(minimum, kind=int, at_most=None):
     """The type of an option whose number has limits: argparse then refuses it with one line."""
+    largest = at_most or (1e30 if kind is float else 2**32 - 1)
 
     def parse(text):
         number = kind(text)
-        largest = 1e30 if kind is float else at_most
         if not minimum <= number <= largest:  # written this way, it refuses nan, too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} to {largest:g}")
         return number

@@ -62,6 +62,18 @@ def text_lines(path, args):
         fail(f"{path} is no whole gzip file ({error}): download or export it again")
 
 
+def problem_of(content, first=1):
+    """Why bytes, those of a file from line `first` on, are no lines of UTF-8, with the cure, or None"""
+    if first == 1 and re.match(rb"\xff\xfe|\xfe\xff|(?:[^\0]\0){4}|(?:\0[^\0]){4}", content):
+        return "is UTF-16: `iconv -f UTF-16 -t UTF-8` makes it UTF-8"
+    if first == 1 and re.match(rb"[^\n]*\r[^\r\n]", content):
+        return "ends its lines with CR alone, as old Macs did: `tr '\\r' '\\n'` mends it"
+    if (position := content.find(b"\0")) >= 0:
+        number = first + content.count(b"\n", 0, position)
+        return f"has a NUL byte in line {number}: it is damaged or no text; `tr -d '\\0'` drops such bytes"
+    return None
+
+
 def first_lines(path):
     """The first 100 lines of a file, as far as they lie in its first MiB: list of bytes."""
     with open(path, "rb") as file:
@@ -124,6 +136,8 @@ def _blocks(path, args):
                      f"that is right")
             if not last and not rest:
                 piece = piece.removeprefix(b"\xef\xbb\xbf")
+            if problem := problem_of(piece, last + 1):
+                fail(f"{path} {problem}")
             lines, newline, tail = piece.rpartition(b"\n")
             if newline:
                 first, last = last + 1, last + 1 + lines.count(b"\n")

@@ -7,6 +7,7 @@ ITEM_FIELDS; users: user_id and what is known, or None. A file that cannot be re
 import json
 import pickle
 import re
+import reprlib
 from datetime import date, datetime
 from io import BytesIO
 from itertools import islice
@@ -17,9 +18,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from userip.artifacts import fail
-from userip.cleaning import deepest_category, to_seconds
-from userip.raw_lines import BAD_LINE, DAMAGE, first_lines, parse_line, read_lines
+from userip.artifacts import fail, warn
+from userip.cleaning import CONTROL, odd_part, read_category, to_seconds, to_text
+from userip.raw_lines import BAD_LINE, DAMAGE, first_lines, parse_line, problem_of, read_lines
+from userip.tables import check_columns
 
 CATEGORIES = {"clothing": "Clothing_Shoes_and_Jewelry", "movies": "Movies_and_TV", "games": "Video_Games"}
 ITEM_FIELDS = ["item_id", "title", "category", "brand", "price"]
@@ -82,6 +84,8 @@ def _content(path, formats):
         if {"business_id", "name"} <= fields or \
                 fields & {"asin", "parent_asin"} and fields & {"title", "categories", "category"}:
             return "items"
+    if problem := problem_of(b"".join(lines)):
+        return problem
     other = {b"": "empty", b"[": "a JSON array, not one record a line", b"<": "HTML"}
     return other.get(b"".join(lines).strip()[:1], "other records")
 
@@ -96,7 +100,15 @@ def _read_reviews(args, path, fields):
                ("review", str | None, None)]
     names = {column: field for (column, *_), field in zip(columns, fields)}
     decoder = msgspec.json.Decoder(msgspec.defstruct("Review", columns, rename=names, gc=False))
-    reviews = read_lines(path, args, decoder.decode_lines)
+
+    def decode(lines):
+        records = decoder.decode_lines(lines)
+        ids = [text for record in records for text in (record.user_id, record.item_id)]
+        if CONTROL.search("".join(ids)) or not all(map(str.strip, ids)):
+            raise ValueError(f"{fields[0]} or {fields[1]} is no printable text")
+        return records
+
+    reviews = read_lines(path, args, decode)
     tables = []
     for records in iter(lambda: [*islice(reviews, 1 << 13)], []):  # as many as fit the processor's cache
         times = [record.timestamp for record in records]
@@ -134,7 +146,7 @@ def _read_records(args, path, keys, ids):
     record has, and becomes its "id".
     """
     ids = set(ids)
-    pattern = re.compile(rf"""["'](?:{'|'.join(keys)})["']: ?["']([^"']+)["']""".encode())
+    pattern = re.compile(rf"""["'](?:{'|'.join(keys)})["']: ?["']([^"'\\]+)["']""".encode())
 
     def decode(lines):
         records = []
@@ -151,6 +163,25 @@ def _read_records(args, path, keys, ids):
     return read_lines(path, args, decode)
 
 
+def _first(*values):
+    """The first of these values that is not missing"""
+    return next((value for value in values if value not in (None, "", [], {})), None)
+
+
+def _to_items(path, rows):
+    """Rows of ITEM_FIELDS as published -> a frame; says how many values hold no text, with the first."""
+    items, names, odd = pd.DataFrame(rows, columns=ITEM_FIELDS, dtype=object), [], []
+    for item, title, category, brand, _ in items.itertuples(index=False):
+        name, part = read_category(category)
+        names.append(name)
+        parts = {"title": odd_part(title), "category": part, "brand": odd_part(brand)}
+        odd += [f"{reprlib.repr(part)}, {key} of {item}" for key, part in parts.items() if part is not None]
+    if odd:
+        warn(f"{path}: {len(odd):,} titles, categories or brands are neither text nor a number and are "
+             f"left out, the first of them {odd[0]}")
+    return items.assign(category=names)
+
+
 def read_amazon(args):
     """Amazon's reviews of one category, in the format of 2014, 2018 or 2023, with their items' metadata."""
     paths, name = _find_files(args, [name for name in REVIEW_FIELDS if name.startswith("Amazon")])
@@ -159,12 +190,11 @@ def read_amazon(args):
     for record in _read_records(args, paths["items"], ["parent_asin", "asin"],
                                 interactions["item_id"].cat.categories):
         details = record.get("details")
-        brand = record.get("brand") or record.get("store") or \
-            (details.get("Brand") if isinstance(details, dict) else None)
-        category = record.get("category") or record.get("categories") or record.get("main_category")
-        category = deepest_category(category)
+        details = details if isinstance(details, dict) else {}
+        brand = _first(record.get("brand"), record.get("store"), details.get("Brand"))
+        category = _first(*map(record.get, ("category", "categories", "main_category")))
         items.append((record["id"], record.get("title"), category, brand, record.get("price")))
-    return interactions, pd.DataFrame(items, columns=ITEM_FIELDS), None
+    return interactions, _to_items(paths["items"], items), None
 
 
 def read_yelp(args):
@@ -172,7 +202,7 @@ def read_yelp(args):
     paths, name = _find_files(args, ["Yelp"])
     interactions = _read_reviews(args, paths["reviews"], REVIEW_FIELDS[name])
     items = _read_records(args, paths["items"], ["business_id"], interactions["item_id"].cat.categories)
-    items = pd.DataFrame(map(_yelp_item, items), columns=ITEM_FIELDS)
+    items = _to_items(paths["items"], map(_yelp_item, items))
     if not paths["users"]:
         return interactions, items, None
     fields = ["user_id", "review_count", "yelping_since", "fans"]
@@ -183,10 +213,11 @@ def read_yelp(args):
 
 def _yelp_item(record):
     """A business as a row of ITEM_FIELDS. Categories have no order: the first below the top level counts."""
-    names = record.get("categories") or []
-    names = names.split(",") if isinstance(names, str) else names if isinstance(names, list) else []
-    names = [name.strip() for name in names if isinstance(name, str)]
+    parts = record.get("categories")
+    parts = parts.split(",") if isinstance(parts, str) else parts if isinstance(parts, list) else [parts]
+    names = [name.strip() for part in parts if (name := to_text(part))]
     category = next((name for name in names if name not in YELP_TOP_LEVEL), names[0] if names else "")
+    category = [category, *(part for part in parts if odd_part(part) is not None)]
     attributes = record.get("attributes") or {}
     if isinstance(attributes, list):  # of 2017: ["RestaurantsPriceRange2: 2", …]
         attributes = dict(part.split(": ", 1) for part in map(str, attributes) if ": " in part)
@@ -211,28 +242,41 @@ def read_nete(args):
     """
     dump, text = (args.raw / "reviews.pickle").read_bytes(), (args.raw / "item.json").read_bytes()
     try:
-        rows = [(str(review["user"]), str(review["item"]), float(review["rating"]),
+        rows = [(_nete_text(review["user"]), _nete_text(review["item"]), float(review["rating"]),
                  (review.get("template") or (None,) * 3)[2] or review.get("text"))
                 for review in SafeUnpickler(BytesIO(dump)).load()]
+        rows = [(*row, text if text is None else _nete_text(text)) for *row, text in rows]
+        if problem := problem_of(text):
+            raise ValueError(f"item.json {problem}")
         records = json.loads(text) if text.lstrip().startswith(b"[") else map(parse_line, text.splitlines())
-        items = pd.DataFrame(map(_nete_item, records), columns=ITEM_FIELDS)
+        items = _to_items(args.raw / "item.json", map(_nete_item, records))
     except Exception as error:  # a broken pickle raises nearly anything
         fail(f"reviews.pickle or item.json in {args.raw} is not what NETE published ({type(error).__name__}: "
              f"{error}): download it again")
     interactions = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "review"])
     interactions["timestamp"] = 0  # the dumps have none
+    for frame, name in ((interactions, "reviews.pickle"), (items[["item_id"]], "item.json")):
+        frame.index = pd.RangeIndex(1, len(frame) + 1, name="record")
+        check_columns(frame, args.raw / name)
     if args.split == "published":
         interactions["split"] = _published_split(args.raw / str(args.fold), len(interactions))
     return interactions, items, None
 
 
+def _nete_text(value):
+    """An id or a review of a dump as text; raises a ValueError where it is neither text nor a whole number"""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{reprlib.repr(value)} is neither text nor a whole number")
+    return str(value).encode().decode()  # half a surrogate pair raises a ValueError, too
+
+
 def _nete_item(record):
     """An item of item.json, whose fields differ from dump to dump, as a row of ITEM_FIELDS"""
-    item_id = str(record["item"])
+    item_id = _nete_text(record["item"])
     if "attributes" in record or "business_id" in record:
         return _yelp_item(record | {"id": item_id})
-    category = deepest_category(record.get("categories") or record.get("category"))
-    title = record.get("title") or record.get("name")
+    category = _first(record.get("categories"), record.get("category"))
+    title = _first(record.get("title"), record.get("name"))
     return item_id, title, category, record.get("brand"), record.get("price")
 
 

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from userip.artifacts import fail
-from userip.cleaning import deepest_category, to_seconds
-from userip.raw_lines import text_lines
+from userip.cleaning import LIST_TEXT, read_category, to_seconds
+from userip.raw_lines import problem_of, text_lines
 
 REQUIRED = {"interactions": ["user_id", "item_id", "rating", "timestamp"], "items": ["item_id", "title"],
             "users": ["user_id"]}
@@ -27,21 +27,35 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 LARGEST = {"rating": 3e38, "timestamp": 1e20}  # of float32; nanoseconds in the year 5138
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f]|^\s*$"  # a terminal would obey them; blank
+ESCAPE = r"""\\(?:[\\"'/,;tnr\t\r\n]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|$)"""  # of databases; not AC\DC
 
 
 def _fail_at(frame, path, row, problem):
     fail(f"{path}, {frame.index.name} {frame.index[row]}: {problem}; mend or drop the {frame.index.name}")
 
 
-def check_columns(frame, path):
-    """Make numbers of ratings and times (s), in place; exit code 2 with the first line that has none, or
-    whose id is missing or not printable.
-    """
-    for column in frame.columns.intersection(["user_id", "item_id"]):
-        is_bad = frame[column].fillna("").str.contains(UNPRINTABLE)
+def _refuse(frame, path, columns, pattern, problem, is_missing_bad=False):
+    """Exit code 2 with the first line where one of these columns matches a pattern"""
+    for column in frame.columns.intersection(columns):
+        is_bad = frame[column].str.contains(pattern, na=is_missing_bad)
         if is_bad.any():
-            row = int(is_bad.argmax())
-            _fail_at(frame, path, row, f"{column} is no printable text: {str(frame[column].iloc[row])!r}")
+            text = str(frame[column].iloc[row := int(is_bad.argmax())])
+            start = max(0, match.start() - 20) if (match := re.search(pattern, text)) else 0
+            _fail_at(frame, path, row, f"{column} {problem}: {text[start:start + 60]!r}")
+
+
+def check_columns(frame, path):
+    """Make numbers of ratings and times (s), and names of categories that are the text of a list, in place;
+    exit code 2 with the first line where that cannot be, or whose id is missing or not printable.
+    """
+    _refuse(frame, path, ["user_id", "item_id"], UNPRINTABLE, "is no printable text", is_missing_bad=True)
+    for text in frame.get("category", pd.Series(dtype="str")).dropna().unique():
+        if LIST_TEXT.fullmatch(text):
+            name, odd_part = read_category(text)
+            rows = (frame["category"] == text).to_numpy(dtype=bool, na_value=False)
+            if odd_part is not None:
+                _fail_at(frame, path, int(rows.argmax()), f"category {text[:60]!r} is no list of names")
+            frame.loc[rows, "category"] = name or None
     for column in frame.columns.intersection(LARGEST):
         numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
         is_good = np.abs(numbers) <= LARGEST[column]  # false for nan, too
@@ -74,6 +88,8 @@ def _read_movielens(args, name, columns, separator):
     if not path.is_file():
         fail(f"{path} is missing")
     content = path.read_bytes()
+    if problem := problem_of(content):
+        fail(f"{path} {problem}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -126,10 +142,13 @@ def read_ml_1m(args):
 def read_table(args):
     """A folder with interactions.*, items.* (and users.*, if any) as csv, tsv (both also .gz) or parquet."""
     required = REQUIRED | {"interactions": REQUIRED["interactions"] + ["split"] * (args.split == "published")}
-    names = {theirs: ours for ours, _, theirs in (pair.partition("=") for pair in args.columns)}
-    if "" in names or not ALLOWED.issuperset(names.values()):
-        fail(f"--columns {' '.join(args.columns)}: each must be OURS=THEIRS, such as rating=stars; ours is "
-             f"one of {', '.join(sorted(ALLOWED))}")
+    names = {}
+    for pair in args.columns:
+        ours, _, theirs = pair.partition("=")
+        if not theirs or theirs in names or ours not in ALLOWED:
+            fail(f"--columns {pair}: each must be OURS=THEIRS, such as rating=stars, none twice; ours is "
+                 f"one of {', '.join(sorted(ALLOWED))}")
+        names[theirs] = ours
     frames, unused = {}, set(names)
     for kind, columns in required.items():
         paths = [path for ending in ENDINGS if (path := args.raw / f"{kind}{ending}").exists()]
@@ -164,11 +183,14 @@ def read_frame(path, required, args, names=None):
         fail(f"{path} has no rows: download or export it again")
     ours = [(names or {}).get(name, name) for name in table.column_names]
     if len(set(ours)) < len(ours):
-        fail(f"{path} has two columns of one name among {', '.join(ours)}")
+        fail(f"{path} has two columns of one name among {', '.join(ours)}: see --columns")
     if missing := [column for column in required if column not in ours]:
         fail(f"{path} has no column {', '.join(missing)}; it has {', '.join(ours)}")
     frame = _to_frame(table.rename_columns(ours), numbers, path)
     check_columns(frame, path)
+    if path.suffix != ".parquet":
+        _refuse(frame, path, sorted(TEXTS), ESCAPE, r"has a backslash escape, and only \N is one here: write "
+                r"the letter itself (quotes twice), or `sed 's,\\,/,g'`")
     frame.attrs["published"] = table.column_names
     return frame
 
@@ -189,6 +211,9 @@ def _read_text(path, args):
     tables, records, numbers, end = [], [], [], 0  # end: line on which the last record ended
     try:
         header, end = [field.strip() for field in next(reader)], reader.line_num
+        if delimiter == "\t" and any(header) and all(re.fullmatch('".*"|', field) for field in header):
+            fail(f"{path} has its columns in quotes, but in a tab-separated file quotes are letters: save it "
+                 f"without quotes, or as csv with commas")
         for record in reader:
             number, end = num_blank + end + 1, reader.line_num
             if len(record) == len(header) + 1 and not record[-1]:  # a delimiter at the end of the line
@@ -236,8 +261,16 @@ def _to_frame(table, numbers, path):
     columns = {}
     for name, column in zip(table.column_names, table.columns):
         try:
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            column.validate(full=True)  # that text is UTF-8
             columns[name] = _plain(name, column).to_pandas()
         except (pa.ArrowException, TypeError):
+            with contextlib.suppress(pa.ArrowException):  # neither texts nor bytes
+                for number, text in zip(numbers, column.cast("large_binary").to_pylist()):
+                    if text and text.decode(errors="ignore").encode() != text:
+                        fail(f"{path}, column {name}, {numbers.name} {number}: {text[:40]!r} is not UTF-8: "
+                             f"save it as such")
             kind = "text" if name in TEXTS else "number"
             fail(f"{path}, column {name}: {column.type} is no {kind}, in row 1 and all others")
     return pd.DataFrame(columns).set_index(numbers)
@@ -245,10 +278,11 @@ def _to_frame(table, numbers, path):
 
 def _plain(name, column):
     """A column of a table as text or as numbers: raises an ArrowException or TypeError where it is neither"""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_list(column.type) and name == "category":
-        return pa.array([deepest_category(path) or None for path in column.to_pylist()], "string")
+    if hasattr(column.type, "value_type") and name == "category":  # a list of any kind
+        names, odd_parts = zip(*map(read_category, column.to_pylist()))
+        if any(part is not None for part in odd_parts):
+            raise TypeError
+        return pa.array([name or None for name in names], "string")
     if pa.types.is_nested(column.type) and name in ALLOWED:
         raise TypeError
     if pa.types.is_nested(column.type):  # what is known of users, for checking only
