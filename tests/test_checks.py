@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import SMALL, run_stage
+from conftest import SMALL, read_raw, run_stage, write_ml_100k
 from userip.artifacts import read_artifacts, sha256_of
 
 
@@ -111,6 +111,14 @@ def test_every_artifact_names_the_run_that_it_belongs_to(small_run):
     runs = {path.name: json.loads(path.read_text())["run"] for path in small_run[1].glob("*.json")
             if path.name != "prepare.json"}
     assert set(runs.values()) == {sha256_of(small_run[1] / "interactions.parquet")} and len(runs) >= 11
+
+
+def test_columns_without_any_value_pass(tmp_path):
+    """MovieLens knows no brand and no price"""
+    write_ml_100k(tmp_path / "raw")
+    read_raw(tmp_path, "ml-100k", "--min-interactions", 1)
+    (items,) = read_artifacts(types.SimpleNamespace(run_dir=tmp_path / "run"), "items.parquet")
+    assert items["brand"].isna().all() and len(items)
 
 
 def test_what_stages_write_passes(small_run):

@@ -66,7 +66,7 @@ def _problem_of_frame(frame, columns, codes):
             return f"has {str(values[~values.isin(kind)].iloc[0])!r} in column {column}"
         if kind == "text" and values.isna().any():
             return f"has rows without {column}"
-        if kind in ("text", "maybe text") and not values.dropna().map(type).eq(str).all():
+        if kind in ("text", "maybe text") and pd.api.types.infer_dtype(values) not in ("string", "empty"):
             return f"has something else than text in column {column}"
         if kind == "maybe number":
             values, kind = values.fillna(0.0), "number"
