@@ -27,8 +27,8 @@ def cf_codes(split, num_users, sizes, seed, rank=8):
     return np.stack([np.where(has_rows, code, size) for code, size in zip(codes, sizes)], 1).astype(np.int64)
 
 
-def leniency_codes(split, seed, num_codes=4, num_folds=5):
-    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; K is unknown. A
+def leniency_codes(split, seed, num_folds=5):
+    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; 4 is unknown. A
     train row's code leaves out its own fold of the rows, or it would contain its own label.
     """
     train = split["train"]
@@ -42,12 +42,11 @@ def leniency_codes(split, seed, num_codes=4, num_folds=5):
         return residual.groupby(rows["user"]).mean()
 
     all_means = user_means(left_out=-1)  # no fold
-    shares = np.arange(1, num_codes) / num_codes
-    edges = all_means[all_means.index.isin(train["user"])].quantile(shares)
+    edges = all_means[all_means.index.isin(train["user"])].quantile([0.25, 0.5, 0.75])
 
     def quartile(means, user):
         mean = means.reindex(user)
-        return np.where(mean.isna(), num_codes, np.searchsorted(edges, mean))[:, None].astype(np.int64)
+        return np.where(mean.isna(), 4, np.searchsorted(edges, mean))[:, None].astype(np.int64)
 
     codes = {name: quartile(all_means, frame["user"]) for name, frame in split.items()}
     for left_out in range(num_folds):

@@ -39,8 +39,7 @@ def read_profiles(args, stored, rows, defaults):
     """
     if "fold" not in stored:
         stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
-    is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
-    is_warm[rows.user] = True
+    is_warm = rows.user.bincount(minlength=stored["profiles"].shape[1]) > 0
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
     has_ratings, routes = options.get("ratings", False), options.get("route", ["none"])
     reads_ratings = [has_ratings and (routes == ["none"] or "rating" in routes[k].split("+"))
