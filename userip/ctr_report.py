@@ -63,8 +63,7 @@ def table_of_means(groups, data=None):
             f"{rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f}",
             f"{rela_impr_logloss(frame['logloss'].mean(), reference['logloss'].mean()):+.2f}"]
         if data:
-            line += ([f"{figure:.4f}" for figure in paper.loc[(data, *key)]] if (data, *key) in paper.index
-                     else ["", ""])
+            line += [f"{figure:.4f}".replace("nan", "") for figure in paper.reindex([(data, *key)]).iloc[0]]
         lines.append(line)
     header = ["model", "features", "AUC", "logloss", "RelaImpr AUC (%)", "RelaImpr logloss (%)"]
     return markdown(header + (["paper: AUC", "logloss"] if data else []), lines)

@@ -62,8 +62,7 @@ def join(pieces):
 def tokenize(tokenizer, rows, max_tokens=None):
     """rows: a list of (field, text) pieces per text, maybe empty -> Texts of at most `max_tokens` tokens"""
     # a tokenizer of the Llama kind puts its own space before a text; GPT-2's needs it there
-    first_token = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0]
-    shift = 1 if first_token.startswith("▁") else 0
+    shift = 1 if tokenizer.tokenize("a")[0].startswith("▁") else 0
     index = {field: number for number, field in enumerate(FIELDS)}
     ids, field = [], []
     for pieces in rows:
