@@ -100,7 +100,8 @@ class DeepFM(nn.Module):
 
     def forward(self, rows, keep=None):
         w, e = rows[..., -1], rows[..., :-1]  # [B, F], [B, F, E]
-        return self.bias + w.sum(1) + pair_products(e, e).sum(2).sum(1) + self.deep(e.flatten(1), keep)
+        deep = self.deep(e.flatten(1), keep)
+        return self.bias + w.sum(1) + pair_products(e, e).sum(2).sum(1) + deep
 
 
 class FiBiNET(nn.Module):

@@ -83,7 +83,7 @@ def table_of_differences(groups, overlap):
         if (first, second) == ("codes", "random"):
             gains[model] = {"auc_gain": auc[0], "auc_half_interval": auc[1]}
         if (first, second) == ("truth", "random") and model in gains:
-            gains[model]["share_of_oracle"] = gains[model]["auc_gain"] / auc[0]
+            gains[model]["share_of_oracle"] = gains[model]["auc_gain"] / (one[:, 0].mean() - two[:, 0].mean())
     return markdown(["model", "difference", "AUC", "p", "logloss", "p"], lines), gains
 
 
