@@ -156,20 +156,19 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
     return candidates[best]
 
 
-def recommendation_losses(codes, num_codes, train_rows, valid_rows, seed):
-    """codes int64 [F + 1, N] -> logloss of each valid row [R] at the best of 15 epochs of a surrogate"""
+def recommendation_losses(codes, num_codes, rows, valid_rows, seed):
+    """codes int64 [F + 1, N] -> logloss of each valid row [R] at the best of 15 epochs on the (train) rows"""
     torch.manual_seed(seed)
-    surrogate = Surrogate([num_codes + 1], train_rows.num_items)
+    surrogate = Surrogate([num_codes + 1], rows.num_items)
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=0.01)
     one_hot = lambda code: [F.one_hot(code, num_codes + 1).float()]
-    user, item, label, fold = (column[:200_000] for column in train_rows[:4])
-    losses = []
+    num_rows, losses = min(len(rows.user), 200_000), []
     for _ in range(15):
         surrogate.train()
-        for batch in torch.randperm(len(user)).split(512):
-            logits = surrogate(one_hot(codes[fold[batch], user[batch]]), item[batch])
+        for batch in torch.randperm(num_rows).split(512):
+            logits = surrogate(one_hot(codes[rows.fold[batch], rows.user[batch]]), rows.item[batch])
             optimizer.zero_grad(set_to_none=True)
-            F.binary_cross_entropy_with_logits(logits, label[batch]).backward()
+            F.binary_cross_entropy_with_logits(logits, rows.label[batch]).backward()
             optimizer.step()
         surrogate.eval()
         with torch.no_grad():

@@ -157,7 +157,7 @@ def sparse_fields(feature, run, seed):
         codes = np.stack([np.random.default_rng([seed, k]).permutation(code)
                           for k, code in enumerate(codes.T)], 1)
     elif feature == "cf":
-        codes = cf_codes(run.split, len(run.users), run.code_sizes, seed)
+        codes = cf_codes(run, seed)
     elif feature == "truth":
         codes = np.stack([pd.factorize(run.users[f"true_{name}"], sort=True)[0] for name in run.names], 1)
         sizes = (codes.max(0) + 1).tolist()

@@ -100,11 +100,10 @@ def vocabulary_words(tokenizer, has_spaces=True):
     """
     tokens, words = tokenizer.convert_ids_to_tokens(range(len(tokenizer))), {}
     for index, token in enumerate(tokens):
-        if not has_spaces and (text := tokenizer.convert_tokens_to_string([token]).strip()).isalpha():
+        if has_spaces and (match := re.fullmatch("[Ġ▁]([A-Za-z]{3,})", token or "")):
+            words[index] = match[1]
+        elif not has_spaces and (text := tokenizer.convert_tokens_to_string([token]).strip()).isalpha():
             words[index] = text
-        elif has_spaces and token and token[0] in "Ġ▁" and len(token) > 3 and token[1:].isascii() and \
-                token[1:].isalpha():
-            words[index] = token[1:]
     return torch.tensor(list(words), dtype=torch.long), np.array(list(words.values()))
 
 

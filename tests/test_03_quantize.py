@@ -13,7 +13,6 @@ from sklearn.metrics import adjusted_rand_score
 from common import usage_of
 from conftest import quantize, run_stage
 from userip.artifacts import read_artifacts, write_artifact
-from userip.profiles import Rows
 
 
 def clusters(num_users=1200, dim=24, num_codes=4, spread=3.0, seed=0):
@@ -41,7 +40,8 @@ def profile_of(deviation, num_codes=4, noise=None, **changes):
 
 def rows_of(user, item, label, fold=None, num_items=None):
     fold = torch.zeros_like(user) if fold is None else fold
-    return Rows(user, item, label.float(), fold, num_items or int(item.max()) + 1)
+    return SimpleNamespace(user=user, item=item, label=label.float(), fold=fold,
+                           num_items=num_items or int(item.max()) + 1)
 
 
 def first_transform(deviation, noise, num_codes=11, options=(), **changes):

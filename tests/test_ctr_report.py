@@ -63,10 +63,11 @@ def test_the_interval_over_splits_is_wider_by_their_overlap():
 
 
 def test_the_papers_tables_stand_beside_ours_where_it_is_the_papers_data():
-    results = pd.concat([frame_of({"none": 0.0, "codes": 0.1, "dense": 0.05}),
+    results = pd.concat([frame_of({"none": 0.0, "codes": 0.1, "dense": 0.05, "cf": 0.0}),
                          frame_of({"none": 0.0, "codes": 0.1}, model="pnn")])
     lines = ctr_report.table_of_means(groups_of(results), "games")
     for line in ("| dcn | none | 0.6500 ± 0.0707 | 0.6000 ± 0.0000 |  |  | 0.7317 | 0.7744 |",
+                 "| dcn | cf | 0.6500 ± 0.0707 | 0.6000 ± 0.0000 | +0.00 | +0.00 |  |  |",  # none of the paper's
                  "| dcn | dense | 0.7000 ± 0.0707 | 0.6000 ± 0.0000 | +33.33 | +0.00 | 0.7340 | 0.8429 |",
                  "| pnn | codes | 0.7500 ± 0.0707 | 0.6000 ± 0.0000 | +66.67 | +0.00 | 0.7208 | 0.8076 |"):
         assert line in lines  # tables 2, 3 and 4

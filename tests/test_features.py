@@ -1,5 +1,7 @@
 """Controls beside the codes: what they are made of, and that no label reaches its own row."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 from sklearn.metrics import adjusted_rand_score
@@ -52,7 +54,8 @@ def test_neither_valid_nor_test_rows_reach_cf_and_leniency():
     split, _ = small_split()
     other = split | {name: split[name].assign(rating=1.0, item=(split[name]["item"] + 3) % 20)
                      for name in ("valid", "test")}
-    assert (cf_codes(split, 300, [4, 3], 0) == cf_codes(other, 300, [4, 3], 0)).all()
+    run_of = lambda split: SimpleNamespace(split=split, users=range(300), code_sizes=[4, 3], num_items=20)
+    assert (cf_codes(run_of(split), 0) == cf_codes(run_of(other), 0)).all()
     for name in ("train", "valid", "test"):
         assert (leniency_codes(split, 0)[name] == leniency_codes(other, 0)[name]).all()
 
@@ -63,6 +66,7 @@ def test_cf_finds_who_likes_the_same_items_and_folds_cold_users_in():
             for item in rng.choice(20, 8, replace=False) + 20 * (user % 2)]
     frame = pd.DataFrame(rows, columns=["user", "item"])
     split = {"train": frame[frame["user"] < 150], "support": frame[frame["user"].between(150, 197)]}
-    codes = cf_codes(split, 200, [2], 0)[:, 0]
+    run = SimpleNamespace(split=split, users=range(200), code_sizes=[2], num_items=40)
+    codes = cf_codes(run, 0)[:, 0]
     assert adjusted_rand_score(np.arange(198) % 2, codes[:198]) > 0.95
     assert (codes[198:] == 2).all()  # neither train nor support rows

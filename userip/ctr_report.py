@@ -63,8 +63,7 @@ def table_of_means(groups, data=None):
             f"{rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f}",
             f"{rela_impr_logloss(frame['logloss'].mean(), reference['logloss'].mean()):+.2f}"]
         if data:
-            line += ([f"{figure:.4f}" for figure in paper.loc[(data, *key)]] if (data, *key) in paper.index
-                     else ["", ""])
+            line += [f"{figure:.4f}".replace("nan", "") for figure in paper.reindex([(data, *key)]).iloc[0]]
         lines.append(line)
     header = ["model", "features", "AUC", "logloss", "RelaImpr AUC (%)", "RelaImpr logloss (%)"]
     return markdown(header + (["paper: AUC", "logloss"] if data else []), lines)
@@ -77,16 +76,14 @@ def table_of_differences(groups, overlap):
     for model, (first, second) in itertools.product(dict.fromkeys(model for model, _ in groups), DIFFERENCES):
         if (model, first) not in groups or (model, second) not in groups:
             continue
-        one, two = groups[model, first], groups[model, second]
-        auc, loss = (paired_interval(one[column].to_numpy() - two[column].to_numpy(), overlap)
-                     for column in ("auc", "logloss"))
+        one, two = (groups[model, feature][["auc", "logloss"]].to_numpy() for feature in (first, second))
+        auc, loss = (paired_interval(differences, overlap) for differences in (one - two).T)
         lines.append([model, f"{first} - {second}", with_interval(*auc[:2]), p_text(auc[2]),
                       with_interval(*loss[:2]), p_text(loss[2])])
         if (first, second) == ("codes", "random"):
             gains[model] = {"auc_gain": auc[0], "auc_half_interval": auc[1]}
         if (first, second) == ("truth", "random") and model in gains:
-            oracle = one["auc"].mean() - two["auc"].mean()
-            gains[model] |= {"oracle_auc_gain": oracle, "share_of_oracle": gains[model]["auc_gain"] / oracle}
+            gains[model]["share_of_oracle"] = gains[model]["auc_gain"] / (one[:, 0].mean() - two[:, 0].mean())
     return markdown(["model", "difference", "AUC", "p", "logloss", "p"], lines), gains
 
 

@@ -62,8 +62,7 @@ def join(pieces):
 def tokenize(tokenizer, rows, max_tokens=None):
     """rows: a list of (field, text) pieces per text, maybe empty -> Texts of at most `max_tokens` tokens"""
     # a tokenizer of the Llama kind puts its own space before a text; GPT-2's needs it there
-    first_token = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0]
-    shift = 1 if first_token.startswith("▁") else 0
+    shift = 1 if tokenizer.tokenize("a")[0].startswith("▁") else 0
     index = {field: number for number, field in enumerate(FIELDS)}
     ids, field = [], []
     for pieces in rows:
@@ -95,13 +94,9 @@ class Events(NamedTuple):
 def assign_folds(train, num_folds, seed):
     """A fold for each train row, a user's rows dealt out evenly: int64 [rows]"""
     rng = np.random.default_rng([seed, 5])
-    order = rng.permutation(len(train))
-    user = train["user"].to_numpy()[order]
-    turn = (pd.Series(user).groupby(user).cumcount().to_numpy()
-            + rng.integers(num_folds, size=user.max() + 1)[user])
-    fold = np.empty(len(train), dtype=np.int64)
-    fold[order] = turn % num_folds
-    return fold
+    user = train["user"].reset_index(drop=True)[rng.permutation(len(train))]
+    turn = user.groupby(user).cumcount() + rng.integers(num_folds, size=user.max() + 1)[user]
+    return (turn % num_folds).sort_index().to_numpy()
 
 
 def observe(args, interactions, num_users):
@@ -237,16 +232,14 @@ class Evidence:
         return self.of_events(events._replace(user=events.user - first))
 
     def of_events(self, events):
-        read = self._histories if self.is_history else self._single_texts
-        evidence = [read(route, events) for route in self.routes if len(events.user)]
+        evidence = [self._texts(route, events) for route in self.routes if len(events.user)]
         return [part for part in evidence if len(part[1])]
 
-    def _single_texts(self, route, events):
-        events = events.select(route.has_text(events))
-        return route, route.text_index(events), events.user
-
-    def _histories(self, route, events):
-        """With a route whose texts are the users' histories, one each"""
+    def _texts(self, route, events):
+        """Of --evidence history with a route whose texts are the users' histories, one each"""
+        if not self.is_history:
+            events = events.select(route.has_text(events))
+            return route, route.text_index(events), events.user
         histories = route.texts_by_user(events)
         pieces = [sum((route.pieces[index] for index in history), []) for history in histories]
         texts, user = tokenize(self.tokenizer, pieces), torch.tensor(histories.index.to_numpy())

@@ -11,24 +11,24 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
 
-def cf_codes(split, num_users, sizes, seed, rank=8):
+def cf_codes(run, seed, rank=8):
     """k-means of users' factors, one field per size: int64 [N, P]. Factors: truncated SVD of train rows; the
     support rows of cold users are folded in. A user with neither has the code K.
     """
-    num_items = 1 + max(int(frame["item"].max()) for frame in split.values() if len(frame))
     train, support = (sparse.csr_matrix((np.ones(len(rows)), (rows["user"], rows["item"])),
-                                        shape=(num_users, num_items))
-                      for rows in (split["train"], split["support"]))
-    svd = TruncatedSVD(min(rank, num_items - 1), random_state=seed).fit(train)
+                                        shape=(len(run.users), run.num_items))
+                      for rows in (run.split["train"], run.split["support"]))
+    svd = TruncatedSVD(min(rank, run.num_items - 1), random_state=seed).fit(train)
     factors = normalize(svd.transform(train + support))  # the direction of taste, not the number of items
     is_warm, has_rows = train.getnnz(1) > 0, (train + support).getnnz(1) > 0
     codes = [KMeans(size, n_init=4, random_state=seed).fit(factors[is_warm]).predict(factors)
-             for size in sizes]
-    return np.stack([np.where(has_rows, code, size) for code, size in zip(codes, sizes)], 1).astype(np.int64)
+             for size in run.code_sizes]
+    codes = [np.where(has_rows, code, size) for code, size in zip(codes, run.code_sizes)]
+    return np.stack(codes, 1).astype(np.int64)
 
 
-def leniency_codes(split, seed, num_codes=4, num_folds=5):
-    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; K is unknown. A
+def leniency_codes(split, seed, num_folds=5):
+    """Quartile of a user's mean residual, rating less the item's mean: {name: int64 [n, 1]}; 4 is unknown. A
     train row's code leaves out its own fold of the rows, or it would contain its own label.
     """
     train = split["train"]
@@ -42,12 +42,11 @@ def leniency_codes(split, seed, num_codes=4, num_folds=5):
         return residual.groupby(rows["user"]).mean()
 
     all_means = user_means(left_out=-1)  # no fold
-    shares = np.arange(1, num_codes) / num_codes
-    edges = all_means[all_means.index.isin(train["user"])].quantile(shares)
+    edges = all_means[all_means.index.isin(train["user"])].quantile([0.25, 0.5, 0.75])
 
     def quartile(means, user):
         mean = means.reindex(user)
-        return np.where(mean.isna(), num_codes, np.searchsorted(edges, mean))[:, None].astype(np.int64)
+        return np.where(mean.isna(), 4, np.searchsorted(edges, mean))[:, None].astype(np.int64)
 
     codes = {name: quartile(all_means, frame["user"]) for name, frame in split.items()}
     for left_out in range(num_folds):
@@ -64,8 +63,7 @@ def profile_vectors(run, device):
     vectors = [(profiles[:, :, k] - run.codebook[name]["mean"]) @ run.codebook[name]["transform"]
                for k, name in enumerate(run.names)]  # of [F + 1, N, C]
     fold = dict.fromkeys(run.labels, len(profiles) - 1) | {"train": run.stored.get("fold", 0)}
-    users = {name: torch.tensor(run.split[name]["user"].to_numpy()) + len(run.users) * fold[name]
-             for name in fold}
+    users = {name: (torch.tensor(run.split[name]["user"].to_numpy()) + len(run.users) * index).to(device)
+             for name, index in fold.items()}
     return {"vectors": torch.cat(vectors, 2).flatten(0, 1).to(device),  # [(F + 1) N, ΣC]
-            "dims": tuple(z.shape[2] for z in vectors),
-            "users": {name: user.to(device) for name, user in users.items()}}
+            "dims": tuple(z.shape[2] for z in vectors), "users": users}

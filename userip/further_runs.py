@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from userip.artifacts import MADE_BY, fail, read_sidecar
-from userip.options import option_name
+from userip.options import options_text
 
 _STAGES = {"01_prepare.py": "interactions.parquet", "02_infer_profiles.py": "profiles.pt",
            "03_quantize.py": "feature_bank.parquet"}
@@ -62,11 +62,7 @@ def further_run(args, name, first_stage, changes):
 
 def command_line(options):
     """The options of a sidecar as a command line: {"paper": True, "codes": [4, 3]} -> --paper --codes 4 3"""
-    words = []
-    for key, option in options.items():
-        if (key, option) == ("whiten", False):  # on unless switched off
-            words.append("--no-whiten")
-        elif key != "download" and option is not None and option is not False and option != []:  # 0 is kept
-            values = [] if option is True else option if isinstance(option, list) else [option]
-            words += [option_name(key), *map(str, values)]
-    return words
+    kept = {key: [] if option is True else option for key, option in options.items()
+            if key != "download" and option not in (None, [])
+            and (option is not False or key == "whiten")}  # on unless switched off
+    return shlex.split(options_text(kept))

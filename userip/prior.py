@@ -88,8 +88,6 @@ def descend(run, prior, profiles, pull, noise, num_sample=3000):
     far as it falls -> Profiles, (L_LM, λ L_Q) per train row. L_LM is of the same rows in every round.
     """
     path, train = Path(run.args.run_dir) / "profiles.pt", run.observed.train
-    if not path.exists():
-        return profiles, None
     before = torch.load(path, weights_only=True, mmap=True)["profiles"]
     before = before if before.dim() == 4 else before[None]
     if before.shape != profiles.shape:

@@ -2,7 +2,6 @@
 
 import itertools
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,20 +16,15 @@ from userip.artifacts import fail, read_sidecar
 from userip.options import option_name
 
 
-class Rows(NamedTuple):
-    user: torch.Tensor  # int64 [R]
-    item: torch.Tensor  # int64 [R]
-    label: torch.Tensor  # float32 [R]
-    fold: torch.Tensor  # int64 [R], index of the profiles that were inferred without this row
-    num_items: int  # in the catalogue
-
-
 def read_rows(interactions, split, fold=None):
-    """The rows of a split; fold [R] is zero without folds"""
+    """The rows of a split: user, item, fold int64 [R], label float32 [R], num_items in the catalogue. fold:
+    index of the profiles that were inferred without the row, zero without folds
+    """
     frame = interactions[interactions["split"] == split]
     user, item, label = (torch.tensor(frame[name].to_numpy()) for name in ("user", "item", "label"))
     fold = torch.zeros_like(user) if fold is None else fold
-    return Rows(user, item, label.float(), fold, int(interactions["item"].max()) + 1)
+    return SimpleNamespace(user=user, item=item, label=label.float(), fold=fold,
+                           num_items=int(interactions["item"].max()) + 1)
 
 
 def read_profiles(args, stored, rows, defaults):
@@ -39,8 +33,7 @@ def read_profiles(args, stored, rows, defaults):
     """
     if "fold" not in stored:
         stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
-    is_warm = torch.zeros(stored["profiles"].shape[1], dtype=torch.bool)
-    is_warm[rows.user] = True
+    is_warm = rows.user.bincount(minlength=stored["profiles"].shape[1]) > 0
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
     has_ratings, routes = options.get("ratings", False), options.get("route", ["none"])
     reads_ratings = [has_ratings and (routes == ["none"] or "rating" in routes[k].split("+"))

@@ -259,7 +259,6 @@ def headline(sidecars):
 
 
 def page(title, body):
-    """One HTML file"""
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
