@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pandas as pd
 import torch
 
-from conftest import dies
+from conftest import HELDOUT, dies
 from userip.artifacts import read_artifacts, read_sidecar, sha256_of, write_artifact
 
 
@@ -16,7 +16,8 @@ def options_of(run_dir, seed=0):
 def profiles_of(num_users, seed=0):
     return {"profiles": torch.ones(num_users, 1, 3) + seed, "shared": torch.ones(1, 3), "gain": torch.ones(num_users, 1),
             "noise": torch.eye(3)[None], "num_evidence": torch.ones(num_users, 1, dtype=torch.long),
-            "has_evidence": torch.ones(num_users, dtype=torch.bool), "names": ["a"]}
+            "has_evidence": torch.ones(num_users, dtype=torch.bool), "names": ["a"], "texts": ["a"],
+            "llm": "tiny", "tiny_llm": ""}
 
 
 def write_pair(run_dir, seed=0):
@@ -24,7 +25,7 @@ def write_pair(run_dir, seed=0):
                           "split": "train"})
     args = options_of(run_dir, seed)
     write_artifact(args, "interactions.parquet", frame, dataset="x")
-    write_artifact(args, "profiles.pt", profiles_of(2, seed), inputs=["interactions.parquet"], heldout_nll={})
+    write_artifact(args, "profiles.pt", profiles_of(2, seed), inputs=["interactions.parquet"], heldout_nll=HELDOUT)
 
 
 def test_artifacts_come_back_as_written_and_say_where_they_come_from(tmp_path):

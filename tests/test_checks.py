@@ -34,7 +34,7 @@ FRAMES = [
     ("interactions.parquet", lambda f: f.assign(label=2), "'2' in column label"),
     ("interactions.parquet", lambda f: f.assign(user=f["user"] + 0.5), "not whole"),
     ("interactions.parquet", lambda f: f.assign(item=f["item"] - 1), "below 0"),
-    ("interactions.parquet", lambda f: f.assign(item=f["item"] + 1), "has item 40, but there are only 40"),
+    ("interactions.parquet", lambda f: f.assign(item=f["item"] + 1), "leaves out a number"),
     ("interactions.parquet", lambda f: f.assign(split="holdout"), "'holdout' in column split"),
     ("interactions.parquet", lambda f: b"PAR1 not parquet", "cannot be read"),
     ("items.parquet", lambda f: f.sample(frac=1, random_state=0), "must have item 0, 1, 2, … in this order"),
@@ -49,8 +49,8 @@ LATER = [
     ("feature_bank.parquet", lambda f: f.assign(hobby=0.5), "not whole"),
     ("feature_bank.parquet", lambda f: f.assign(hobby="x"), "finite numbers in column hobby"),
     ("feature_bank.parquet", lambda f: f.drop(columns="hobby"), "has no column hobby"),
-    ("feature_bank.parquet", lambda f: f.iloc[:9], "is of"),
-    ("feature_bank.parquet", lambda f: f.assign(user_id=f["user_id"].to_numpy()[::-1]), "other user_ids")]
+    ("feature_bank.parquet", lambda f: f.iloc[:9], "number of users"),
+    ("feature_bank.parquet", lambda f: f.assign(user_id=f["user_id"].to_numpy()[::-1]), "has the user_ids")]
 
 
 @pytest.mark.parametrize("script, name, change, problem", [
@@ -66,9 +66,9 @@ def test_a_frame_that_no_stage_writes_is_refused_by_name(small_run, tmp_path, sc
     (lambda s: s | {"profiles": s["profiles"][:, :1]}, "does not fit"),
     (lambda s: s | {"profiles": s["profiles"] * np.nan}, "not finite"),
     (lambda s: {key: s[key] for key in s if key != "gain"}, "has no tensor gain"),
-    (lambda s: s | {"noise": s["noise"][0]}, "of 3 axes"), (lambda s: [1, 2], "has no tensor profiles"),
+    (lambda s: s | {"noise": s["noise"][0]}, "3 axes"), (lambda s: [1, 2], "has no list names"),
     (lambda s: s | {"has_evidence": s["has_evidence"][:5], "profiles": s["profiles"][:5], "gain": s["gain"][:5],
-                    "num_evidence": s["num_evidence"][:5]}, "is of"),
+                    "num_evidence": s["num_evidence"][:5]}, "number of users"),
     (lambda s: types.SimpleNamespace(), "cannot be read"), (lambda s: b"PK not a file of tensors", "cannot be read")])
 def test_profiles_that_no_stage_writes_are_refused_by_name(small_run, tmp_path, change, problem):
     """A malicious pickle, too: torch reads tensors and plain values only."""

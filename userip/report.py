@@ -230,7 +230,7 @@ def markdown_as_html(text):
     """The pipe tables and paragraphs of results.md, without headings: list of HTML"""
     parts = []
     for block in text.strip().split("\n\n"):
-        if block.startswith("|"):
+        if block.startswith("|") and "\n" in block:
             header, _, *rows = [line.strip("|").split("|") for line in block.splitlines()]
             parts.append(table(header, rows))
         elif not block.startswith("#"):
