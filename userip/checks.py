@@ -129,7 +129,8 @@ def _problem_of(value, schema, path="", sizes=None, part=None):
     """
     sizes = {"2": 2} if sizes is None else sizes
     if isinstance(schema, dict):
-        value = value if isinstance(value, dict) else {}
+        if not isinstance(value, dict):
+            return f"has no dict {path}".strip()
         if str in schema:
             if not all(isinstance(key, str) for key in value):
                 return f"has other keys than texts {path}"
