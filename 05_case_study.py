@@ -239,7 +239,8 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
         start = scale * torch.randn(soft.shape, generator=generator)
         attention = {when: attention_by_word(model, tokenizer, prefix, theta, sentences)
                      for when, theta in (("before", start), ("after", soft))}
-        pictures.append(draw_attention(folder, name, len(noise), sentences[:args.num_users], attention))
+        by_user = dict(zip(run.user_ids[users[:args.num_users]], sentences))
+        pictures.append(draw_attention(folder, name, len(noise), by_user, attention))
         before, after = (content_share(weights, len(noise)) for weights in attention.values())
         rows.append((name, mean_with_interval(before, ".3f"), mean_with_interval(after, ".3f"),
                      mean_with_interval(after - before, "+.4f"), f"{len(users):,}"))

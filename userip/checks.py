@@ -195,7 +195,8 @@ def _claims(name, value, sidecar):
             (value["rating"] > options["threshold"]) == value["label"]).all()
         yield "has a user who has an item twice", options.get("split", "published") == "published" or \
             not value.duplicated(["user", "item"]).any()
-    elif name == "users.parquet":
+    elif name in ("users.parquet", "items.parquet"):
+        yield "has an id twice", value[f"{name[:4]}_id"].is_unique
         yield "has lists in a column", all(pd.api.types.infer_dtype(column, skipna=True) != "mixed"
                                            for _, column in value.items())
     elif name == "results.parquet":
