@@ -137,8 +137,6 @@ def check_evidence(parser, args):
     args.folds = (5 if args.ratings else 0) if args.folds is None else args.folds
     if args.folds == 1:
         parser.error("--folds 1 leaves no evidence: 0 for none, or 2 and more")
-    if not args.task_text.strip():
-        parser.error("--task-text must hold a word: its last token predicts the first evidence token")
 
 
 def check_profiles(parser, args):

@@ -4,8 +4,8 @@ Each file is a small one in a published format, damaged at random: bytes flipped
 replaced by what breaks parsers; `only-users` is the table of new users of stage 2; `artifacts`, `bank`,
 `report` and `scores` are what stages 3, 4, 5 and 2 --only-users read, half of it with digests that match. The
 stage must end with exit code 0, or with 2 and one line on stderr; within 5 seconds (20 where it trains); with
-at most 1 GiB more memory; without a traceback or a file half written. Each runs in a process of its own. Prints how many were read and refused; exit code 1 if one
-failed: its damaged folder is kept and named.
+at most 1 GiB more memory; without a traceback or a file half written. Each runs in a process of its own.
+Prints how many were read and refused; exit code 1 if one failed: its damaged folder is kept and named.
 """
 
 import argparse

@@ -32,9 +32,10 @@ TENSORS = {
                     "profiles": "float32 NPD", "shared": "float32 PD", "noise": "float32 PDD",
                     "gain": "float32 NP", "num_evidence": "int64 NP", "has_evidence": "bool N",
                     "fold?": "int64 R", "prior?": {str: PART}},
-    "new_profiles.pt": {"names": [str, "P"], "user_id": [str, "N"], "profiles": "float32 NPD",
-                        "num_evidence": "int64 NP", "has_evidence": "bool N"},
+    "new_profiles.pt": {"names": [str, "P"], "user_id": [str, "U"], "profiles": "float32 UPD",
+                        "num_evidence": "int64 UP", "has_evidence": "bool U"},
     "codebook.pt": {str: PART | {"usage": "int64 k"}}}
+WORDS = {"N": "number of users", "M": "number of items", "R": "number of train rows"}
 WITH_FOLDS = {"profiles": "float32 FNPD", "num_evidence": "int64 FNP"}
 SIDECAR = {"sha256": str, "inputs": {str: str}, "options": {}, "seed": SEED}
 SIDECARS = {  # more, of which later stages read something
@@ -48,8 +49,8 @@ SIDECARS = {  # more, of which later stages read something
     "train_codes.parquet": {"names": [str]},
     "results.parquet": {
         "gains": {str: {"auc_gain": float, "auc_half_interval": float, "share_of_oracle?": float}},
-        "options": {"models": [set(MODELS)], "hidden": [COUNT], "dropout": (float, 0, 0.9999),
-                    "id_dropout": (float, 0, 0.9999),
+        "options": {"models": [set(MODELS)], "hidden": [COUNT], "dropout": (float, 0, 1 - 1e-15),
+                    "id_dropout": (float, 0, 1 - 1e-15),
                     **dict.fromkeys(("field_dim", "layers", "batch_size", "epochs", "patience"), COUNT)}}}
 
 
@@ -57,14 +58,15 @@ def find_problem(artifacts, sidecars):
     """What is wrong with the first of these artifacts {name: value} that no stage can have written: its name
     and the problem as texts; None if all can be
     """
-    stated = {}  # {fact: (its value, the artifact that states it first)}
+    sizes = {}  # {letter or fact: its value}, the same in all that are read together
     for name, value in artifacts.items():
-        if problem := _problem_of_artifact(name, value, sidecars[name]):
+        if problem := _problem_of_artifact(name, value, sidecars[name], sizes):
             return name, problem
-        for fact, number in _facts(name, value, sidecars[name]).items():
-            expected, first = stated.setdefault(fact, (number, name))
-            if number != expected:
-                return name, f"has the {fact} {number!s:.60}, but {first} {expected!s:.60}"
+        for fact, size in _facts(name, value, sidecars[name]).items():
+            if sizes.setdefault(fact, size) != size:
+                others = ", ".join(other for other in artifacts if other != name)
+                return name, (f"has the {WORDS.get(fact, fact)} {size!s:.60}, but one of {others} has "
+                              f"{sizes[fact]!s:.60}")
     return None
 
 
@@ -80,14 +82,15 @@ def find_sidecar_problem(name, sidecar):
     return _problem_of(sidecar, dict.fromkeys(shown, float))
 
 
-def _problem_of_artifact(name, value, sidecar):
+def _problem_of_artifact(name, value, sidecar, sizes):
     if name in COLUMNS:
         names = sidecar["names"] if name in ("feature_bank.parquet", "train_codes.parquet") else []
-        sizes = sidecar.get("codes", [np.inf] * len(names))
-        problem = _problem_of_frame(value, COLUMNS[name], dict(zip(names, sizes)))
+        codes = sidecar.get("codes", [np.inf] * len(names))
+        problem = _problem_of_frame(value, COLUMNS[name], dict(zip(names, codes)))
     elif name in TENSORS:
-        folds = WITH_FOLDS if name == "profiles.pt" and isinstance(value, dict) and "fold" in value else {}
-        problem = _problem_of(value, TENSORS[name] | folds)
+        has_folds = name == "profiles.pt" and isinstance(value, dict) and "fold" in value
+        folds = WITH_FOLDS if has_folds else {}
+        problem = _problem_of(value, TENSORS[name] | folds, "", sizes)
     else:
         return None
     return problem or next((text for text, is_right in _claims(name, value, sidecar) if not is_right), None)
@@ -127,7 +130,7 @@ def _problem_of(value, schema, path="", sizes=None, part=None):
     """What contradicts the schema at `path` of a sidecar or dict; None if nothing. sizes: {letter: size} so
     far, of a small letter {(letter, part): size}, where part is the key or index of the profile
     """
-    sizes = {"2": 2} if sizes is None else sizes
+    sizes = {} if sizes is None else sizes
     if isinstance(schema, dict):
         if not isinstance(value, dict):
             return f"has no dict {path}".strip()
@@ -141,8 +144,9 @@ def _problem_of(value, schema, path="", sizes=None, part=None):
         return next(filter(None, (_problem_of(value.get(key), kind, f"{path} {key}".strip(), sizes, index)
                                   for key, kind, index in parts)), None)
     if isinstance(schema, list):
-        if not isinstance(value, list) or not value or sizes.setdefault(
-                "".join(schema[1:]), len(value)) != len(value) and schema[1:]:
+        letter = schema[-1] if len(schema) > 1 else ""
+        if not isinstance(value, list) or not value or letter and len(value) != sizes.setdefault(
+                letter, int(letter) if letter.isdigit() else len(value)):
             return f"has no list {path} of the right length"
         return next(filter(None, (_problem_of(element, schema[0], f"{path}[{index}]", sizes, index)
                                   for index, element in enumerate(value))), None)
@@ -202,7 +206,8 @@ def _claims(name, value, sidecar):
     elif name == "results.parquet":
         trained = value[value["model"] != "base rate"]
         yield "does not begin with the base rate", value["model"].iloc[0] == "base rate"
-        yield "has rows without what was chosen", trained[["lr", "weight_decay", "start"]].notna().all(axis=None)
+        chosen = trained[["lr", "weight_decay", "start"]]
+        yield "has rows without what was chosen", chosen.notna().all(axis=None)
     elif name == "scores.pt":
         items = [len(table) / levels for table, levels in zip(value["tables"], value["num_verdicts"])]
         yield "has tables of unlike numbers of items", len(set(items)) == 1
@@ -219,31 +224,25 @@ def _claims(name, value, sidecar):
 
 
 def _facts(name, value, sidecar):
-    """What must be the same in artifacts that are read together: {fact: its value}"""
+    """What else must be the same in artifacts that are read together: {letter or fact: its value}"""
     facts = {}
     if name in ("users.parquet", "feature_bank.parquet"):
-        facts = {"number of users": len(value), "user_ids": value["user_id"].tolist()}
-    if name in ("feature_bank.parquet", "train_codes.parquet"):
-        facts |= {"profiles": sidecar["names"]}
-    if name == "interactions.parquet":
-        facts = {f"number of {kind}s": int(value[kind].max()) + 1 for kind in ("user", "item")}
-        facts["number of train rows"] = int((value["split"] == "train").sum())
-    elif name == "items.parquet":
-        facts = {"number of items": len(value)}
-    elif name == "feature_bank.parquet":
-        facts |= {"numbers of codes": sidecar["codes"], "folds": sidecar.get("has_folds", False)}
-    elif name == "train_codes.parquet":
-        facts |= {"number of train rows": len(value)}
+        facts = {"N": len(value), "user_ids": value["user_id"].tolist()}
+    elif name in ("items.parquet", "train_codes.parquet"):
+        facts = {"M" if name == "items.parquet" else "R": len(value)}
+    elif name == "interactions.parquet":
+        facts = {letter: int(value[column].max()) + 1 for letter, column in (("N", "user"), ("M", "item"))}
+        facts["R"] = int((value["split"] == "train").sum())
     elif name == "codebook.pt":
-        parts = value.values()
-        facts = {"profiles": list(value), "numbers of codes": [len(part["codebook"]) for part in parts],
-                 "width": max((len(part["mean"]) for part in parts), default=0)}
+        facts = {"profiles": list(value), "codes": [len(part["codebook"]) for part in value.values()]}
     elif name in TENSORS:
-        wide = value["profiles" if name == "new_profiles.pt" else "shared"]
-        facts = {"profiles": value["names"], "width": wide.shape[-1]}
-        if name == "scores.pt":
-            facts["number of items"] = len(value["tables"][0]) // value["num_verdicts"][0]
-        if name == "profiles.pt":
-            facts |= {"number of users": len(value["gain"]), "folds": "fold" in value}
-            facts |= {"number of train rows": len(value["fold"])} if "fold" in value else {}
+        facts = {"profiles": value["names"]}
+    if name == "scores.pt":
+        facts["M"] = len(value["tables"][0]) // value["num_verdicts"][0]
+    if name == "profiles.pt":
+        facts["folds"] = "fold" in value
+    if name in ("feature_bank.parquet", "train_codes.parquet"):
+        facts["profiles"] = sidecar["names"]
+    if name == "feature_bank.parquet":
+        facts |= {"codes": sidecar["codes"], "folds": sidecar.get("has_folds", False)}
     return facts

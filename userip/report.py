@@ -204,7 +204,8 @@ def draw_attention(folder, name, num_noise, sentences, attention):
                 rows.append((user_id, when, word, column >= num_noise, weights[column]))
         axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axis.set(title=f"{name}: {when} tuning", xticks=[])
-        axis.set_yticks(range(len(sentences)), [user[:12] for user in sentences], fontsize=6, parse_math=False)
+        labels = [user_id[:12] for user_id in sentences]
+        axis.set_yticks(range(len(sentences)), labels, fontsize=6, parse_math=False)
     data = pd.DataFrame(rows, columns=["user", "when", "word", "is_content", "attention"])
     return picture(folder, f"attention-{name}", figure, data, "Heat maps of the attention from the words of "
                    f"a sentence to the soft token of {name}, before and after tuning, scaled per user")
