@@ -137,13 +137,11 @@ def check_evidence(parser, args):
     args.folds = (5 if args.ratings else 0) if args.folds is None else args.folds
     if args.folds == 1:
         parser.error("--folds 1 leaves no evidence: 0 for none, or 2 and more")
-    if not args.task_text.strip():
-        parser.error("--task-text must hold a word: its last token predicts the first evidence token")
 
 
 def check_profiles(parser, args):
     """Refuse names and routes that make no sense; set the default route."""
-    if any("=" not in text or not all(text.split("=", 1)) for text in args.profiles):
+    if any("=" not in text or not all(map(str.strip, text.split("=", 1))) for text in args.profiles):
         parser.error(f"--profiles takes NAME=TEXT, such as {DEFAULT_PROFILES[0]!r}, not {args.profiles}")
     names = [text.split("=", 1)[0] for text in args.profiles]
     is_taken = len({*names, "user", "user_id", "item"}) < len(names) + 3
@@ -160,6 +158,8 @@ def check_profiles(parser, args):
     allowed = [*FIELDS[:4], *["rating"] * args.ratings]
     fields = set("+".join(args.route).split("+"))
     unknown = sorted(fields - set(allowed))
+    if repeated := [text for text in args.route if len({*text.split("+")}) <= text.count("+")]:
+        parser.error(f"--route {repeated[0]} names a field twice")
     if len(args.route) != len(names) or unknown:
         parser.error(f"--route ({', '.join(unknown) or f'{len(args.route)} lists'}) takes one list of fields "
                      f"out of {'+'.join(allowed)} for each of {len(names)} profiles, or none"

@@ -107,7 +107,8 @@ def first_transform(args, profile, train_rows, valid_rows):
         transform = whitened[:, :max(1, min(num_above, num_codes - 1))]
         leading = " ".join(f"{value:.2f}" for value in eigenvalues[:10])
         print(f"  whitened eigenvalues (noise {level:.3g}, its edge {edge:.3g}): {leading} | "
-              f"{num_above} above the edge, {transform.shape[1]} kept")
+              f"{num_above} above the edge, {transform.shape[1]} kept"
+              + "  <- its codes may be noise" * (num_above == 0))
         if args.rec_weight and len(valid_rows.user):
             by_label = label_direction(whitened[:, :16], profile.deviation, train_rows)
             # what ratings say of a user lies in one direction: no choice by few, noisy valid rows

@@ -210,8 +210,8 @@ def train_group(args, name, run, features, seeds):
         probabilities += list(stack.predict(rows, "test"))
     losses = np.reshape([one["valid_logloss"] for one in figures], (len(choices), len(features), -1)).mean(2)
     if not np.isfinite(losses.min(0)).all():
-        fail(f"{name} with {features[losses.min(0).argmax()]} diverged: no finite logloss on valid with --lr "
-             f"{max(choices)[0]:g}; lower it")
+        fail(f"{name} with {features[losses.min(0).argmax()]} diverged: no finite logloss on valid with "
+             f"{options_text(dict(zip(CHOICES, max(choices))))}; lower them")
     for index, pair in enumerate(pairs):
         choice = losses[:, features.index(pair[0])].argmin()
         member = choice * len(pairs) + index

@@ -31,7 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.llm import load_llm, tiny_stamp
-from userip.options import at_least, refuse_without_effect, run_program, stage_parser, start_stage
+from userip.options import (at_least, changed_options, refuse_without_effect, run_program, stage_parser,
+                            start_stage)
 from userip.report import (WORD, agreement, code_cards, draw_attention, draw_maps, mean_with_interval,
                            page, report_page, tables_as_html, user_facts)
 
@@ -46,6 +47,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     refuse_without_effect(parser, args, dict.fromkeys(
         ["num_users", "num_scored"], (args.user is None, "the report of all users, without --user")))
+    if args.num_scored < args.num_users and "num_scored" in changed_options(parser, args):
+        parser.error(f"--num-scored {args.num_scored}: the {args.num_users} of --num-users are scored, too")
     return args
 
 
@@ -58,15 +61,15 @@ def read_run(args):
     """The artifacts of the run, checked: data frames, sidecars, profiles [N, P, S D], codes [N, P]"""
     inputs = ["interactions.parquet", "items.parquet", "users.parquet", "profiles.pt", "codebook.pt",
               "feature_bank.parquet", "results.parquet", "results.md"]
-    interactions, items, users, stored, codebook, bank, results, text = read_artifacts(args, *inputs)
     sidecars = {name: read_sidecar(args, name) for name in inputs}
+    inputs += ["train_codes.parquet"] * sidecars["feature_bank.parquet"].get("has_folds", False)
+    interactions, items, users, stored, codebook, bank, results, text, *folded = read_artifacts(args, *inputs)
     names, split = stored["names"], dict(list(interactions.groupby("split")))
     codes = bank[names].to_numpy(dtype=np.int64)
     train_codes = codes[split["train"]["user"]]
     if "fold" in stored:  # the last profile has read all evidence; a train row's code has not read its fold
         stored |= {key: stored[key][-1] for key in ("profiles", "num_evidence")}
-        inputs.append("train_codes.parquet")
-        train_codes = read_artifacts(args, "train_codes.parquet")[0][names].to_numpy(dtype=np.int64)
+        train_codes = folded[0][names].to_numpy(dtype=np.int64)
     return SimpleNamespace(
         inputs=inputs, sidecars=sidecars, items=items, users=users, user_facts=user_facts(users), split=split,
         stored=stored, names=names, profiles=stored["profiles"], has_evidence=stored["num_evidence"] > 0,
@@ -235,7 +238,8 @@ def measure_attention(args, folder, run, model, tokenizer, scored):
         start = scale * torch.randn(soft.shape, generator=generator)
         attention = {when: attention_by_word(model, tokenizer, prefix, theta, sentences)
                      for when, theta in (("before", start), ("after", soft))}
-        pictures.append(draw_attention(folder, name, len(noise), sentences[:args.num_users], attention))
+        by_user = dict(zip(run.user_ids[users[:args.num_users]], sentences))
+        pictures.append(draw_attention(folder, name, len(noise), by_user, attention))
         before, after = (content_share(weights, len(noise)) for weights in attention.values())
         rows.append((name, mean_with_interval(before, ".3f"), mean_with_interval(after, ".3f"),
                      mean_with_interval(after - before, "+.4f"), f"{len(users):,}"))

@@ -134,6 +134,10 @@ def write_table(folder, num_users=60, num_items=40, seed=0, suffix=".csv.gz"):
     return interactions, items
 
 
+HELDOUT = {name: 1.0 for name in ("none", "shared", "shuffled", "own")} | {
+    f"own_minus_{name}": [0.0, 0.0] for name in ("shared", "shuffled")}  # as in the sidecar of profiles.pt
+
+
 def write_interactions(options, table):
     """Other interactions for a run, and its items and users again, which name the run that they belong to"""
     from userip.artifacts import write_artifact

@@ -1,11 +1,11 @@
 """Damaged files through the stages: python tests/fuzz.py [--reader NAME] [--files 1000] [--seed 0]
 
 Each file is a small one in a published format, damaged at random: bytes flipped, cut, repeated, swapped,
-replaced by what breaks parsers; `only-users` is the table of new users of stage 2, `artifacts` what stages 3
-and 4 read, half of them with digests that match. The stage must end with exit code 0, or with 2 and one line
-on stderr; within 5 seconds (20 where it trains); with at most 1 GiB more memory; without a traceback or a file
-half written. Each runs in a process of its own. Prints how many were read and refused; exit code 1 if one
-failed: its damaged folder is kept and named.
+replaced by what breaks parsers; `only-users` is the table of new users of stage 2; `artifacts`, `bank`,
+`report` and `scores` are what stages 3, 4, 5 and 2 --only-users read, half of it with digests that match. The
+stage must end with exit code 0, or with 2 and one line on stderr; within 5 seconds (20 where it trains); with
+at most 1 GiB more memory; without a traceback or a file half written. Each runs in a process of its own.
+Prints how many were read and refused; exit code 1 if one failed: its damaged folder is kept and named.
 """
 
 import argparse
@@ -71,9 +71,13 @@ READERS = {
     "only-users": (write_run, lambda run: ("02_infer_profiles.py", "--only-users", run / "raw/new.csv")),
     "artifacts": (write_run, lambda _: ("03_quantize.py", "--codes", 2, 2, "--epochs", 1, "--stability", 0)),
     "bank": (write_run, lambda _: ("04_train_ctr.py", "--models", "dcn", "--seeds", 1, "--epochs", 1)),
+    "report": (write_run, lambda _: ("05_case_study.py", "--num-users", 2, "--num-scored", 4)),
+    "scores": (write_run, lambda run: ("02_infer_profiles.py", "--only-users", run / "raw/new.csv")),
 }
 DAMAGED = {"artifacts": ("interactions.parquet", "users.parquet", "profiles.pt"),
-           "bank": ("interactions.parquet", "users.parquet", "feature_bank.parquet")}
+           "bank": ("interactions.parquet", "users.parquet", "feature_bank.parquet"),
+           "report": ("profiles.pt", "codebook.pt", "feature_bank.parquet", "results.parquet", "results.md"),
+           "scores": ("scores.pt", "profiles.pt", "items.parquet")}
 TOKENS = (b'"', b'""', b"'", b"\\", b'\\"', b"\n", b"\r\n", b"\r", b"\n\n", b"\t", b",", b"::", b"|", b"\x00",
           b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"nan", b"inf", b"-1", b"1e39", b"1e400",
           b"9" * 40, b"{", b"}", b"[" * 200, b"null", b"<b>", b"\x1b[31m", b"=cmd|' /C calc'!A0", b" ",

@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from common import usage_of
-from conftest import quantize, run_stage
+from conftest import HELDOUT, quantize, run_stage
 from userip.artifacts import read_artifacts, write_artifact
 
 
@@ -272,7 +272,7 @@ def test_the_bank_holds_one_code_per_user_and_unknown_for_those_without_evidence
     assert bank["user"].tolist() == list(range(60)) and set(bank["hobby"]) <= {0, 1}
     stored["num_evidence"][3] = 0
     stored["num_evidence"][5, 1] = 0
-    write_artifact(options, "profiles.pt", stored, ["interactions.parquet", "items.parquet"], heldout_nll={})
+    write_artifact(options, "profiles.pt", stored, ["interactions.parquet", "items.parquet"], heldout_nll=HELDOUT)
     run_stage("03_quantize.py", "--run-dir", run, "--codes", 2, 3, "--epochs", 1)
     bank, codebook = read_artifacts(options, "feature_bank.parquet", "codebook.pt")
     assert bank.loc[3, ["hobby", "background"]].tolist() == [2, 3]

@@ -154,11 +154,12 @@ def test_the_report_has_its_pictures_tables_and_figures(small_run):
     page = (small_run[1] / "report.html").read_text()
     # a map and an attention per profile
     assert page.count("<img alt=") == page.count("data:image/png;base64,") == 4
-    folder = small_run[1] / "report"
+    folder, users = small_run[1] / "report", pd.read_parquet(small_run[1] / "users.parquet")
     drawn = {path.stem for path in folder.glob("*.png")}
     assert len(drawn) == 4 and drawn == {path.stem for path in folder.glob("*.csv")}
     for path in folder.glob("*.csv"):
         assert len(pd.read_csv(path)) > 0
+        assert "attention" not in path.stem or set(pd.read_csv(path)["user"]) < set(users["user_id"])
     assert page.count("<h2>") == 7
     assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
     for part in ("held-out NLL", "Do they help dcn?", "codes - random", "control: those of user",

@@ -1,12 +1,14 @@
 import argparse
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
+import pytest
 import torch
 
-from conftest import dies
-from userip.artifacts import read_artifacts, read_sidecar, sha256_of, write_artifact
+from conftest import HELDOUT, dies
+from userip.artifacts import lock, read_artifacts, read_sidecar, sha256_of, write_artifact
 
 
 def options_of(run_dir, seed=0):
@@ -16,7 +18,8 @@ def options_of(run_dir, seed=0):
 def profiles_of(num_users, seed=0):
     return {"profiles": torch.ones(num_users, 1, 3) + seed, "shared": torch.ones(1, 3), "gain": torch.ones(num_users, 1),
             "noise": torch.eye(3)[None], "num_evidence": torch.ones(num_users, 1, dtype=torch.long),
-            "has_evidence": torch.ones(num_users, dtype=torch.bool), "names": ["a"]}
+            "has_evidence": torch.ones(num_users, dtype=torch.bool), "names": ["a"], "texts": ["a"],
+            "llm": "tiny", "tiny_llm": ""}
 
 
 def write_pair(run_dir, seed=0):
@@ -24,7 +27,7 @@ def write_pair(run_dir, seed=0):
                           "split": "train"})
     args = options_of(run_dir, seed)
     write_artifact(args, "interactions.parquet", frame, dataset="x")
-    write_artifact(args, "profiles.pt", profiles_of(2, seed), inputs=["interactions.parquet"], heldout_nll={})
+    write_artifact(args, "profiles.pt", profiles_of(2, seed), inputs=["interactions.parquet"], heldout_nll=HELDOUT)
 
 
 def test_artifacts_come_back_as_written_and_say_where_they_come_from(tmp_path):
@@ -72,6 +75,23 @@ def test_a_full_disk_leaves_the_old_artifact_whole(tmp_path, capsys, monkeypatch
     monkeypatch.undo()
     assert (tmp_path / "interactions.parquet").read_bytes() == before and not list(tmp_path.glob(".*"))
     assert len(read_artifacts(options_of(tmp_path), "interactions.parquet")[0]) == 2
+
+
+@pytest.mark.parametrize("name, make", [
+    (".lock", os.mkfifo), (".lock", os.mkdir), ("tiny_llm", os.mkfifo), ("tiny_llm", Path.touch), ("progress", os.mkfifo),
+    ("report", Path.touch), ("finished", os.mkfifo)])
+def test_a_pipe_or_folder_in_place_of_a_file_or_the_other_way_round_is_refused(tmp_path, capsys, name, make):
+    make(tmp_path / name)
+    line = dies(capsys, lock(tmp_path).__enter__)
+    assert str(tmp_path / name) in line and "move away what is there" in line
+
+
+def test_a_pipe_in_place_of_a_temporary_file_or_an_artifact_gives_way(tmp_path):
+    for name in ("items.parquet", ".items.parquet.tmp", "items.parquet.json"):
+        os.mkfifo(tmp_path / name)
+    frame = pd.DataFrame({"item": [0], "item_id": "a", "title": "b", "category": None, "brand": None, "price": None})
+    write_artifact(options_of(tmp_path), "items.parquet", frame.astype({"price": float}))
+    assert len(read_artifacts(options_of(tmp_path), "items.parquet")[0]) == 1
 
 
 def test_the_same_value_is_the_same_bytes(tmp_path):

@@ -28,10 +28,10 @@ OPTIONS = {
         "seed": [([1], [], MOVES)], "paper": [([], [], MOVES)], "llm": [(["tiny", "--tiny-steps", 2], [], MOVES)],
         "evidence": [(["history"], GRADIENT, MOVES), (["history"], [], REFUSED), (["review"], [], REFUSED)],
         "ratings": [([], [], MOVES)], "folds": [([2], [], MOVES), ([1], [], REFUSED)],
-        "route": [(["none"], [], MOVES), (["title"], [], REFUSED)],
+        "route": [(["none"], [], MOVES), (["title"], [], REFUSED), (["title+title", "brand"], [], REFUSED)],
         "max-history": [([3], HISTORY, MOVES), ([3], [], REFUSED)], "mask": [(["causal"], [], MOVES)],
-        "profiles": [(["a=her job is", "b=This user's sport is"], [], MOVES)],
-        "task-text": [(["a job"], [], MOVES)], "method": [(["gradient"], ["--route", "none"], MOVES)],
+        "profiles": [(["a=her job is", "b=This user's sport is"], [], MOVES), (["a= "], [], REFUSED)],
+        "task-text": [(["a job"], [], MOVES), ([" "], [], REFUSED)], "method": [(["gradient"], ["--route", "none"], MOVES)],
         "soft-tokens": [([2], [], MOVES), ([400], [], REFUSED)],
         "rank": [([2], [], MOVES), ([2], GRADIENT, REFUSED), ([1000], [], REFUSED)],
         "start": [(["random"], GRADIENT, MOVES), (["random"], [], REFUSED)],
@@ -58,13 +58,13 @@ OPTIONS = {
         "hidden": [([8], [], MOVES), ([8], ["--models", "ffm"], REFUSED)],
         "dropout": [([0.5], [], MOVES), ([0.5], ["--models", "ffm"], REFUSED), ([1.5], [], REFUSED)],
         "id-dropout": [([0.3], [], MOVES)], "lr": [([0.1], [], MOVES), ([1e300], [], REFUSED)],
-        "weight-decay": [([0.1], [], MOVES)], "start": [([0.1], [], MOVES)], "batch-size": [([50], [], MOVES)],
+        "weight-decay": [([0.1], [], MOVES), ([1e29], [], REFUSED)], "start": [([0.1], [], MOVES), ([1e29], [], REFUSED)], "batch-size": [([50], [], MOVES)],
         "epochs": [([3], [], MOVES)], "patience": [([1], ["--epochs", 6, "--lr", 0.3], MOVES)],
         "tune": [([], [], MOVES), ([], ["--lr", 0.1], REFUSED)]},
     "05_case_study.py": {
         "run-dir": ELSEWHERE, "user": ELSEWHERE, "seed": [([1], [], MOVES)], "num-users": [([3], [], MOVES)],
         "num-words": [([2], [], MOVES)],
-        "num-scored": [([10], [], MOVES)]},
+        "num-scored": [([10], [], MOVES), ([3], ["--num-users", 4], REFUSED)]},
 }
 BASE = {"01_prepare.py": [], "02_infer_profiles.py": ["--shared-steps", 3, "--heldout", 60],
         "03_quantize.py": ["--codes", 2, 2, "--epochs", 2, "--stability", 0],
@@ -79,6 +79,15 @@ def test_the_table_has_every_option(script, capsys):
         STAGES[script].parse_args(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0].strip(",")[2:] for line in lines if line.startswith("  --")} == set(OPTIONS[script])
+
+
+@pytest.mark.parametrize("script, words, option", [
+    ("01_prepare.py", ["--raw", ""], "--raw"), ("02_infer_profiles.py", ["--llm", ""], "--llm"),
+    ("02_infer_profiles.py", ["--llm= "], "--llm"), ("02_infer_profiles.py", ["--only-users", ""], "--only-users"),
+    ("02_infer_profiles.py", ["--route", "title", " "], "--route"), ("04_train_ctr.py", ["--run-dir", ""], "--run-dir"),
+    ("05_case_study.py", ["--user", ""], "--user")])
+def test_a_blank_word_as_of_an_unset_variable_is_refused(script, words, option):
+    assert f"{option} is empty or blank" in run_stage(script, *words, ok=False)
 
 
 def outcome(run, script):

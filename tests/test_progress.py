@@ -256,6 +256,24 @@ def test_a_second_process_on_the_same_run_is_refused(small_run, tmp_path):
         pass
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"PK damaged"), lambda path: torch.save([1], path)])
+def test_a_finished_piece_of_another_tool_is_refused_by_name(tmp_path, capsys, damage):
+    args = argparse.Namespace(run_dir=str(tmp_path), tokens_per_batch=100)
+    progress = Progress(args, {"a": 1}, torch.Generator())
+    damage(progress.folder / "map.pt")
+    line = dies(capsys, progress.compute, "map", lambda: 1)
+    assert "map.pt is no finished piece" in line and f"delete {progress.folder}" in line
+
+
+def test_a_damaged_recipe_starts_anew(tmp_path, capsys):
+    args = argparse.Namespace(run_dir=str(tmp_path), tokens_per_batch=100)
+    manifest = Progress(args, {"a": 1}, torch.Generator()).folder / "recipe.json"
+    for text in ('{"recipe": {"a": 1}}', '{"recipe": {"a": 1}, "tokens_per_batch": "x"}', "[]"):
+        manifest.write_text(text)
+        Progress(args, {"a": 1}, torch.Generator())
+        assert "it starts anew" in capsys.readouterr().out and args.tokens_per_batch == 100
+
+
 def test_a_changed_input_starts_anew(small_run, tmp_path, undisturbed):
     run = fresh(small_run, tmp_path / "run")
     worker = process(run, *GRADIENT)

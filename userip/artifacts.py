@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from userip.checks import find_problem
+from userip.checks import find_problem, find_sidecar_problem
 
 MADE_BY = {name: command for command, names in {
     "01_prepare.py": "interactions.parquet items.parquet users.parquet prepare.json",
@@ -55,6 +55,10 @@ def lock(run_dir):
     folder, path = Path(run_dir), Path(run_dir) / ".lock"
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    for entry in (path, *(folder / name for name in ("tiny_llm", "progress", "report", "finished"))):
+        kind, is_right = ("file", entry.is_file()) if entry == path else ("folder", entry.is_dir())
+        if entry.exists() and not is_right:  # a pipe would wait for ever
+            fail(f"{entry} must be a {kind}: move away what is there")
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however a process ends
@@ -80,6 +84,7 @@ def whole_file(path):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # what a kill has left
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -160,16 +165,22 @@ def read_sidecar(args, name):
     path, beside = Path(args.run_dir) / name, Path(args.run_dir) / f"{name}.json"
     try:
         sidecar = json.loads(beside.read_text() if beside.is_file() else "")
-        sidecar["sha256"] + "", sidecar["inputs"] | sidecar["options"]
-        return sidecar
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        fail(f"{path} is missing, or {name}.json beside it is not what a stage writes: run `python "
-             f"{MADE_BY[name]} --run-dir {args.run_dir}` first, with the options of your run")
+        problem = find_sidecar_problem(name, sidecar)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"is no JSON: {error}" if beside.is_file() else "is missing, too"
+    if problem:
+        fail(f"{path} is missing, or {name}.json beside it is not what a stage writes ({problem}): run "
+             f"`python {MADE_BY[name]} --run-dir {args.run_dir}` first, with the options of your run")
+    return sidecar
 
 
 def _read_frame(path):
     """A parquet artifact without the reviews' texts, which may be gigabytes and which no stage reads here."""
-    columns = [name for name in pq.read_schema(path).names if name != "review"]
+    schema = pq.read_schema(path)
+    columns = [name for name in schema.names if name != "review"]
+    texts = pa.string(), pa.large_string(), pa.null()
+    if len(columns) < len(schema) and schema.field("review").type not in texts:
+        raise ValueError("its column review holds no texts")
     return pq.read_table(path, columns=columns, use_threads=False).to_pandas(self_destruct=True)
 
 
@@ -190,7 +201,7 @@ def read_artifacts(args, *names):
         if sidecar.get("run") != (run := run_of(run_dir)):
             fail(f"two runs are mixed: {run_dir / name} belongs to run {str(sidecar.get('run'))[:8]}, but "
                  f"interactions.parquet to {str(run)[:8]}: {advice[name]}")
-    readers = {".parquet": _read_frame, ".pt": lambda path: torch.load(path, weights_only=True),
+    readers = {".parquet": _read_frame, ".pt": lambda path: torch.load(path, "cpu", weights_only=True),
                ".md": Path.read_text}
     artifacts = {}
     for name in names:

@@ -18,7 +18,7 @@ _STAGES = {"01_prepare.py": "interactions.parquet", "02_infer_profiles.py": "pro
 def read_json(path):
     """What a JSON file holds, finished rows or a sidecar; None if it does not exist"""
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text()) if path.exists() and not path.is_fifo() else None
     except (OSError, ValueError) as error:
         fail(f"cannot read {path}: {error}; move it away")
 

@@ -169,7 +169,7 @@ def make_tiny_llm(args, histories, prompt_texts):
         temporary.replace(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or "No space" in str(error):  # safetensors has an error of its own
+        if isinstance(error, OSError) or "os error" in str(error):  # safetensors has an error of its own
             fail(f"cannot write {folder}: {error}; free some space or choose another --run-dir")
         raise
     print(f"tiny LLM: pretrained on {sum(map(len, histories)):,} texts of train rows in "

@@ -24,7 +24,9 @@ def read_new_users(args, has_ratings, items):
     user, user_ids = pd.factorize(table["user_id"], sort=True)
     level = np.zeros(len(table))
     if has_ratings:
-        threshold = read_sidecar(args, "interactions.parquet")["options"]["threshold"]
+        threshold = read_sidecar(args, "interactions.parquet")["options"].get("threshold")
+        if threshold is None:
+            fail(f"{args.run_dir}/interactions.parquet.json does not say --threshold: run stage 1 again")
         level = table["rating"].to_numpy() > threshold
     is_known = np.isfinite(item)
     if not is_known.all():
@@ -37,11 +39,10 @@ def read_new_users(args, has_ratings, items):
 
 def infer_new_users(args):
     """Write the profiles of new users, the same bits as in the run itself, as new_profiles.pt."""
-    sidecar = read_sidecar(args, "profiles.pt")
-    options = sidecar["options"]
-    for kind, is_meant in (("a round of EM (--prior)", options["prior"]),
-                           ("--evidence review", options["evidence"] == "review"),
-                           ("--method gradient", options["method"] == "gradient")):
+    options = read_sidecar(args, "profiles.pt")["options"]
+    for kind, is_meant in (("a round of EM (--prior)", options.get("prior")),
+                           ("--evidence review", options.get("evidence") == "review"),
+                           ("--method gradient", options.get("method") == "gradient")):
         if is_meant:
             fail(f"--only-users: {args.run_dir}/profiles.pt is of {kind}, which cannot place new users: run "
                  f"stages 2 and 3 without it")
@@ -58,7 +59,7 @@ def infer_new_users(args):
     profiles = fitted["shared"] + user_steps(sums, counts, fitted["pull"], fitted["lift"])
     has_evidence = (counts > 0).any(1)
     tensors = {"profiles": profiles, "user_id": user_ids, "num_evidence": counts.long(),
-               "names": sidecar["names"], "has_evidence": has_evidence}
+               "names": fitted["names"], "has_evidence": has_evidence}
     path = write_artifact(args, "new_profiles.pt", tensors, ["scores.pt", "items.parquet"],
                           users=len(user_ids))
     print(f"wrote {path}: {len(user_ids):,} new users, {int(has_evidence.sum()):,} of them "

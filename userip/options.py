@@ -24,11 +24,23 @@ def stage_parser(doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False,
                                      usage="%(prog)s [options]")
     parser.error = lambda message: fail(f"{message}; see --help")  # one line, without the usage block
+    parse_args = parser.parse_args
+    parser.parse_args = lambda argv=None: parse_args(
+        refuse_blanks(parser, sys.argv[1:] if argv is None else argv))
     add = SimpleNamespace(**{group: parser.add_argument_group(group).add_argument
                              for group in ("data", "method", "training", "machine")})
-    add.data("--run-dir", default="runs/demo", help="folder of this run's artifacts",
-             type=lambda text: text or parser.error("--run-dir is empty"))  # an unset variable of the shell
+    add.data("--run-dir", default="runs/demo", help="folder of this run's artifacts")
     return parser, add
+
+
+def refuse_blanks(parser, argv):
+    """The words of a command line; a blank one is an unset variable of the shell, as in --llm "$LLM" """
+    option = "the command line"
+    for word in argv:
+        option, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
+        if not value.strip() and word != option:
+            parser.error(f"{option} is empty or blank")
+    return argv
 
 
 def at_least(minimum, kind=int, at_most=None):

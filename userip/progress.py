@@ -49,7 +49,8 @@ def recipe_of(args, prompt, inputs):
 def read_recipe(path):
     """The recipe of unfinished work; an empty one where the file is damaged"""
     try:
-        return dict(json.loads(path.read_text())["recipe"])
+        content = json.loads(path.read_text() if path.is_file() else "")
+        return dict(content["recipe"]) if content["tokens_per_batch"] >= 1 else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -89,12 +90,17 @@ class Progress:
 
     def read(self, name, key="value"):
         """A finished piece, or the state of the generator behind it"""
-        return torch.load(self.folder / f"{name}.pt", weights_only=True)[key]
+        path = self.folder / f"{name}.pt"
+        try:
+            return torch.load(path, weights_only=True)[key]
+        except Exception as error:  # what a pickle of another tool raises may be anything
+            reason = [*str(error).splitlines(), type(error).__name__][0][:120]
+            fail(f"{path} is no finished piece of a run ({reason}): delete {self.folder} to start anew")
 
     def _write(self, name, function):
         """Compute the piece, unless it is there."""
         path = self.folder / f"{name}.pt"
-        if not path.exists():
+        if not path.is_file():
             piece = {"value": self._with_less_memory(function), "generator": self.generator.get_state()}
             with whole_file(path) as file:
                 torch.save(piece, file)

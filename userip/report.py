@@ -191,19 +191,21 @@ def draw_maps(folder, run, chosen):
 def draw_attention(folder, name, num_noise, sentences, attention):
     """Figure 7 as <img>: a row per user, a column per word, colours from a user's least to most attention.
 
-    sentences: lists of words, the content behind num_noise; attention: {"before", "after": arrays [words]}
+    sentences: {user id: words, the content behind num_noise}; attention: {"before", "after": arrays [words]}
     """
     figure, rows = Figure(figsize=(10, 0.5 * len(sentences) + 1.4)), []
     for axis, (when, by_user) in zip(figure.subplots(1, 2), attention.items()):
-        grid = np.full((len(sentences), max(map(len, sentences))), np.nan)
-        for user, (words, weights) in enumerate(zip(sentences, by_user)):
+        grid = np.full((len(sentences), max(map(len, sentences.values()))), np.nan)
+        for user, ((user_id, words), weights) in enumerate(zip(sentences.items(), by_user)):
             grid[user, :len(words)] = (weights - weights.min()) / (np.ptp(weights) or 1.0)
             for column, word in enumerate(words):
                 axis.text(column, user, word, ha="center", va="center", fontsize=6, parse_math=False,
                           color="white" if grid[user, column] > 0.6 else "black")
-                rows.append((user, when, word, column >= num_noise, weights[column]))
+                rows.append((user_id, when, word, column >= num_noise, weights[column]))
         axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axis.set(title=f"{name}: {when} tuning", xticks=[], yticks=range(len(sentences)), ylabel="user")
+        axis.set(title=f"{name}: {when} tuning", xticks=[])
+        labels = [user_id[:12] for user_id in sentences]
+        axis.set_yticks(range(len(sentences)), labels, fontsize=6, parse_math=False)
     data = pd.DataFrame(rows, columns=["user", "when", "word", "is_content", "attention"])
     return picture(folder, f"attention-{name}", figure, data, "Heat maps of the attention from the words of "
                    f"a sentence to the soft token of {name}, before and after tuning, scaled per user")
@@ -230,7 +232,7 @@ def markdown_as_html(text):
     """The pipe tables and paragraphs of results.md, without headings: list of HTML"""
     parts = []
     for block in text.strip().split("\n\n"):
-        if block.startswith("|"):
+        if block.startswith("|") and "\n" in block:
             header, _, *rows = [line.strip("|").split("|") for line in block.splitlines()]
             parts.append(table(header, rows))
         elif not block.startswith("#"):
@@ -278,20 +280,21 @@ def report_page(run, maps, cards, pages, attention, facts):
             "interval; only names that are surely more frequent (one-sided 2.5% for each list as a whole). "
             f"{names_found:,} such names; {names_by_chance:,} with the codes shuffled among users."),
             *(table(card, card.itertuples(index=False)) for card in cards),
-            paragraph("Agreement of codes with what is known of users: adjusted mutual information (0: "
-                      "chance, 1: the same), p of the chi-squared test."),
-            table(("profile", "fact", "agreement", "p"), facts["agreement"])],
+            *[paragraph("Agreement of codes with what is known of users: adjusted mutual information (0: "
+                        "chance, 1: the same), p of the chi-squared test."),
+              table(("profile", "fact", "agreement", "p"), facts["agreement"])] * bool(facts["agreement"])],
         "Do words of profiles mean anything?": [paragraph(
             "Share of users whose own words occur more often in their held-out (valid) items than another "
             "user's words do, ties counted half; 0.5 is chance."),
             table(("profile", "method", "AUC", "users"), facts["words"])],
         "A few users": [paragraph(
             "Words of a soft prompt mean little alone; where the control reads as well, trust neither. "
+            "They are single tokens of the LLM: a longer word shows as its first token. "
             "Nearest: to the profile less the mean profile. Lens: what the LLM expects more after it."),
             *pages],
         "Where the LLM looks": [paragraph(
             "Share of the attention to the soft token that content words pay, against words such as “The "
-            "user likes”, before (a random soft token) and after tuning."),
+            "user likes”, before (a random soft token) and after tuning. Pictures: a row per user."),
             table(("profile", "before", "after", "after - before", "users"), facts["attention"]),
             *attention],
         "Does it help click models?": markdown_as_html(run.results_text)}
