@@ -9,13 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-<<<<<<< HEAD
-from conftest import SMALL, read_raw, run_stage, write_ml_100k
-from userip.artifacts import read_artifacts, sha256_of
-=======
-from conftest import SMALL, dies, run_stage
+from conftest import SMALL, dies, read_raw, run_stage, write_ml_100k
 from userip.artifacts import MADE_BY, read_artifacts, sha256_of
->>>>>>> h2
 
 
 def overwrite(run, name, content):
