@@ -27,6 +27,7 @@ Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it 
 """
 
 import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,8 +46,8 @@ from userip.options import (at_least, changed_options, option_name, options_text
 from userip.prior import (codeword_coordinates, codeword_soft_tokens, descend, make_prior,
                           nearest_coordinates, nearest_soft_tokens)
 from userip.progress import Profiles, join_processes
-from userip.score import centred_scores, field_weights, find_coordinates, user_steps, user_sums
-from userip.setup import estimate, set_up
+from userip.score import centred_scores, field_weights, find_directions, user_steps, user_sums
+from userip.setup import BATCH, estimate, set_up
 
 DEFAULT_PROFILES = ["hobby=This user's hobby is", "background=his background is"]
 DEFAULT_ROUTE = ["title+category", "brand+price"]
@@ -95,10 +96,13 @@ def parse_args(argv=None):
                  help="weight of the prior around θ̄, in items (default: score estimates it, gradient 10)")
     add.training("--field-weights", choices=["noise", "none"], default="noise",
                  help="bring each field's score to equal noise, or sum them as they are")
-    add.training("--shared-steps", type=at_least(1), default=100, help="minibatches that fit the shared θ̄")
-    add.training("--map-steps", type=at_least(1), default=150, help="score: minibatches that fit the map")
+    add.training("--shared-steps", type=at_least(1),
+                 help="minibatches that fit θ̄ (default: 100, or what the catalogue costs)")
+    add.training("--map-steps", type=at_least(1), help="score: those that fit the map (default: 150 at most)")
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
-    add.training("--heldout", type=at_least(2), default=3000, help="validation rows to measure on, at most")
+    add.training("--heldout", type=at_least(2), help="validation rows to measure on (default: 3000 at most)")
+    add.machine("--dtype", choices=["auto", "float32", "mixed", "bfloat16"], default="auto",
+                help="mixed: products in bfloat16 (auto: bfloat16 on CUDA, mixed where scores agree)")
     add.machine("--batch-size", type=at_least(1), help="gradient: users per block (default 128, CUDA 1024)")
     add.machine("--tokens-per-batch", type=at_least(1),
                 help="tokens per forward pass (default: what memory holds; without CUDA at most 4096)")
@@ -175,9 +179,10 @@ def check_profiles(parser, args):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def fit_shared_start(run, evidence, weights, batch_size=64):
+def fit_shared_start(run, evidence, weights, batch_size=BATCH):
     """Minimise eq. 4 over one θ̄ for all users, by Adam on minibatches -> [P, S D], nats per text by step"""
     args, prompt, generator = run.args, run.prompt, run.progress.generator
+    prompt.purpose = "shared start"
     soft = prompt.random_soft(1, generator).to(prompt.device).requires_grad_()  # [1, P, S D]
     optimizer = torch.optim.Adam([soft], lr=0.3 * prompt.scale)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.shared_steps)
@@ -210,8 +215,8 @@ def fit_shared(run, max_histories=4096):
     soft, curve = progress.compute(
         "shared", lambda: fit_shared_start(run, evidence.of_events(warm_events), weights))
     if args.field_weights == "noise":
-        weights = progress.compute("weights", lambda: field_weights(run, soft))
-    scores = {}
+        weights = progress.compute("weights", lambda: field_weights(run, soft, run.size.weight_texts))
+    run.prompt.purpose, scores = "catalogue", {}
     for route in run.routes:
         scores |= centred_scores(run, route, soft, weights)
     noise = torch.stack([scores[k].noise for k in range(run.prompt.num_profiles)])
@@ -224,18 +229,21 @@ def fit_shared(run, max_histories=4096):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def fit_map(run, soft, coordinates, pull, batch_size=64):
+def fit_map(run, soft, directions, batch_size=BATCH):
     """The map B [P, C, S D] from coordinates to soft tokens, one for all users, by Adam on their train rows.
 
     Minimises -log P(text | θ̄ + B y_u) with the text itself left out of y_u: a profile must predict others.
+    Only directions above the noise are fitted. The others keep their start, a short step.
     """
+    coordinates, pull, start, is_above = directions
     args, prompt, train, is_warm = run.args, run.prompt, run.observed.train, run.observed.is_warm
+    prompt.purpose = "map"
     sums, counts = user_sums(coordinates, train, is_warm)  # [N, P, C], [N, P]
     y = sums / (counts + pull)[:, :, None]
     unit = y[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)  # [P]
-    num_directions = sums.shape[2]
-    lift = torch.zeros(len(soft), num_directions, soft.shape[1], device=prompt.device, requires_grad=True)
-    optimizer = torch.optim.Adam([lift], lr=0.1 * prompt.scale)
+    num_directions, width = start.shape[1:]
+    lift = (0.003 * prompt.scale * math.sqrt(width) * start).to(prompt.device).requires_grad_()
+    optimizer = torch.optim.Adam([lift], lr=0.02 * prompt.scale)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.map_steps)
     for _ in tqdm(range(args.map_steps), desc="map to soft tokens", unit="step", mininterval=2):
         optimizer.zero_grad()
@@ -252,22 +260,33 @@ def fit_map(run, soft, coordinates, pull, batch_size=64):
                 theta = soft.to(prompt.device) + step
                 loss = prompt.loss(theta, route, index[batch], torch.ones(len(FIELDS)))
                 (loss / batch_size).backward()
+        lift.grad *= is_above[:, :, None].to(prompt.device)
         optimizer.step()
         schedule.step()
         check_finite(lift, "the map to soft tokens", "lower --pull or take another --llm")
     return lift.detach().cpu() / unit[:, None, None]
 
 
-def choose_length(run, soft, step, grid=(0.25, 0.5, 0.75, 1.0, 1.5)):
-    """The step lengths [P] under which held-out rows are likeliest: step [R, P, S D], out of the grid"""
-    nats = torch.stack([heldout_nll(run, soft + length * step, run.tune)[0].sum(0) for length in grid])
-    best = torch.tensor(grid)[nats.argmin(0)]  # [routes]
+def choose_length(run, soft, step, shortest=0.05, longest=1.5):
+    """The step lengths [P] under which held-out rows are likeliest: step [R, P, S D]
+
+    The rows' NLL is measured at lengths 0 (θ̄), 0.5 and 1; a parabola through these gives the best length. If
+    no length makes the rows likelier by more than the standard error, the shortest is as good as θ̄. (Codes do
+    not depend on the length.)
+    """
+    user, run.prompt.purpose = run.tune.user, "step lengths"
+    base, half, full = (heldout_nll(run, thetas, run.tune)[0]
+                        for thetas in (soft[None], soft + 0.5 * step, soft + step))  # [R, routes] each
+    slope, bend = 4 * (half - base) - (full - base), 2 * (full - base) - 4 * (half - base)
+    best = (-slope.sum(0) / (2 * bend.sum(0).clamp(min=1e-9))).clamp(shortest, longest)  # [routes]
+    gain = slope * best + bend * best.square()  # [R, routes], below 0 where the step helps
+    helps = gain.sum(0) + gain.std(0) * math.sqrt(len(user)) < 0
+    best = torch.where(helps, best, shortest)
     lengths = torch.ones(len(soft))
     for route, length in zip(run.routes, best):
         lengths[route.may_read] = length
-    listed = ", ".join(f"{name} {length:g}" for name, length in zip(run.prompt.names, lengths.tolist()))
-    print(f"step lengths chosen on {len(run.tune.user):,} held-out rows: {listed} (out of "
-          f"{', '.join(map(str, grid))})")
+    listed = ", ".join(f"{name} {length:.2f}" for name, length in zip(run.prompt.names, lengths.tolist()))
+    print(f"step lengths chosen on {len(user):,} held-out rows: {listed} (from {shortest} to {longest})")
     return lengths
 
 
@@ -282,8 +301,9 @@ def infer_by_score(run, shared):
     # length tried.
     """
     soft, is_warm = shared.soft, run.observed.is_warm
-    coordinates, pull = find_coordinates(run, shared.scores)
-    lift = run.progress.compute("map", lambda: fit_map(run, soft, coordinates, pull))
+    directions = find_directions(run, shared.scores)
+    coordinates, pull = directions.coordinates, directions.pull
+    lift = run.progress.compute("map", lambda: fit_map(run, soft, directions))
     sums = [user_sums(coordinates, evidence.events, is_warm) for evidence in run.evidence]
     step = user_steps(*(part[run.tune.user] for part in sums[-1]), pull, lift)
     length = run.progress.compute("length", lambda: choose_length(run, soft, step))
@@ -342,6 +362,7 @@ def infer_block(run, shared, evidence, start):
 def infer_by_gradient(run, shared):
     """AdamW for all users, a block at a time, fold by fold -> Profiles; blocks on disk"""
     progress, num_users, size = run.progress, len(run.observed.is_warm), run.args.batch_size
+    run.prompt.purpose = "users' own steps"
     for fold, evidence in enumerate(run.evidence):
 
         def infer(users):
@@ -367,11 +388,11 @@ def infer_by_gradient(run, shared):
 
 def report_heldout(run, profiles, soft):
     """The four NLLs (nats per token) on held-out rows: no profile, shared, shuffled, own; prints them."""
+    run.prompt.purpose = "held-out rows"
     user, order = run.report.user, torch.randperm(profiles.shape[1], generator=run.progress.generator)
     partner = order.roll(1)[order.argsort()]  # every user gets another user's profile
-    everyone = soft.expand(len(user), -1, -1)
-    none, tokens = heldout_nll(run, everyone, run.report, is_blind=True)  # [R, routes] each
-    sets = {"shared": everyone, "shuffled": profiles.full(partner[user]), "own": profiles.full(user)}
+    none, tokens = heldout_nll(run, soft[None], run.report, is_blind=True)  # [R, routes] each
+    sets = {"shared": soft[None], "shuffled": profiles.full(partner[user]), "own": profiles.full(user)}
     nats = {"none": none} | {name: heldout_nll(run, thetas, run.report)[0] for name, thetas in sets.items()}
     return print_heldout(nats, tokens, [route.name for route in run.routes])
 
@@ -407,6 +428,9 @@ def main(args):
     print(f"inferred {num_users:,} users in {seconds:.1f} s, the shared start included: "
           f"{num_users / seconds:,.0f} users per second")
     heldout = report_heldout(run, profiles, shared.soft)
+    tokens = dict(run.prompt.num_tokens)
+    print("tokens of texts that the LLM has read: " + ", ".join(
+        f"{purpose} {number:,}" for purpose, number in tokens.items()))
 
     names, has_evidence = run.prompt.names, (counts[-1] > 0).any(1)
     facts = {"names": names, "llm": run.llm, "users": num_users,
@@ -429,7 +453,7 @@ def main(args):
                             for name, part in run.codebook.items()}
     path = write_artifact(
         args, "profiles.pt", tensors, inputs, **facts, pull=pull, heldout_nll=heldout, objective=objective,
-        field_weights=dict(zip(FIELDS, shared.weights.tolist())), curve=shared.curve,
+        field_weights=dict(zip(FIELDS, shared.weights.tolist())), curve=shared.curve, tokens=tokens,
         seconds=time.time() - started, inference_seconds=seconds)
     print(f"wrote {path}: {num_users:,} users x {num_profiles} profiles x {shape[-1]} | held-out NLL own "
           f"{heldout['own']:.4f}, shared {heldout['shared']:.4f}")

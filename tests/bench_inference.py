@@ -8,13 +8,13 @@ Speed: personal steps of AdamW on a LLM of GPT-2's shape with random weights (on
 Llama-2-7B's, too), in the dtype and with the settings of the stage, histories as long as those of Amazon's
 games (5.5 train rows a user, 11 tokens a title). The naive loop: one forward pass of Hugging Face's model, as
 it is loaded, with all logits over a padded batch of 8 texts, the prompt computed anew for each, a dense AdamW
-over all users; `frozen` is the same with requires_grad_(False) for the LLM, which is one line more than
-people write. PEFT's prompt tuning (where peft is installed) has one prompt per adapter, in front of the text,
-without the mask: batch 1, with GPT-2's shape only. All take the same steps; ours and the naive loop must come
-to the same NLL (1e-4; in bfloat16 1e-3). Ours works on blocks: on a CPU 64 users (the stage's has 128;
---quick 32), on a GPU 1,024 as in the stage. What the others take for a text does not depend on how many users
-there are: they have 8 (--quick 4, on a GPU 32) who are as all are in the mean; a user is as many texts as
-users have on average.
+over all users; `mixed` (on a CPU) is ours with --dtype mixed; `frozen` is the naive loop with
+requires_grad_(False) for the LLM, which is one line more than people write. PEFT's prompt tuning (where peft
+is installed) has one prompt per adapter, in front of the text, without the mask: batch 1, with GPT-2's shape
+only. All take the same steps; ours and the naive loop must come to the same NLL (1e-4; in bfloat16 and mixed
+1e-3). Ours works on blocks: on a CPU 64 users (the stage's has 128; --quick 32), on a GPU 1,024 as in the
+stage. What the others take for a text does not depend on how many users there are: they have 8 (--quick 4, on
+a GPU 32) who are as all are in the mean; a user is as many texts as users have on average.
 
 Memory and the score method: whole runs of the stage with a LLM of width 768 and one small layer, so that what
 users cost is seen; memory in blocks of 1,024 users, titles only.
@@ -45,7 +45,7 @@ from conftest import NAME_TEXTS, ROOT, TASK_TEXT, bpe_tokenizer, infer  # noqa: 
 
 from userip.artifacts import write_artifact  # noqa: E402
 from userip.evidence import FIELDS, Route, Texts  # noqa: E402
-from userip.llm import fuse  # noqa: E402
+from userip.llm import fuse, mix  # noqa: E402
 from userip.prompt import Prompt  # noqa: E402
 from userip.setup import tokens_that_fit  # noqa: E402
 
@@ -88,8 +88,11 @@ def llm_of_shape(shape, device):
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    smollm2 = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                   num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
     with torch.device(device):  # the defaults of LlamaConfig are Llama-2-7B's shape
-        model = GPT2LMHeadModel(GPT2Config()) if shape == "gpt2" else LlamaForCausalLM(LlamaConfig())
+        model = GPT2LMHeadModel(GPT2Config()) if shape == "gpt2" else LlamaForCausalLM(
+            LlamaConfig(**smollm2 if shape == "smollm2" else {}))
     torch.set_default_dtype(torch.float32)
     return model.eval().requires_grad_(False), bpe_tokenizer("gpt2" if shape == "gpt2" else "llama")
 
@@ -175,9 +178,9 @@ def peak_of(way, device):
 
 
 def matmul_rate(prompt, rounds=8):
-    """FLOP/s of this machine's matrix product, in the LLM's dtype, at the size of its MLP"""
+    """FLOP/s of this machine's matrix product, in the dtype of the LLM's products, at the size of its MLP"""
     width = prompt.embedding.shape[1]
-    x, w = (torch.randn(*size, device=prompt.device).to(prompt.embedding.dtype)
+    x, w = (torch.randn(*size, device=prompt.device).to(prompt.head.weight.dtype)
             for size in ((4096, width), (width, 4 * width)))
     wait = torch.cuda.synchronize if prompt.device.type == "cuda" else lambda: None
     taken = []
@@ -199,6 +202,11 @@ def speed(args, shape, device):
     same_weights = {id(value): value for value in model.parameters()}
     quick = fuse(copy.deepcopy(model, same_weights))
     plain, prompt = prompt_of(model), prompt_of(quick)
+    prompts = {"ours": prompt}
+    if device == "cpu":
+        mixed = fuse(copy.deepcopy(model, same_weights))
+        mix(mixed)
+        prompts["mixed"] = Prompt((mixed, tokenizer), profiles, TASK_TEXT)
     args.tokens_per_batch = tokens_that_fit(prompt)
 
     def unfrozen(start, *arguments):
@@ -224,30 +232,32 @@ def speed(args, shape, device):
                                            generator=torch.Generator().manual_seed(0))
         of_few = start[chosen].to(device)
         ways = {"naive": lambda steps=1: unfrozen(of_few, route, few, lr, steps),
-                "ours": lambda steps=1: ours(args, prompt, start, route, pairs, lr, steps)}
+                **{name: lambda steps=1, each=each: ours(args, each, start, route, pairs, lr, steps)
+                   for name, each in prompts.items()}}
         if not args.quick:
             ways["frozen"] = lambda steps=1: naive_loop(plain, of_few, route, few, lr, steps)
         peft = None if args.quick or shape != "gpt2" else peft_loop(plain, tokenizer, route, few, lr, 1)
         ways |= {"peft": peft} if peft else {}
-        taken, rates, nll, peaks, found = {name: [] for name in ways}, [], {}, {}, {}
+        taken, rates, nll, peaks, found = {name: [] for name in ways}, {}, {}, {}, {}
         for name, way in ways.items():  # a first, slow call of each, of two steps where θ comes back
             two_steps = lambda name=name, way=way: found.update({name: way() if name == "peft" else way(2)})
             peaks[name] = peak_of(two_steps, device)
-        found["ours"] = found["ours"][chosen]
-        for name in ("naive", "ours"):
+        found |= {name: found[name][chosen] for name in prompts}
+        for name in ("naive", *prompts):
             with torch.no_grad():
                 nll[name] = sum(float(prompt.loss(found[name], route, few.text[rows], torch.ones(len(FIELDS)),
                                                   few.user[rows].to(device)))
                                 for rows in torch.arange(len(few.text)).split(64))
         for _ in range(args.rounds):
-            rates.append(matmul_rate(prompt))
+            for name in ways:
+                rates.setdefault(name, []).append(matmul_rate(prompts.get(name, prompt)))
             for name, way in ways.items():
                 started = time.perf_counter()
                 way()
                 if device == "cuda":
                     torch.cuda.synchronize()
                 taken[name].append(time.perf_counter() - started)
-        rows = {name: (pairs if name == "ours" else few).text for name in ways}
+        rows = {name: (pairs if name in prompts else few).text for name in ways}
         tokens = {name: int(route.texts.length[row].sum()) for name, row in rows.items()}
         users = {name: len(row) / len(pairs.text) * args.users for name, row in rows.items()}
         per_user = {name: [s / users[name] for s in seconds] for name, seconds in taken.items()}
@@ -255,13 +265,16 @@ def speed(args, shape, device):
         for name, seconds in taken.items():
             took = statistics.median(seconds)
             ratio = statistics.median(a / b for a, b in zip(per_user["naive"], per_user[name]))
-            share = statistics.median(tokens[name] * flops / s / rate for s, rate in zip(seconds, rates))
+            share = statistics.median(
+                tokens[name] * flops / s / rate for s, rate in zip(seconds, rates[name]))
             result[evidence, name] = {"ratio": ratio, "share": share}
             told = f"{nll[name] / tokens['naive']:.5f}" if name in nll else "–"
             print(f"| {evidence} | {name} | {users[name] / took:.2f} | {tokens[name] / took:,.0f} | "
                   f"{share:.0%} | {peaks[name]} | {told} | {ratio:.2f} |", flush=True)
         least = 1e-3 if prompt.embedding.dtype == torch.bfloat16 else 1e-4
-        assert abs(nll["naive"] / nll["ours"] - 1) < least, "the ways do not come to the same NLL"
+        for name in prompts:
+            most = 1e-3 if name == "mixed" else least
+            assert abs(nll["naive"] / nll[name] - 1) < most, f"the ways naive and {name} differ in NLL"
     return result
 
 
@@ -361,7 +374,8 @@ def main():
     parser.add_argument("--quick", action="store_true",
                         help="few users, items only, no frozen loop, no PEFT: under 5 minutes on two cores")
     parser.add_argument("--only", choices=["speed", "memory", "score", "million"], help="one part alone")
-    parser.add_argument("--shape", choices=["gpt2", "llama"], help="one shape alone; llama: on a GPU")
+    parser.add_argument("--shape", choices=["gpt2", "smollm2", "llama"],
+                        help="one shape alone; llama: on a GPU; smollm2: when it is asked for")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -372,11 +386,12 @@ def main():
     figures = dict.fromkeys(("speedup_over_naive", "matmul_share", "memory_ratio_100k_2k",
                              "score_time_ratio_10x_users", "speedup_over_frozen",
                              "speedup_over_naive_history", "speedup_over_peft", "million_users_seconds",
-                             "llama_speedup_over_naive", "llama_matmul_share"))
+                             "llama_speedup_over_naive", "llama_matmul_share", "mixed_speedup_over_naive",
+                             "mixed_matmul_share"))
     with torch.device("cpu"):
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     if wanted("speed") and args.shape != "llama":
-        found = speed(args, "gpt2", "cuda" if cuda else "cpu")
+        found = speed(args, args.shape or "gpt2", "cuda" if cuda else "cpu")
         figures |= {"speedup_over_naive": found["items", "ours"]["ratio"],
                     "matmul_share": found["items", "ours"]["share"]}
         if ("items", "frozen") in found:
@@ -386,8 +401,11 @@ def main():
             figures["speedup_over_naive_history"] = found["history", "ours"]["ratio"]
         if ("items", "peft") in found:
             figures["speedup_over_peft"] = found["items", "ours"]["ratio"] / found["items", "peft"]["ratio"]
+        if ("items", "mixed") in found:
+            figures |= {"mixed_speedup_over_naive": found["items", "mixed"]["ratio"],
+                        "mixed_matmul_share": found["items", "mixed"]["share"]}
     has_room = cuda and torch.cuda.mem_get_info()[0] > 40 * 2**30
-    if wanted("speed") and args.shape != "gpt2" and has_room:
+    if wanted("speed") and args.shape in (None, "llama") and has_room:
         found = speed(args, "llama", "cuda")["items", "ours"]
         figures |= {"llama_speedup_over_naive": found["ratio"], "llama_matmul_share": found["share"]}
     with tempfile.TemporaryDirectory() as folder:

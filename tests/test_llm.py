@@ -9,7 +9,7 @@ import torch
 from conftest import NAME_TEXTS, TASK_TEXT, save_llm
 from llm_cases import infer_run
 from userip.artifacts import sha256_of
-from userip.llm import choose_llm, fuse, load_llm, pretrain_tiny
+from userip.llm import MixedLinear, choose_llm, fuse, load_llm, mix, pretrain_tiny
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
@@ -66,6 +66,43 @@ def test_fused_calls_change_nothing(tmp_path, architecture, slow):
         found.append((loss, *torch.autograd.grad(loss, embeddings)))
     for one, two in zip(*found):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_layers_multiply_in_bfloat16_and_can_be_put_back(llm_folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llm_folder).eval().requires_grad_(False)
+    embeddings = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def logits_and_gradient():
+        logits = model(inputs_embeds=embeddings, use_cache=False).logits
+        return logits, *torch.autograd.grad(logits.square().sum(), embeddings)
+
+    exact, restore = logits_and_gradient(), mix(model)
+    mixed = logits_and_gradient()
+    layers = [module for module in model.modules() if isinstance(module, MixedLinear)]
+    assert len(layers) >= 9 and all(layer.weight.dtype == torch.bfloat16 for layer in layers)
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    for one, two in zip(exact, mixed):
+        assert two.dtype == torch.float32 and not torch.equal(one, two)
+        assert torch.allclose(one, two, rtol=0.05, atol=0.02 * one.detach().abs().max())
+    inputs = torch.randn(3, layers[0].weight.shape[1])
+    product = inputs.bfloat16() @ layers[0].weight.T
+    bias = 0 if layers[0].bias is None else layers[0].bias
+    assert torch.equal(layers[0](inputs), product.float() + bias)
+    restore()
+    for one, two in zip(exact, logits_and_gradient()):
+        assert torch.equal(one, two)
+
+
+def test_a_gguf_file_names_the_packages_that_it_needs(small_run, tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    assert "there is no such file" in infer_run(small_run, tmp_path, "--llm", file, ok=False)
+    file.write_bytes(b"GGUF is not in here")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "`pip install gguf accelerate`" in infer_run(small_run, tmp_path, "--llm", file, ok=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert "no tokenizer could be loaded" in infer_run(small_run, tmp_path, "--llm", file, ok=False)
 
 
 def test_a_saved_llm_of_either_architecture_runs(small_run, tmp_path, llm_folder):

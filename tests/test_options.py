@@ -41,7 +41,7 @@ OPTIONS = {
         "pull": [([3], [], MOVES), ([3], GRADIENT, MOVES), (["inf"], [], REFUSED), ([1e300], GRADIENT, REFUSED)],
         "field-weights": [(["none"], [], MOVES)], "shared-steps": [([5], [], MOVES)],
         "map-steps": [([5], [], MOVES), ([5], GRADIENT, REFUSED)], "tiny-steps": [([5], [], REFUSED)],
-        "heldout": [([20], [], MOVES)], "estimate": [([], [], STOPS)],
+        "heldout": [([20], [], MOVES)], "dtype": [(["mixed"], [], MOVES), (["bfloat16"], [], MOVES)], "estimate": [([], [], STOPS)],
         "batch-size": [([7], GRADIENT, SAME), ([7], [], REFUSED)], "tokens-per-batch": [([200], [], SAME)]},
     "03_quantize.py": {
         "run-dir": ELSEWHERE, "apply": ELSEWHERE, "seed": [([1], [], MOVES)], "paper": [([], [], MOVES)],

@@ -231,12 +231,16 @@ def test_a_text_longer_than_the_context(llm, capsys):
     assert "item 1 needs" in line and "256" in line and "shorten it" in line
 
 
+LLAMA_LIKE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=8, pad_token_id=0)
+PASS = ("qwen2", "gpt_neox", "qwen3", "mistral", "phi", "phi3", "gemma", "olmo2", "smollm3", "granite")
 OTHERS = {"gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]),
           "gptj": dict(n_embd=32, n_layer=2, n_head=2, rotary_dim=4), "bloom": dict(hidden_size=32, n_layer=2, n_head=2),
           "qwen2": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                         num_key_value_heads=2),
           "mamba": dict(hidden_size=32, num_hidden_layers=2), "gpt_neox": dict(
-              hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)}
+              hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
+          "gemma2": LLAMA_LIKE, **dict.fromkeys(PASS[2:], LLAMA_LIKE)}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -248,15 +252,16 @@ def test_a_llm_honours_the_mask_or_is_refused_by_name(tmp_path, capsys, kind):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     args = argparse.Namespace(run_dir="unused", llm=str(tmp_path), task_text=TASK_TEXT, soft_tokens=1, mask="fig4",
-                              method="score", rank=1, evidence="items")
+                              method="score", rank=1, evidence="items",
+                              dtype="float32")
     try:
         _, _, prompt = load_prompt(args, dict(enumerate(NAME_TEXTS)), [], None, 0)
     except SystemExit:
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and "--llm" in lines[0] and "GPT-2 or Llama kind" in lines[0]
-        assert kind in ("gpt_neo", "gptj", "bloom", "mamba"), lines
+        assert kind in ("gpt_neo", "gptj", "bloom", "mamba", "gemma2"), lines
         return
-    assert kind in ("qwen2", "gpt_neox")
+    assert kind in PASS
     texts, sees, soft = texts_of((None, tokenizer)), torch.ones(2, dtype=torch.bool), soft_for(prompt, 5)
     changed = texts._replace(ids=texts.ids.clone())
     changed.ids[:, 4:] += 1

@@ -101,7 +101,7 @@ def test_ratings_are_centred_by_the_items_audience_and_items_by_popularity(llm):
 def test_field_weights_bring_all_fields_to_the_same_noise(llm):
     prompt, routes = prompt_of(llm), routes_for(llm)
     shared = soft_for(prompt, 1)[0]
-    weights = field_weights(run_of(llm, prompt, routes, events_of([0] * 5, range(5))), shared)
+    weights = field_weights(run_of(llm, prompt, routes, events_of([0] * 5, range(5))), shared, 512)
     for route in routes:
         for field in route.fields:
             only = torch.zeros(len(FIELDS))

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 import torch
 
-from conftest import run_stage
+from conftest import run_stage, save_llm, write_table
 from llm_cases import fresh
 from test_progress import GRADIENT, small
 
@@ -20,3 +22,17 @@ def test_the_estimate_tells_tokens_flops_memory_and_time_and_writes_nothing(smal
         more = run_stage("02_infer_profiles.py", "--run-dir", run, *small(*options), "--steps", 6,
                          "--estimate")
         assert count(more) == pytest.approx(3 * count(printed), rel=1e-3)
+
+
+def test_all_else_costs_at_most_three_catalogues(tmp_path, monkeypatch):
+    monkeypatch.setattr("userip.setup.FREE_FLOPS", 0)
+    write_table(tmp_path / "raw", num_users=300, num_items=600)
+    run = tmp_path / "run"
+    run_stage("01_prepare.py", "--dataset", "table", "--raw", tmp_path / "raw", "--run-dir", run,
+              "--min-interactions", 1)
+    printed = run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", save_llm(tmp_path / "llm", "gpt2"))
+    tokens = json.loads((run / "profiles.pt.json").read_text())["tokens"]
+    catalogue = tokens.pop("catalogue")
+    assert set(tokens) == {"shared start", "field weights", "map", "step lengths", "held-out rows"}
+    assert 2 * catalogue < sum(tokens.values()) <= 3 * catalogue
+    assert f"catalogue {catalogue:,}" in printed

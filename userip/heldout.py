@@ -3,33 +3,44 @@
 import torch
 
 
-def heldout_events(interactions, rows, routes, limit, seed):
-    """Validation rows with any text, at most `limit`: Events of half the users, to choose with, and of the
-    other half, to report. rows: all interactions as Events.
+def heldout_events(interactions, rows, routes, limits, seed):
+    """Validation rows with any text: Events of half the users, to choose with, and of the other half, to
+    report; of each at most as many as its limit says. rows: all interactions as Events.
     """
-    valid = interactions[interactions["split"] == "valid"]
-    sample = valid.sample(min(limit, len(valid)), random_state=seed).sort_index()
-    events = rows.select(torch.tensor(sample.index.to_numpy()))
+    is_valid = torch.tensor((interactions["split"] == "valid").to_numpy())
+    events = rows.select(is_valid)
     has_text = sum(route.has_text(events).int() for route in routes) > 0
-    return [events.select(has_text & (events.user % 2 == half)) for half in (0, 1)]
+    generator = torch.Generator().manual_seed(seed)
+    halves = []
+    for half, limit in enumerate(limits):
+        index = (has_text & (events.user % 2 == half)).nonzero()[:, 0]
+        sample = torch.randperm(len(index), generator=generator)[:limit].sort().values
+        halves.append(events.select(index[sample]))
+    return halves
 
 
 def heldout_nll(run, profiles, events, is_blind=False):
-    """NLL of held-out rows under a profile each: profiles [R, P, S D] -> nats, scored tokens [R, routes]
+    """NLL of held-out rows: profiles [R, P, S D], one each, or [1, P, S D], one for all, so that each text is
+    read once -> nats, scored tokens [R, routes]
 
     is_blind: no text may read a profile.
     """
     nats, tokens = (torch.zeros(len(events.user), len(run.routes)) for _ in range(2))
     with torch.no_grad():
         for column, route in enumerate(run.routes):
-            index = route.text_index(events)
             rows = route.has_text(events).nonzero()[:, 0]
+            index = route.text_index(events)[rows]
+            tokens[rows, column] = route.texts.num_scored_tokens()[index].float()
+            text, of_row = index, torch.arange(len(index))
+            if len(profiles) == 1:
+                text, of_row = index.unique(return_inverse=True)
             may_read = torch.zeros_like(route.may_read) if is_blind else route.may_read
-            for batch in run.prompt.batches(route.texts, index[rows], run.args.tokens_per_batch):
-                batch = rows[batch]
-                texts = route.texts.select(index[batch])
-                nats[batch, column] = run.prompt.nll(profiles[batch], texts, may_read).sum(1).float().cpu()
-                tokens[batch, column] = texts.num_scored_tokens().float()
+            text_nats = torch.empty(len(text))
+            for batch in run.prompt.batches(route.texts, text, run.args.tokens_per_batch):
+                soft = profiles[rows[batch]] if len(profiles) > 1 else profiles
+                texts = route.texts.select(text[batch])
+                text_nats[batch] = run.prompt.nll(soft, texts, may_read).sum(1).float().cpu()
+            nats[rows, column] = text_nats[of_row]
     return nats, tokens
 
 

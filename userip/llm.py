@@ -1,7 +1,9 @@
-"""The frozen LLM: a hub name, a folder, or a tiny one that is pretrained on the spot from the train items."""
+"""The frozen LLM: a hub name, a folder, a GGUF file, or a tiny one, pretrained on the spot on train items."""
 
 import hashlib
+import importlib.util
 import json
+import re
 import shutil
 import socket
 import time
@@ -16,28 +18,36 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
                           PreTrainedTokenizerFast)
+from transformers.pytorch_utils import Conv1D
 
 from userip.artifacts import fail
 
+GGUF_PACKAGES = ("gguf", "accelerate")  # which transformers needs to read such a file
 STAMP = "made_from.txt"  # in the tiny LLM's folder: the digest of what it was made from
 TINY = {"batch": 24, "length": 96, "lr": 2e-3, "width": 128, "layers": 4, "vocabulary": 2048, "context": 512}
 
 
-def load_llm(args, llm, device="cpu", **model_options):
-    """Hub name, folder or "tiny" (run_dir/tiny_llm) -> frozen model (bfloat16 on CUDA), tokenizer"""
-    source = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm
-    if (llm == "tiny" or llm.startswith(("/", ".", "~"))) and not Path(source).is_dir():
+def load_llm(args, llm, device="cpu", dtype=torch.float32, **model_options):
+    """Hub name, folder, GGUF file or "tiny" (run_dir/tiny_llm) -> frozen model of this dtype, tokenizer"""
+    source, file = Path(args.run_dir) / "tiny_llm" if llm == "tiny" else llm, {}
+    if llm.lower().endswith(".gguf"):
+        source, file, missing = Path(llm).parent, {"gguf_file": Path(llm).name}, []
+        if not Path(llm).is_file():
+            fail(f"--llm {llm}: there is no such file")
+        if missing := [name for name in GGUF_PACKAGES if importlib.util.find_spec(name) is None]:
+            fail(f"--llm {llm}: a GGUF file needs one more package: `pip install {' '.join(missing)}`")
+    elif (llm == "tiny" or llm.startswith(("/", ".", "~"))) and not Path(source).is_dir():
         fail(f"--llm {llm}: there is no folder {source}; "
-             + ("run stage 2 again" if llm == "tiny" else "give a folder or a hub name"))
-    dtype, part = torch.bfloat16 if device == "cuda" else torch.float32, "tokenizer"
+             + ("run stage 2 again" if llm == "tiny" else "give a folder, a GGUF file or a hub name"))
+    part = "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **file)
         part = "weights"
         try:  # eager attention would take the mask of Fig. 4 for numbers, whatever the folder's config says
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, **{"attn_implementation": "sdpa"} | model_options)
+                source, dtype=dtype, **file, **{"attn_implementation": "sdpa"} | model_options)
         except ValueError:  # an architecture without it: Prompt.check_mask decides
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **file)
     except Exception as error:  # for one cause transformers raises OSError, ValueError, KeyError and others
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         fail(f"--llm {llm}: no {part} could be loaded ({reason}); give a folder that save_pretrained "
@@ -63,6 +73,42 @@ def fuse(model):
                 norm.weight = child.weight
                 setattr(module, name, norm)
     return model
+
+
+class MixedLinear(nn.Module):
+    """A linear layer with its product in bfloat16, float32 before and behind it: [..., in] -> [..., out]"""
+
+    def __init__(self, layer):
+        super().__init__()
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # [out, in]
+        self.weight = nn.Parameter(weight.bfloat16().contiguous(), requires_grad=False)
+        self.bias, self.out_features = layer.bias, len(weight)
+
+    def forward(self, inputs):
+        outputs = F.linear(inputs.bfloat16(), self.weight).float()
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def mix(model):
+    """Replace the model's linear layers by MixedLinear -> a function that puts them back. Embeddings, norms,
+    softmax and attention stay in float32.
+    """
+    replaced = [(module, name, child) for module in model.modules()
+                for name, child in module.named_children() if isinstance(child, (nn.Linear, Conv1D))]
+    for module, name, child in replaced:
+        setattr(module, name, MixedLinear(child))
+
+    def restore():
+        for module, name, child in replaced:
+            setattr(module, name, child)
+
+    return restore
+
+
+def multiplies_bfloat16():
+    """Does this machine's CPU multiply bfloat16 in hardware? As Linux lists it; elsewhere False"""
+    path = Path("/proc/cpuinfo")
+    return path.is_file() and bool(re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", path.read_text()))
 
 
 def choose_llm():

@@ -87,6 +87,7 @@ def descend(run, prior, profiles, pull, noise, num_sample=3000):
     """The M step must not raise the objective (eq. 7): go from the last round's profiles to the new ones as
     far as it falls -> Profiles, (L_LM, λ L_Q) per train row. L_LM is of the same rows in every round.
     """
+    run.prompt.purpose = "objective"
     path, train = Path(run.args.run_dir) / "profiles.pt", run.observed.train
     before = torch.load(path, weights_only=True, mmap=True)["profiles"]
     before = before if before.dim() == 4 else before[None]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
+from torch.nn import functional as F
 
 from userip.evidence import FIELDS, Route
 
@@ -35,14 +36,14 @@ def text_scores(prompt, route, index, shared, weights, max_tokens):
     return scores
 
 
-def field_weights(run, shared, num_sample=512):
+def field_weights(run, shared, num_sample):
     """1 / (root mean square of a field's score at θ̄ over a sample of texts): [len(FIELDS)]
 
     # differs from the paper: the scores of fields have variances that depend on the LLM and say nothing about
     # what they know: a title's has more than a category's and knows less of the hobby. In a plain sum the
     # field with the largest variance drowns the others.
     """
-    weights = torch.zeros(len(FIELDS))
+    weights, run.prompt.purpose = torch.zeros(len(FIELDS)), "field weights"
     for route in run.routes:
         scored = (route.text_counts(run.observed.train) * route.texts.num_scored_tokens()).nonzero()[:, 0]
         index = scored[torch.randperm(len(scored), generator=run.progress.generator)[:num_sample]]
@@ -156,11 +157,18 @@ def project_scores(user_texts, table, count, noise, is_warm, rank):
     return whiten @ directions.flip(1)[:, :rank], eigenvalues.flip(0)[:rank]
 
 
-def find_coordinates(run, scores):
-    """The leading C directions of each profile: scores {k: TextScores} -> list of TextScores in these, pull
-    [P] (the prior's weight in texts). All is estimated over warm users: cold ones are only placed.
-    """
-    is_warm, coordinates, pulls = run.observed.is_warm, [], []
+class Directions(NamedTuple):
+    """The leading C directions of each profile, in which users' scores differ most"""
+
+    coordinates: list  # TextScores in these directions, of each profile
+    pull: torch.Tensor  # [P], the prior's weight in texts
+    start: torch.Tensor  # [P, C, S D], unit vectors: the mean score of users one unit along a direction
+    is_above: torch.Tensor  # bool [P, C]: is its eigenvalue above that of pure noise?
+
+
+def find_directions(run, scores):
+    """Directions of scores {k: TextScores}, estimated over warm users: cold ones are only placed."""
+    is_warm, coordinates, pulls, starts, masks = run.observed.is_warm, [], [], [], []
     for k, name in enumerate(run.prompt.names):
         route, train, new, _, noise = scores[k]
         user_texts, count = _user_texts(route, run.observed.own, is_warm)
@@ -173,10 +181,12 @@ def find_coordinates(run, scores):
         pulls.append(float(count[is_warm].mean()) / excess if run.args.pull is None else run.args.pull)
         train, new = ((table.double() @ projection).float() for table in (train, new))
         coordinates.append(scores[k]._replace(train=train, new=new))
+        starts.append(F.normalize((noise.double() @ projection).T, dim=1).float())
+        masks.append(is_above)
         leading = " ".join(f"{eigenvalue:.2f}" for eigenvalue in eigenvalues[:8])
         print(f"{name}: pull {pulls[-1]:.1f} items; "
               f"eigenvalues of the whitened scores (noise 1, its edge {edge:.2f}): {leading}")
-    return coordinates, torch.tensor(pulls)
+    return Directions(coordinates, torch.tensor(pulls), torch.stack(starts), torch.stack(masks))
 
 
 def user_sums(coordinates, events, is_warm):
