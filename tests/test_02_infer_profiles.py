@@ -13,6 +13,7 @@ from conftest import infer, run_stage, save_llm, write_interactions
 from llm_cases import (events_of, fresh, infer_run, prompt_of, rating_route, routes_for, run_of, shared_of,
                        soft_for, weights_of)
 from userip.evidence import FIELDS
+from userip.further_runs import command_line
 from userip.llm import load_llm
 from userip.score import Directions, TextScores, centred_scores, find_directions
 
@@ -255,6 +256,7 @@ def test_methods_evidence_and_any_number_of_profiles_run(small_run, tmp_path, op
     assert torch.isfinite(profiles).all() and (profiles.std(-3) > 0).any()
     assert stored["num_evidence"].shape == profiles.shape[:-1]
     assert np.isfinite(sidecar["heldout_nll"]["own"])
+    infer.parse_args(command_line(sidecar["options"]))  # as a further split repeats them
 
 
 def test_the_rank_says_in_how_many_directions_profiles_differ(small_run, tmp_path):

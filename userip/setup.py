@@ -129,7 +129,8 @@ def plan(args, prompt, evidence):
     texts = max(catalogue, FREE_FLOPS / flops_per_token(prompt)) / tokens  # that each purpose may cost
     share = lambda part, most: int(min(most, max(1, part * texts)))
     args.shared_steps = args.shared_steps or share(0.8 / BATCH, 100)
-    args.map_steps = args.map_steps or share(0.75 / BATCH, 150)
+    if args.method == "score":  # the option means nothing without it, also to further splits
+        args.map_steps = args.map_steps or share(0.75 / BATCH, 150)
     tune, report = share(1 / 8, 1500), share(1 / 4, 1500)
     if args.heldout:
         tune, report = args.heldout // 2, args.heldout - args.heldout // 2
@@ -193,7 +194,7 @@ def estimate(run, sample_size=512):
             started = time.time()
             text_scores(prompt, route, sample, soft, torch.ones(len(FIELDS)), args.tokens_per_batch)
         sample_seconds += time.time() - started
-    steps = args.shared_steps + args.map_steps * (args.method == "score")
+    steps = args.shared_steps + (args.map_steps or 0)
     fitting = int(size.tokens * (steps * BATCH + size.weight_texts))
     # forward passes, a third of the cost: three lengths of a step, four sets of profiles
     num_tune = len(run.tune.user) * (args.method == "score")
