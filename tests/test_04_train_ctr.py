@@ -128,8 +128,8 @@ def test_only_groups_that_are_missing_are_trained(tmp_path, monkeypatch, capsys)
 
 def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
     run = small_run_of()
-    run.split = {"test": pd.DataFrame({"user": range(300)})}
-    fields = lambda name, seed=0: ctr.sparse_fields(name, run, seed)
+    run.split["test"] = pd.DataFrame({"user": range(300)})
+    fields = lambda name, seed=0: ctr.sparse_fields(settings(), name, run, seed)
     codes, with_unknown = fields("codes")
     assert with_unknown == [5, 4] and (codes["test"] == run.codes).all()
     first, second = (fields("random", seed)[0]["test"] for seed in (0, 1))
@@ -144,7 +144,7 @@ def test_train_rows_read_the_codes_and_vectors_that_have_not_seen_them():
     train, num_users = run.split["train"], len(run.users)
     rng = np.random.default_rng(0)
     run.train_codes = np.stack([rng.integers(4, size=len(train)), rng.integers(3, size=len(train))], 1)
-    fields, sizes = ctr.sparse_fields("codes", run, 0)
+    fields, sizes = ctr.sparse_fields(settings(), "codes", run, 0)
     assert sizes == [5, 4] and (fields["train"] == run.train_codes).all()
     for name in ("valid", "test"):
         assert (fields[name] == run.codes[run.split[name]["user"]]).all()
@@ -180,11 +180,11 @@ def test_a_single_seed_has_no_interval_and_says_so(small_run, tmp_path):
 
 def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
     results = pd.read_parquet(small_run[1] / "results.parquet")
-    assert len(results) == 1 + 2 * 3 * 2 and set(results["features"]) == {"none", "codes", "random"}
+    assert len(results) == 1 + 2 + 2 * 3 * 2 and set(results["features"]) == {"none", "codes", "random"}
     assert results["model"].iloc[0] == "base rate" and results["auc"].iloc[0] == 0.5
     markdown = (small_run[1] / "results.md").read_text()
     assert "codes - random" in markdown and "base rate" in markdown
-    assert "Draws: 1, seeds of each: 2" in markdown and "not corrected for 12 looks" in markdown
+    assert "Draws: 1, seeds of each: 2" in markdown and "not corrected for 20 looks" in markdown
     assert "--lr 0.005" in markdown
 
 
@@ -194,7 +194,7 @@ def test_every_control_runs(small_run, tmp_path):
     features = ["none", "codes", "random", "cf", "leniency", "dense"]
     run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", *options, "--features", *features)
     results = pd.read_parquet(tmp_path / "run/results.parquet")
-    assert set(results["features"]) == set(features) and len(results) == 1 + 2 * 6
+    assert set(results["features"]) == set(features) and len(results) == 1 + 1 + 2 * 6
 
 
 @pytest.mark.parametrize("options, complaint", [
@@ -258,4 +258,4 @@ def test_rows_without_profiles_are_the_same_for_any_codebook_and_no_others():
             for rows, bank in (("a", "b"), ("a", "c"), ("d", "b"))]
     for feature in ctr.FEATURES:
         first, other_bank, other_rows = (ctr.group_key(args, run, "dcn", [feature], [0]) for run in runs)
-        assert (first == other_bank) == (feature in ("none", "leniency")) and first != other_rows
+        assert (first == other_bank) == (feature in ctr.PROFILE_FREE) and first != other_rows
