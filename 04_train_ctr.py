@@ -256,7 +256,8 @@ def train_run(args, run, models, features, seeds):
     facts = {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
     rows = [{"model": "base rate", "features": "none", **facts, "seed": 0, "auc": 0.5,
              "logloss": logloss(run.labels["test"], float(run.labels["train"].mean()))}]
-    rows += [{"model": "means", "features": "none", **facts, "seed": seed} | means_model(
+    nothing = dict.fromkeys(CHOICES, float("nan"))  # was chosen for it
+    rows += [{"model": "means", "features": "none", **facts, "seed": seed, **nothing} | means_model(
         run.split, run.labels, seed, len(run.users), run.num_items) for seed in seeds]
     # by fields beside the ids, a number or vectors; feature sets of one shape train in one stack
     shape = lambda feature: "z" if feature == "dense" else str(
