@@ -12,7 +12,7 @@ Reads   --raw DIR, files as published, plain or gzip, recognized by their conten
           table     interactions.*, items.* and, if there, users.* as csv, tsv (both also .gz) or parquet
 Writes  interactions.parquet  user, item int64, rating float32, label int8, timestamp int64 (s), split, review
         items.parquet         item, item_id, title, category, brand, price (dollars; Yelp: its range, 1 to 4)
-        users.parquet         user, user_id, and what is known of the user, used for checking only
+        users.parquet         user, user_id, and what is known of the user: for checking, and --fields
         prepare.json          the row of the paper's table 1, and counts of what was dropped
 
 Splits  random     8:1:1 per interaction (the paper's)
@@ -77,8 +77,7 @@ def parse_args(argv=None):
     add.method("--threshold", type=at_least(-1e30, float), default=3,
                help="a rating above this is a positive label")
     add.method("--split", choices=SPLITS, help="see above (default: random; nete: published)")
-    add.method("--split-seed", type=at_least(0), help="unless temporal or published: its seed "
-               "(default: --seed)")
+    add.method("--split-seed", type=at_least(0), help="of a split that is drawn (default: --seed)")
     args = parser.parse_args(argv)
     args.split = args.split or ("published" if args.dataset == "nete" else "random")
     check_options(parser, args)

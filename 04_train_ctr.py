@@ -14,8 +14,8 @@ Adam minimises binary cross-entropy (eq. 9); training stops early on valid loglo
 are restored, test is scored once. Seeds and sets of a model train side by side. With --splits, stages 1 to 3
 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
-Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds train_codes.parquet; for
-        `tfidf` and --fields items.parquet; for `dense` profiles.pt, codebook.pt; for --bench profiles.pt
+Reads   interactions.parquet, items.parquet, users.parquet, feature_bank.parquet; with folds
+        train_codes.parquet; for `dense` profiles.pt, codebook.pt; for --bench profiles.pt
 Writes  results.parquet: the base rate's row, then per (model, features, split seed, seed), `means` first:
         rows (of train), auc, logloss, valid figures, what was chosen (not of means), options
         results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
@@ -59,6 +59,7 @@ WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibin
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}  # decay: times the default
 CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
         "userip/features.py", "userip/rating_means.py")  # other code trains finished rows again
+STAGE_1 = ("interactions.parquet", "items.parquet", "users.parquet")
 FIGURES = {"figure5": (4, 16, 64, 256), "figure6": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
 
@@ -68,8 +69,7 @@ def parse_args(argv=None):
     add.data("--splits", type=at_least(1), default=1, help="number of splits; stages 1 to 3 run for each")
     add.data("--codebook-sizes", action="store_true", help="figures 5 and 6: the first model with many K")
     add.data("--features", nargs="+", type=feature_set, metavar="SET",
-             help=f"of {' '.join(FEATURES)}, and any + of them (default: none codes random and, on planted "
-                  f"data, truth)")
+             help=f"of {' '.join(FEATURES)}, or joined by + (default: none codes random, planted: truth)")
     add.data("--fields", nargs="+", default=[], metavar="COLUMN",
              help="x of eq. 1: columns of items.parquet and users.parquet that all sets read (default: none)")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
@@ -122,17 +122,15 @@ def parse_args(argv=None):
 
 def read_run(run_dir, features, fields=()):
     """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
-    [N, P], train_codes [n, P], history [N] and item_history [M] (train rows), described (of --fields), for
+    [N, P], train_codes [n, P], history [N] (train rows per user), described (the fields of --fields), for
     `dense` profiles.pt and codebook.pt
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
     defaults = {"split_seed": prepared["seed"], "split": "random", "dataset": "table", "interactions": 0}
     prepared = defaults | prepared  # an interactions.parquet of another tool says less
-    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
+    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet", "items.parquet"]
     inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features)
-    parts = {name for feature in features for name, _ in parts_of(feature, features)}
-    inputs += ["items.parquet"] * ("tfidf" in parts or bool(fields))
     inputs += ["train_codes.parquet"] * bool(bank.get("has_folds"))
     tables = dict(zip(inputs, read_artifacts(folder, *inputs)))
     interactions, users = tables["interactions.parquet"], tables["users.parquet"]
@@ -145,15 +143,13 @@ def read_run(run_dir, features, fields=()):
                  f"undefined: choose another --threshold in stage 1")
     codes = tables["feature_bank.parquet"][bank["names"]]
     train_codes = tables.get("train_codes.parquet", codes.iloc[split["train"]["user"]])[bank["names"]]
-    items, num_items = tables.get("items.parquet"), int(interactions["item"].max()) + 1
-    history, item_history = (np.bincount(split["train"][key], minlength=size)
-                             for key, size in (("user", len(users)), ("item", num_items)))
+    items = tables["items.parquet"]
     return SimpleNamespace(
         inputs=inputs, prepared=prepared, split_seed=prepared["split_seed"], split=split, labels=labels,
         users=users, names=bank["names"], code_sizes=bank["codes"], codes=codes.to_numpy(dtype=np.int64),
-        train_codes=train_codes.to_numpy(dtype=np.int64), num_items=num_items, history=history,
-        item_history=item_history, items=items,
-        described=described_columns(fields, items, users, split["train"]) if fields else [],
+        train_codes=train_codes.to_numpy(dtype=np.int64), num_items=len(items), items=items,
+        history=np.bincount(split["train"]["user"], minlength=len(users)),
+        described=described_columns(fields, items, users, split["train"]),
         stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"),
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
 
@@ -180,14 +176,13 @@ def sparse_fields(args, feature, run, seed):
 def read_rows(args, run, pairs):
     """Pairs (feature set, seed) of one shape, F fields -> Rows, with a set of fields for each"""
     split = {name: run.split[name] for name in run.labels}
-    drops_item = run.prepared["split"] == "cold-item"
-    ids, num_rows, unknown = zip(*[
-        table_rows(split, *sparse_fields(args, feature, run, seed), run.history > 0, run.item_history > 0,
-                   "item" if drops_item else "user" if args.id_dropout else None) for feature, seed in pairs])
+    dropped = 1 if run.prepared["split"] == "cold-item" else 0 if args.id_dropout else None
+    ids, num_rows, unknown = zip(*[table_rows(split, *sparse_fields(args, feature, run, seed), len(run.users),
+                                              run.num_items, dropped) for feature, seed in pairs])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = {name: torch.stack([of_pair[name] for of_pair in ids]).to(device) for name in split}
     dense = profile_vectors(run, device) if pairs[0][0] == "dense" else {}
-    return Rows(ids, run.labels, num_rows, unknown[0], int(drops_item), **dense)
+    return Rows(ids, run.labels, num_rows, unknown[0], dropped, **dense)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -237,12 +232,9 @@ def group_key(args, run, model, features, seeds):
     ignored = {"run_dir", "models", "features", "seed", "seeds", "splits", "codebook_sizes", "bench", "paper"}
     options = {key: option for key, option in vars(args).items() if key not in ignored | set(CHOICES)}
     parts = [parts_of(feature, args.features) for feature in features]
-    names = {name for of_set in parts for name, _ in of_set}
-    inputs = run.digests
-    if names <= PROFILE_FREE and "dense" not in features:  # the same for any codebook
-        read = {"interactions.parquet", *["items.parquet"] * (bool(args.fields) or "tfidf" in names),
-                *["users.parquet"] * bool(args.fields)}
-        inputs = {name: digest for name, digest in inputs.items() if name in read}
+    # what reads no profile is the same for any codebook
+    is_free = {*"+".join(features).split("+")} <= PROFILE_FREE
+    inputs = {name: digest for name, digest in run.digests.items() if not is_free or name in STAGE_1}
     code = [sha256_of(Path(__file__).parent / file) for file in CODE]
     decisive = [options, candidates(args, model), inputs, model, features, parts, list(seeds), code,
                 torch.__version__, torch.cuda.is_available()]
@@ -256,9 +248,9 @@ def train_run(args, run, models, features, seeds):
     facts = {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
     rows = [{"model": "base rate", "features": "none", **facts, "seed": 0, "auc": 0.5,
              "logloss": logloss(run.labels["test"], float(run.labels["train"].mean()))}]
-    nothing = dict.fromkeys(CHOICES, float("nan"))  # was chosen for it
-    rows += [{"model": "means", "features": "none", **facts, "seed": seed, **nothing} | means_model(
-        run.split, run.labels, seed, len(run.users), run.num_items) for seed in seeds]
+    rows += [{"model": "means", "features": "none", **facts, "seed": seed}
+             | dict.fromkeys(CHOICES, float("nan"))  # nothing is chosen for it
+             | means_model(run.split, run.labels, seed, len(run.users), run.num_items) for seed in seeds]
     # by fields beside the ids, a number or vectors; feature sets of one shape train in one stack
     shape = lambda feature: "z" if feature == "dense" else str(
         num_fields(parts_of(feature, args.features), run))

@@ -258,26 +258,23 @@ def click_scores(run, users):
     """
     options, scores = argparse.Namespace(**run.sidecars["results.parquet"]["options"]), {}
     num_items, split = len(run.items), run.sidecars["interactions.parquet"].get("split")
-    dropped = "item" if split == "cold-item" else "user" if options.id_dropout else None
-    is_warm, is_warm_item = (frame[key].isin(run.split["train"][key]).to_numpy()
-                             for key, frame in (("user", run.users), ("item", run.items)))
+    dropped = 1 if split == "cold-item" else 0 if options.id_dropout else None
     asked = pd.MultiIndex.from_product([users, range(num_items)], names=["user", "item"]).to_frame()
     split = {"train": run.split["train"], "valid": run.split["valid"], "asked": asked}
     labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid")}
-    described = described_columns(getattr(options, "fields", []), run.items, run.users, split["train"])
-    sizes = [column.size for column in described]
+    columns = described_columns(getattr(options, "fields", []), run.items, run.users, split["train"])
+    described = [column.read(split) for column in columns]
     for title, feature, num_fields in (("without codes", "none", 0), ("with codes", "codes", len(run.names))):
         rows = run.results.query("model == @options.models[0] and features == @feature")
         if not len(rows) or options.models == ["means"]:
             continue
         fields = {name: run.codes[frame["user"], :num_fields] for name, frame in split.items()}
         fields["train"] = run.train_codes[:, :num_fields]
-        for codes in (column.read(split) for column in described):
-            fields = {name: np.column_stack([part, codes[name]]) for name, part in fields.items()}
-        ids, size, unknown = table_rows(split, fields, [size + 1 for size in run.sizes[:num_fields]] + sizes,
-                                        is_warm, is_warm_item, dropped)
-        inputs = Rows({name: part[None] for name, part in ids.items()}, labels, [size], unknown,
-                      int(dropped == "item"))
+        fields = {name: np.column_stack([part, *(codes[name] for codes in described)])
+                  for name, part in fields.items()}
+        sizes = [size + 1 for size in run.sizes[:num_fields]] + [column.size for column in columns]
+        ids, size, unknown = table_rows(split, fields, sizes, len(run.users), num_items, dropped)
+        inputs = Rows({name: part[None] for name, part in ids.items()}, labels, [size], unknown, dropped)
         row = rows.iloc[0]
         member = Member(0, int(row["seed"]), *row[["lr", "weight_decay", "start"]].map(float))
         _, stack = train_stack(options, options.models[0], [member], inputs)

@@ -73,16 +73,10 @@ def table_of_means(groups, data=None):
 
 
 def pairs_of(features):
-    """Which feature sets are compared: DIFFERENCES, then those joined by +, with random parts in place of
-    all, with their first part, leniency and the model `means`
-    """
-    pairs = dict.fromkeys(DIFFERENCES)
-    for feature in features:
-        parts = feature.split("+")
-        if len(parts) > 1 and "random" not in parts:
-            others = "+".join(["random"] * len(parts)), parts[0], "leniency", "means"
-            pairs |= dict.fromkeys((feature, other) for other in others)
-    return [*pairs]
+    """DIFFERENCES, and of each set joined by +: that to its control, its first part, leniency and `means`"""
+    joined = [name for name in features if "+" in name and "random" not in name.split("+")]
+    return list(dict.fromkeys(DIFFERENCES + [(name, other) for name in joined for other in (
+        "+".join(["random"] * len(name.split("+"))), name.split("+")[0], "leniency", "means")]))
 
 
 def table_of_differences(groups, overlap):
@@ -105,21 +99,12 @@ def table_of_differences(groups, overlap):
     return markdown(["model", "difference", "AUC", "p", "logloss", "p"], lines), gains
 
 
-def dealt_parts(options):
-    """What the parts `random` of the sets joined by + stand for, a sentence"""
-    asked = options.get("features") or []
-    dealt = {feature: parts_of(feature, asked) for feature in asked
-             if "+" in feature and "random" in feature.split("+")}
-    return "".join(f" `{feature}`: {'+'.join(name for name, _ in parts)}, those of random parts dealt to users "
-                   f"or items at random." for feature, parts in dealt.items())
-
-
 def summarize(options, results, runs):
     """results.md, and what the codes gain by model. options: of the stage; runs: one per split"""
     prepared, num_splits = runs[0].prepared, len(runs)
     num_train, num_test = (len(runs[0].labels[name]) for name in ("train", "test"))
     num_cold = (runs[0].history[runs[0].split["test"]["user"]] == 0).sum()
-    data = PAPER_DATA.get(prepared["interactions"])
+    data, asked = PAPER_DATA.get(prepared["interactions"]), options.get("features") or []
     groups = dict(list(results.groupby(["model", "features"], sort=False)))
     differences, gains = table_of_differences(groups, num_test / num_train if num_splits > 1 else 0.0)
     text = [f"# Click-through rate: {prepared['dataset']}, {num_test:,} test rows", "",
@@ -131,7 +116,8 @@ def summarize(options, results, runs):
             "`none` is table 2, `dense` table 3 (without VQ), `codes` (UserIP) table 4. `means`: logistic "
             "regression on the item's and the user's shrunk means, no ids. Fields beside the ids (--fields): "
             f"{', '.join(options.get('fields') or ['none'])}."
-            + dealt_parts(options)
+            + "".join(f" `{name}` deals parts of {'+'.join(part for part, _ in parts_of(name, asked))}."
+                      for name in asked if "random" in name.split("+") and "+" in name)
             + (f" The paper's columns are its figures on {data}." if data else ""), "",
             *table_of_means(groups, data), ""]
     if num_lines := len(differences) - 2:

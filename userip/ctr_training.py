@@ -47,20 +47,22 @@ class Rows(NamedTuple):
         return [] if self.vectors is None else [self.vectors[self.users[split][rows]]]
 
 
-def table_rows(split, fields, sizes, is_warm, is_warm_item, dropped=None):
+def table_rows(split, fields, sizes, num_users, num_items, dropped=None):
     """User, item and further `fields` {split: int64 [n, P]} of `sizes` as rows of one table (eq. 8): {split:
-    int64 [n, 2 + P]}, rows of the table, and the row that stands for an unknown id where id dropout, of
-    "user" or "item", needs one. All users who are not is_warm [N] share one, as all such items [M] do.
+    int64 [n, 2 + P]}, rows of the table, and the row of an unknown user, or if the ids that are dropped are
+    those of field 1, of an unknown item. Users without a train row share one, and so do such items.
     """
-    num_users = len(is_warm) + (dropped == "user" or not is_warm.all())
-    user_id = np.where(is_warm, np.arange(len(is_warm)), len(is_warm))
+    is_warm, is_warm_item = (np.bincount(split["train"][key], minlength=size) > 0
+                             for key, size in (("user", num_users), ("item", num_items)))
+    user_id = np.where(is_warm, np.arange(num_users), num_users)
     first_cold = int(is_warm_item.argmin())  # its row is theirs
-    item_id = np.where(is_warm_item, np.arange(len(is_warm_item)), first_cold)
-    first = np.cumsum([0, num_users, len(item_id), *sizes])
+    item_id = np.where(is_warm_item, np.arange(num_items), first_cold)
+    num_users += dropped == 0 or not is_warm.all()
+    first = np.cumsum([0, num_users, num_items, *sizes])
     ids = {name: torch.from_numpy(np.column_stack([user_id[frame["user"]], item_id[frame["item"]],
                                                    fields[name]]) + first[:-1])
            for name, frame in split.items()}
-    return ids, int(first[-1]), num_users + first_cold if dropped == "item" else num_users - 1
+    return ids, int(first[-1]), num_users + first_cold if dropped == 1 else num_users - 1
 
 
 def adam_(averages, grad, lr, step, penalty=None):

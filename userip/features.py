@@ -44,20 +44,11 @@ class Column(NamedTuple):
         return self._replace(codes=self.codes[:, order], train=None)
 
 
-def levels(means, is_fitted, num_levels, fold=None):
-    """Quantile of each mean [N] among those of the same fold [N] that are fitted [N]: int64 [N], nan: last"""
-    codes, fold = np.full(len(means), num_levels), np.zeros(len(means)) if fold is None else fold
-    for part in np.unique(fold):
-        asked = (fold == part) & ~np.isnan(means)
-        if (asked & is_fitted).any():
-            edges = np.quantile(means[asked & is_fitted], np.arange(1, num_levels) / num_levels)
-            codes[asked] = np.searchsorted(edges, means[asked])
-    return codes
-
-
-# ----------------------------------------------------------------------------------------------------------
-# fields of the user
-# ----------------------------------------------------------------------------------------------------------
+def levels(values, fitted, num_levels):
+    """The quantile of each value [N] among the fitted ones: int64 [N]; of nan num_levels"""
+    fitted = fitted[~np.isnan(fitted)]
+    edges = np.quantile(fitted, np.arange(1, num_levels) / num_levels) if len(fitted) else fitted
+    return np.where(np.isnan(values), num_levels, np.searchsorted(edges, values))
 
 
 def bank_columns(run, seed):
@@ -98,70 +89,57 @@ def leniency_columns(run, seed):
         residual = rows["rating"] - rows["item"].map(rows.groupby("item")["rating"].mean())
         return residual.groupby(rows["user"]).mean()
 
-    means = [user_means(left_out) for left_out in range(NUM_FOLDS + 1)]
-    edges = means[-1][means[-1].index.isin(train["user"])].quantile([0.25, 0.5, 0.75])
-    means = [mean.reindex(range(len(run.users))) for mean in means]
-    codes = [np.where(mean.isna(), 4, np.searchsorted(edges, mean)).astype(np.int64) for mean in means]
-    return [Column("user", np.stack(codes), 5, fold)]
+    means = [user_means(left_out).reindex(range(len(run.users))) for left_out in range(NUM_FOLDS + 1)]
+    warm = means[-1][train["user"].unique()].to_numpy()
+    return [Column("user", np.stack([levels(mean.to_numpy(), warm, 4) for mean in means]), 5, fold)]
 
 
 def shrunk_columns(key, num_levels):
     """Quantile of the user's shrunk residual, or of the item's shrunk mean, among those with train rows; one
-    more code is unknown. A row without a fold reads means and quantiles made without it.
+    more code is unknown. Train rows read means and quantiles made without their fold.
     """
     def columns(run, seed):
         *means, fold = means_without_folds(run.split, seed, len(run.users), run.num_items)
-        is_warm = np.bincount(run.split["train"][key], minlength=means[key == "user"].shape[1]) > 0
-        codes = [levels(mean, is_warm, num_levels) for mean in means[key == "user"]]
+        warm = run.split["train"][key].unique()
+        codes = [levels(mean, mean[warm], num_levels) for mean in means[key == "user"]]
         return [Column(key, np.stack(codes), num_levels + 1, fold)]
     return columns
 
 
-# ----------------------------------------------------------------------------------------------------------
-# fields of the item, and what data say of users and items
-# ----------------------------------------------------------------------------------------------------------
-
-
 def tfidf_columns(run, seed):
-    """Octile, within its fold, of the mean rating that other items' texts foretell; items without a train row
-    have one, too
-    """
+    """Octile, within its fold of the items, of the mean rating that other items' texts foretell"""
     means, fold = foretold_means(run.items, run.split["train"], seed)
-    is_warm = np.bincount(run.split["train"]["item"], minlength=len(means)) > 0
-    return [Column("item", levels(means, is_warm, 8, fold)[None], 9)]
+    is_warm, codes = run.items["item"].isin(run.split["train"]["item"]).to_numpy(), np.zeros(len(means), int)
+    for part in np.unique(fold):
+        codes[fold == part] = levels(means[fold == part], means[(fold == part) & is_warm], 8)
+    return [Column("item", codes[None], 8)]
 
 
 def described_columns(names, items, users, train):
     """--fields: columns of items and users, frames [M], [N], as sparse fields (x of eq. 1), by train rows:
-    octiles of numbers; texts that MIN_ROWS rows have, the others together; one more code is unknown.
+    octiles of numbers; texts that MIN_ROWS rows have, the others together; the last code is unknown.
     """
     known = {(key, name): column for key, frame in (("item", items), ("user", users))
              for name, column in frame.items()
              if name not in NOT_DESCRIPTIVE and not name.startswith("true_") and column.notna().any()}
-    if missing := [name for name in names if name not in {known_name for _, known_name in known}]:
+    all_names, columns = dict.fromkeys(name for _, name in known), []
+    if missing := [name for name in names if name not in all_names]:
         fail(f"--fields {missing[0]}: items.parquet and users.parquet describe "
-             f"{', '.join(dict.fromkeys(name for _, name in known)) or 'nothing'}, beyond ids and titles")
-    columns = []
-    for (key, _), values in (pair for name in names for pair in known.items() if pair[0][1] == name):
-        numbers = pd.to_numeric(values.astype(object), errors="coerce").astype(float).to_numpy()
+             f"{', '.join(all_names) or 'nothing'}, beyond ids and titles")
+    for (key, _), values in (pair for name in dict.fromkeys(names) for pair in known.items()
+                            if pair[0][1] == name):
+        numbers = pd.to_numeric(values.astype(object), errors="coerce").to_numpy(float)
         if (np.isnan(numbers) == values.isna()).all() and values.dtype != bool:
-            read = numbers[train[key]]
-            edges = np.unique(np.quantile(read[~np.isnan(read)], np.arange(1, 8) / 8)) if (
-                ~np.isnan(read)).any() else np.zeros(0)
-            codes, size = np.searchsorted(edges, numbers), len(edges) + 1
+            codes, num_codes = levels(numbers, numbers[train[key]], 8), 8
         else:
             texts = values.astype(str)
-            counts = texts.iloc[train[key]][values.notna().to_numpy()[train[key]]].value_counts()
+            counts = texts.iloc[train[key]].value_counts()
             kept = sorted(counts.index[counts >= MIN_ROWS])
-            codes = pd.Index(kept).get_indexer(texts) % (len(kept) + 1)  # rare: -1, so the one behind
-            size = len(kept) + 1
-        columns.append(Column(key, np.where(values.isna(), size, codes).astype(np.int64)[None], size + 1))
+            num_codes = len(kept) + 1
+            codes = pd.Index(kept).get_indexer(texts) % num_codes  # a rare text: -1, so the last
+        columns.append(Column(key, np.where(values.isna(), num_codes, codes)[None], num_codes + 1))
     return columns
 
-
-# ----------------------------------------------------------------------------------------------------------
-# feature sets
-# ----------------------------------------------------------------------------------------------------------
 
 # run and seed -> list of Column. run: see read_run of stage 4
 PARTS = {"codes": bank_columns, "truth": truth_columns, "cf": cf_columns, "leniency": leniency_columns,
@@ -201,11 +179,8 @@ def num_fields(parts, run):
 
 def set_columns(parts, run, seed):
     """The fields of the parts: list of Column"""
-    columns = []
-    for name, is_random in parts:
-        for column in PARTS[name](run, seed):
-            columns.append(column.dealt([seed, len(columns)]) if is_random else column)
-    return columns
+    columns = [(column, is_random) for name, is_random in parts for column in PARTS[name](run, seed)]
+    return [column.dealt([seed, k]) if is_random else column for k, (column, is_random) in enumerate(columns)]
 
 
 def profile_vectors(run, device):

@@ -54,9 +54,8 @@ def shrunk_means(train, support, num_users, num_items):
 
 def draw_folds(split, seed):
     """The fold of each train row, int64 [n]"""
-    num_train = len(split["train"])
-    return np.random.default_rng([seed, 3]).integers(
-        NUM_FOLDS, size=num_train + len(split["support"]))[:num_train]
+    num_train, rng = len(split["train"]), np.random.default_rng([seed, 3])
+    return rng.integers(NUM_FOLDS, size=num_train + len(split["support"]))[:num_train]
 
 
 def means_without_folds(split, seed, num_users, num_items):
@@ -77,21 +76,18 @@ def foretold_means(items, train, seed, num_folds=10):
     texts = "text " + items[["title", "category", "brand"]].fillna("").agg(" ".join, axis=1)  # never without
     fold = np.random.default_rng([seed, 4]).permutation(len(items)) % num_folds
     foretold, has_rows = np.zeros(len(items)), items["item"].isin(train["item"]).to_numpy()
-    for left_out in np.unique(fold):
+    for left_out in np.unique(fold) if len(items) > 1 else []:
         rows = train[fold[train["item"]] != left_out]
-        known, is_asked = has_rows & (fold != left_out), fold == left_out
-        if not known.any():
-            continue
+        known, asked = has_rows & (fold != left_out), fold == left_out
         rating, user, item = (rows[name].to_numpy() for name in ("rating", "user", "item"))
         mean, ratio = variance_ratio(rating.astype(float), user)
         user_mean, _ = shrunk_sums(rating - mean, user, ratio, user.max() + 1)
         residual = rating - mean - user_mean[user]
         item_mean, count = shrunk_sums(residual, item, 0.0, len(items))
-        weight = count / (count + variance_ratio(residual, item)[1])  # of a mean of so many ratings
+        weight = (count / (count + variance_ratio(residual, item)[1]))[known]  # of a mean of so many ratings
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True)
-        model = Ridge(alpha=1.0).fit(vectorizer.fit_transform(texts[known]), item_mean[known],
-                                     sample_weight=weight[known] / weight[known].mean())
-        foretold[is_asked] = model.predict(vectorizer.transform(texts[is_asked]))
+        model = Ridge().fit(vectorizer.fit_transform(texts[known]), item_mean[known], weight / weight.mean())
+        foretold[asked] = model.predict(vectorizer.transform(texts[asked]))
     return foretold, fold
 
 
@@ -100,13 +96,13 @@ def means_model(split, labels, seed, num_users, num_items):
     nothing is known; fitted to train rows, out of fold. A dict of figures on valid and test.
     """
     item_means, user_means, fold = means_without_folds(split, seed, num_users, num_items)
-    inputs = {name: np.nan_to_num(np.column_stack(
-        [means[fold if name == "train" else NUM_FOLDS, split[name][key]]
-         for key, means in (("item", item_means), ("user", user_means))])) for name in labels}
-    model = LogisticRegression().fit(inputs["train"], labels["train"])
-    figures = {}
-    for name, prefix in (("valid", "valid_"), ("test", "")):
-        probabilities = model.predict_proba(inputs[name])[:, 1]
-        figures |= {f"{prefix}auc": roc_auc_score(labels[name], probabilities),
-                    f"{prefix}logloss": logloss(labels[name], probabilities)}
-    return figures
+
+    def inputs(name):
+        left_out, rows = fold if name == "train" else NUM_FOLDS, split[name]
+        return np.nan_to_num([item_means[left_out, rows["item"]], user_means[left_out, rows["user"]]]).T
+
+    model = LogisticRegression().fit(inputs("train"), labels["train"])
+    valid, test = (model.predict_proba(inputs(name))[:, 1] for name in ("valid", "test"))
+    return {f"{prefix}{name}": float(metric(labels[split_name], probabilities))
+            for prefix, split_name, probabilities in (("valid_", "valid", valid), ("", "test", test))
+            for name, metric in (("auc", roc_auc_score), ("logloss", logloss))}
