@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from ctr_data import SPLITS, small_run_of, small_split
+from userip import rating_means
 from userip.rating_means import (draw_folds, foretold_means, means_model, means_without_folds, shrunk_means,
                                  variance_ratio)
 
@@ -115,6 +116,15 @@ def test_the_model_means_reads_neither_test_labels_nor_ratings_of_valid_and_test
     one, two = (means_model(each.split, each.labels, 0, 300, 20) for each in (run, other))
     assert one["valid_logloss"] == two["valid_logloss"] and one["valid_auc"] == two["valid_auc"]
     assert one["auc"] == pytest.approx(1 - two["auc"])
+
+
+def test_the_model_means_is_fitted_to_what_was_made_without_a_rows_fold(monkeypatch):
+    read, fit = [], rating_means.LogisticRegression.fit
+    monkeypatch.setattr(rating_means.LogisticRegression, "fit",
+                        lambda self, inputs, label: read.append(inputs) or fit(self, inputs, label))
+    run = small_run_of()
+    means_model(run.split, run.labels, 0, 300, 20)
+    assert (read[0] == np.nan_to_num(inputs_of(run.split, run.items)[:, :2])).all()
 
 
 def test_the_model_means_learns_who_is_generous_also_of_cold_users():
