@@ -252,7 +252,8 @@ def test_every_control_runs(small_run, tmp_path):
 @pytest.mark.parametrize("options, complaint", [
     (["--tune", "--lr", "0.1"], "--lr"), (["--tune", "--start", "1"], "--start"),
     (["--tune", "--paper"], "--paper"), (["--seed", str(2**32 - 1), "--seeds", "2"], "2**32"),
-    (["--dropout", "1"], "--dropout")])
+    (["--dropout", "1"], "--dropout"), (["--models", "means", "--features", "codes"], "--features"),
+    (["--models", "means", "--codebook-sizes"], "--codebook-sizes")])
 def test_options_that_make_no_sense_are_refused(options, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         ctr.parse_args(options)

@@ -178,8 +178,10 @@ def num_fields(parts, run):
 
 
 def set_columns(parts, run, seed):
-    """The fields of the parts: list of Column"""
-    columns = [(column, is_random) for name, is_random in parts for column in PARTS[name](run, seed)]
+    """The fields of the parts: list of Column. Each part is made once per run and seed, not per model."""
+    made = vars(run).setdefault("made", {})
+    made |= {(name, seed): PARTS[name](run, seed) for name, _ in parts if (name, seed) not in made}
+    columns = [(column, is_random) for name, is_random in parts for column in made[name, seed]]
     return [column.dealt([seed, k]) if is_random else column for k, (column, is_random) in enumerate(columns)]
 
 
