@@ -2,14 +2,12 @@
 
 Every model reads user id, item id (features `none`), --fields, and more sparse fields where asked. Of the
 user: the `codes` of the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the codes
-dealt to users at random, the control against which a gain counts; and controls without the LLM: `cf` (k-means
-of the users' SVD factors), `leniency` (quartile of the user's mean residual rating), `leniency16` (16
-quantiles of the residual shrunk by the number of rows), `dense` (profiles not quantized: table 3). Of the
-item: `item-mean` (octile of the shrunk mean rating), `tfidf` (octile of the mean foretold by other items'
-texts). A train row reads what was made without its fold. Sets join by +: leniency16+tfidf. Within a +, each
-`random` deals the part of its position in the first set listed that has as many parts and no `random` (if
-none: codes, then tfidf). Beside them stands `means`, a logistic regression on the two shrunk means, no ids.
-
+dealt to users at random, the control against which a gain counts; `cf`, k-means of SVD factors; `leniency`,
+quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `dense`, profiles not
+quantized (table 3). Of the item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that
+other items' texts foretell. A train row reads what was made without its fold. Sets join by +. Within a +,
+each `random` deals the part of its position in the first set listed with as many parts and no `random` (if
+none: codes, then tfidf). The model `means`, a logistic regression on the two shrunk means, reads no ids.
 Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's weights
 are restored, test is scored once. Seeds and sets of a model train side by side. With --splits, stages 1 to 3
 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
@@ -45,7 +43,7 @@ from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whol
 from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
-from userip.features import (FEATURES, PROFILE_FREE, described_columns, feature_set, num_fields, parts_of,
+from userip.features import (FEATURES, PROFILE_FREE, described_columns, feature_set, parts_of,
                              profile_vectors, set_columns)
 from userip.further_runs import check_further_runs, further_run, read_json
 from userip.options import (at_least, option_name, options_text, parse_with_presets, refuse_without_effect,
@@ -255,7 +253,7 @@ def train_run(args, run, models, features, seeds):
              | means_model(run.split, run.labels, seed, len(run.users), run.num_items) for seed in seeds]
     # by fields beside the ids, a number or vectors; feature sets of one shape train in one stack
     shape = lambda feature: "z" if feature == "dense" else str(
-        num_fields(parts_of(feature, args.features), run))
+        len(set_columns(parts_of(feature, args.features), run, seeds[0])))
     groups = [list(group) for _, group in itertools.groupby(sorted(features, key=shape), shape)]
     for model, group in itertools.product([name for name in models if name in MODELS], groups):
         path = Path(args.run_dir) / "finished" / f"{group_key(args, run, model, group, seeds)}.json"

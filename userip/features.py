@@ -172,13 +172,8 @@ def parts_of(feature, features):
             for index, part in enumerate(parts) if part not in ("none", "dense")]
 
 
-def num_fields(parts, run):
-    """How many fields the parts have"""
-    return sum(len(run.names) if name in ("codes", "truth", "cf") else 1 for name, _ in parts)
-
-
 def set_columns(parts, run, seed):
-    """The fields of the parts: list of Column. Each part is made once per run and seed, not per model."""
+    """The fields of the parts: list of Column. Each part is made once per run and seed, for all models."""
     made = vars(run).setdefault("made", {})
     made |= {(name, seed): PARTS[name](run, seed) for name, _ in parts if (name, seed) not in made}
     columns = [(column, is_random) for name, is_random in parts for column in made[name, seed]]
