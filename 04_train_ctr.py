@@ -99,8 +99,8 @@ def parse_args(argv=None):
     has_mlp = args.bench or not {*args.models} <= {"ffm", "afm", "autoint"}
     has_layers = args.bench or {*args.models} & {"dcn", "dcnv2", "autoint"}
     refuse_without_effect(parser, args, {
-        **dict.fromkeys(("features", "fields", "codebook_sizes", "tune"), (args.models != ["means"],
-                                                                           "a model beside means in --models")),
+        **dict.fromkeys(("features", "fields", "codebook_sizes", "tune"),
+                        (args.models != ["means"], "a model beside means in --models")),
         "hidden": (has_mlp, "a model with a MLP in --models"),
         "dropout": (has_mlp or "afm" in args.models, "a model with a MLP or afm in --models"),
         "layers": (has_layers, "dcn, dcnv2 or autoint in --models")})
