@@ -12,13 +12,15 @@ Reads   --raw DIR, files as published, plain or gzip, recognized by their conten
           table     interactions.*, items.* and, if there, users.* as csv, tsv (both also .gz) or parquet
 Writes  interactions.parquet  user, item int64, rating float32, label int8, timestamp int64 (s), split, review
         items.parquet         item, item_id, title, category, brand, price (dollars; Yelp: its range, 1 to 4)
-        users.parquet         user, user_id, and what is known of the user, used for checking only
+        users.parquet         user, user_id, and what is known of the user: for checking, and --fields
         prepare.json          the row of the paper's table 1, and counts of what was dropped
 
 Splits  random     8:1:1 per interaction (the paper's)
         temporal   of each user's interactions the last tenth is test, the tenth before it valid
         cold-user  a tenth of the users is never in train or valid: the first half of their interactions is
                    support, evidence for their own profile only, the rest is test; a ninth of others' is valid
+        cold-item  a tenth of the items is never in train or valid: all their interactions are test; a ninth
+                   of the other interactions is valid
         published  that of the data set (nete, or a table with a column `split`); nothing is dropped
 
 Example: python 01_prepare.py        (2 seconds)
@@ -46,12 +48,12 @@ from userip.tables import read_ml_1m, read_ml_100k, read_table
 AMAZON = (*CATEGORIES, "amazon")
 READERS = {"planted": read_planted, **dict.fromkeys(AMAZON, read_amazon), "yelp": read_yelp,
            "nete": read_nete, "ml-100k": read_ml_100k, "ml-1m": read_ml_1m, "table": read_table}
-SPLITS = ("random", "temporal", "cold-user", "published")
+SPLITS = ("random", "temporal", "cold-user", "cold-item", "published")
 BELONGS = {  # option -> the data sets, or the splits, for which it means something
     "category": AMAZON, "columns": ["table"], "max_bad": [*AMAZON, "yelp"],
     "max_line": [*AMAZON, "yelp", "table"], "max_ratio": [*AMAZON, "yelp", "table"],
-    "download": [*AMAZON, *ARCHIVES], "fold": ["nete published"], "split_seed": ["random", "cold-user"],
-    "min_interactions": ["random", "temporal", "cold-user"]}
+    "download": [*AMAZON, *ARCHIVES], "fold": ["nete published"],
+    "split_seed": ["random", "cold-user", "cold-item"], "min_interactions": SPLITS[:-1]}
 COUNTS = ("duplicates", "not_in_split", "filtered", "untitled_items", "cut_titles", "items_not_listed",
           "items_listed_twice", "junk_prices", "users_listed_twice", "users_not_listed")  # that are printed
 
@@ -75,7 +77,7 @@ def parse_args(argv=None):
     add.method("--threshold", type=at_least(-1e30, float), default=3,
                help="a rating above this is a positive label")
     add.method("--split", choices=SPLITS, help="see above (default: random; nete: published)")
-    add.method("--split-seed", type=at_least(0), help="random, cold-user: its seed (default: --seed)")
+    add.method("--split-seed", type=at_least(0), help="of a split that is drawn (default: --seed)")
     args = parser.parse_args(argv)
     args.split = args.split or ("published" if args.dataset == "nete" else "random")
     check_options(parser, args)
@@ -195,10 +197,12 @@ def draw_split(name, table, seed):
         num_left, tenth = size - num_earlier, np.maximum(1, np.round(size / 10))
         split[(num_left <= 2 * tenth) & (size > 2)] = "valid"
         split[(num_left <= tenth) & (size > 1)] = "test"  # a single row is train
-    else:  # cold-user
-        users = rng.permutation(table["user"].max() + 1)
-        is_cold = table["user"].isin(users[:max(1, round(len(users) / 10))]).to_numpy()
-        split[is_cold] = np.where(num_earlier < size // 2, "support", "test")[is_cold]
+    else:  # cold-user, cold-item
+        key = name.removeprefix("cold-")
+        ids = rng.permutation(table[key].max() + 1)
+        is_cold = table[key].isin(ids[:max(1, round(len(ids) / 10))]).to_numpy()
+        is_support = (num_earlier < size // 2) & (key == "user")  # no row of a cold item is evidence
+        split[is_cold] = np.where(is_support, "support", "test")[is_cold]
         warm = rng.permutation(np.flatnonzero(~is_cold))
         split[warm[:round(len(warm) / 9)]] = "valid"
     return split

@@ -1,22 +1,26 @@
 """Stage 4 of 5: train click models with and without the codes, and report whether the codes help.
 
-Every model reads user id and item id (features `none`), and more sparse fields where asked: the `codes` of
-the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the same codes dealt to users at
-random, the control against which a gain counts; and more controls: `cf` (k-means of the users' SVD factors),
-`leniency` (quartile of the user's mean residual rating, out of fold), `dense` (profiles not quantized: table
-3). Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's
-weights are restored, test is scored once. Seeds and controls of a model train side by side. With --splits,
-stages 1 to 3 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
+Every model reads user id, item id (features `none`), --fields, and more sparse fields where asked. Of the
+user: the `codes` of the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the codes
+dealt to users at random, the control against which a gain counts; `cf`, k-means of SVD factors; `leniency`,
+quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `dense`, profiles not
+quantized (table 3). Of the item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that
+other items' texts foretell. A train row reads what was made without its fold. Sets join by +. Within a +,
+each `random` deals the part of its position in the first set listed with as many parts and no `random` (if
+none: codes, then tfidf). The model `means`, a logistic regression on the two shrunk means, reads no ids.
+Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's weights
+are restored, test is scored once. Seeds and sets of a model train side by side. With --splits, stages 1 to 3
+run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
-Reads   interactions.parquet, feature_bank.parquet, users.parquet; with folds train_codes.parquet; with
-        `dense` profiles.pt, codebook.pt; with --bench profiles.pt
-Writes  results.parquet: the base rate's row, and one per (model, features, split seed, seed): rows (of
-        train), auc, logloss, valid figures, what was chosen, options
+Reads   interactions.parquet, items.parquet, users.parquet, feature_bank.parquet; with folds
+        train_codes.parquet; for `dense` profiles.pt, codebook.pt; for --bench profiles.pt
+Writes  results.parquet: the base rate's row, then per (model, features, split seed, seed), `means` first:
+        rows (of train), auc, logloss, valid figures, what was chosen (not of means), options
         results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
         finished/: rows that are not trained again; with --codebook-sizes figure5, figure6 as png and csv
 
 Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
-  wrote runs/demo/results.parquet: 81 rows | dcn: codes - random AUC +0.0756 ± 0.0117, 75% of what …
+  wrote runs/demo/results.parquet: 86 rows | dcn: codes - random AUC +0.0756 ± 0.0117, 75% of what …
 """
 
 import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
@@ -39,19 +43,21 @@ from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whol
 from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, summarize
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
-from userip.features import cf_codes, leniency_codes, profile_vectors
+from userip.features import (FEATURES, PROFILE_FREE, described_columns, feature_set, parts_of,
+                             profile_vectors, set_columns)
 from userip.further_runs import check_further_runs, further_run, read_json
 from userip.options import (at_least, option_name, options_text, parse_with_presets, refuse_without_effect,
                             run_program, stage_parser, start_stage)
+from userip.rating_means import means_model
 from userip.serving import serving_figures, serving_table
 
 PAPER = {"lr": 0.001}  # the paper gives neither batch size nor penalty
 # penalty of the embeddings: smaller where no network can scale embeddings or first-order weights up again
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}  # decay: times the default
-FEATURES = ("none", "codes", "random", "truth", "cf", "leniency", "dense")
 CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
-        "userip/features.py")  # it decides what is trained: other code trains finished rows again
+        "userip/features.py", "userip/rating_means.py")  # other code trains finished rows again
+STAGE_1 = ("interactions.parquet", "items.parquet", "users.parquet")
 FIGURES = {"figure5": (4, 16, 64, 256), "figure6": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
 
@@ -60,17 +66,21 @@ def parse_args(argv=None):
     parser, add = stage_parser(__doc__)
     add.data("--splits", type=at_least(1), default=1, help="number of splits; stages 1 to 3 run for each")
     add.data("--codebook-sizes", action="store_true", help="figures 5 and 6: the first model with many K")
-    add.data("--features", nargs="+", choices=FEATURES, metavar="SET",
-             help=f"of {' '.join(FEATURES)} (default: none codes random and, on planted data, truth)")
+    add.data("--features", nargs="+", type=feature_set, metavar="SET",
+             help=f"of {' '.join(FEATURES)}, or joined by + (default: none codes random, planted: truth)")
+    add.data("--fields", nargs="+", default=[], metavar="COLUMN",
+             help="x of eq. 1: columns of items.parquet and users.parquet that all sets read (default: none)")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
-    add.method("--models", nargs="+", choices=MODELS, default=["dcn", "pnn", "onn", "dcnv2"], metavar="MODEL",
-               help=f"of {' '.join(MODELS)} (default: dcn pnn onn dcnv2)")
+    add.method("--models", nargs="+", choices=("means", *MODELS), default=["dcn", "pnn", "onn", "dcnv2"],
+               metavar="MODEL", help=f"of {' '.join(MODELS)} (default: dcn pnn onn dcnv2), beside `means`, "
+                                     f"which is always trained; means alone: nothing else")
     add.method("--field-dim", type=at_least(1, at_most=4096), default=8, help="width of an embedding, E")
     add.method("--layers", type=at_least(1, at_most=100), default=3, help="cross or attention layers, if any")
     add.method("--hidden", type=at_least(1, at_most=100_000), nargs="+", default=[16, 16],
                help="widths of an MLP, if any")
     add.method("--dropout", type=at_least(0, float), default=0.2, help="in the MLP, in AFM's attention")
-    add.method("--id-dropout", type=at_least(0, float), default=0.0, help="share of rows of unknown user id")
+    add.method("--id-dropout", type=at_least(0, float), default=0.0,
+               help="share of train rows whose user id (split cold-item: item id) is unknown")
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds")
     add.training("--seeds", type=at_least(1, at_most=10_000), default=5,
                  help="seeds of start, batches, dropout, drawn codes")
@@ -85,9 +95,12 @@ def parse_args(argv=None):
     add.machine("--compile", action="store_true", help="compile each model's step (10 s; for large data)")
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
+    args.models = [name for name in args.models if name != "means"] or ["means"]
     has_mlp = args.bench or not {*args.models} <= {"ffm", "afm", "autoint"}
     has_layers = args.bench or {*args.models} & {"dcn", "dcnv2", "autoint"}
     refuse_without_effect(parser, args, {
+        **dict.fromkeys(("features", "fields", "codebook_sizes", "tune"),
+                        (args.models != ["means"], "a model beside means in --models")),
         "hidden": (has_mlp, "a model with a MLP in --models"),
         "dropout": (has_mlp or "afm" in args.models, "a model with a MLP or afm in --models"),
         "layers": (has_layers, "dcn, dcnv2 or autoint in --models")})
@@ -107,15 +120,16 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def read_run(run_dir, features):
+def read_run(run_dir, features, fields=()):
     """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
-    [N, P], train_codes [n, P], history [N] (train rows per user), for `dense` profiles.pt and codebook.pt
+    [N, P], train_codes [n, P], history [N] (train rows per user), described (the fields of --fields), for
+    `dense` profiles.pt and codebook.pt
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
     defaults = {"split_seed": prepared["seed"], "split": "random", "dataset": "table", "interactions": 0}
     prepared = defaults | prepared  # an interactions.parquet of another tool says less
-    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet"]
+    inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet", "items.parquet"]
     inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features)
     inputs += ["train_codes.parquet"] * bool(bank.get("has_folds"))
     tables = dict(zip(inputs, read_artifacts(folder, *inputs)))
@@ -129,11 +143,13 @@ def read_run(run_dir, features):
                  f"undefined: choose another --threshold in stage 1")
     codes = tables["feature_bank.parquet"][bank["names"]]
     train_codes = tables.get("train_codes.parquet", codes.iloc[split["train"]["user"]])[bank["names"]]
+    items = tables["items.parquet"]
     return SimpleNamespace(
         inputs=inputs, prepared=prepared, split_seed=prepared["split_seed"], split=split, labels=labels,
         users=users, names=bank["names"], code_sizes=bank["codes"], codes=codes.to_numpy(dtype=np.int64),
-        train_codes=train_codes.to_numpy(dtype=np.int64), num_items=int(interactions["item"].max()) + 1,
+        train_codes=train_codes.to_numpy(dtype=np.int64), num_items=len(items), items=items,
         history=np.bincount(split["train"]["user"], minlength=len(users)),
+        described=described_columns(fields, items, users, split["train"]),
         stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"),
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
 
@@ -142,41 +158,31 @@ def check_features(args, run):
     """The feature sets asked for; `truth` exists on planted data only, and for its own profiles only."""
     missing = [f"true_{name}" for name in run.names
                if f"true_{name}" not in run.users or run.users[f"true_{name}"].isna().any()]
-    if "truth" in (args.features or []) and missing:
+    if any("truth" in feature.split("+") for feature in args.features or []) and missing:
         fail(f"--features truth: users.parquet has no column {missing[0]}, or it has gaps; only planted data "
              f"know the truth, of hobby and background")
     return list(dict.fromkeys(args.features or ["none", "codes", "random", *["truth"] * (not missing)]))
 
 
-def sparse_fields(feature, run, seed):
+def sparse_fields(args, feature, run, seed):
     """The ids of a feature set beside user and item: {split: int64 [n, P']}, and how many each field has."""
-    if feature == "leniency":
-        return leniency_codes(run.split, seed), [5]
-    codes, sizes = run.codes, [size + 1 for size in run.code_sizes]  # eq. 8; the last code is "unknown"
-    if feature == "random":  # sizes and usage stay, the meaning goes
-        codes = np.stack([np.random.default_rng([seed, k]).permutation(code)
-                          for k, code in enumerate(codes.T)], 1)
-    elif feature == "cf":
-        codes = cf_codes(run, seed)
-    elif feature == "truth":
-        codes = np.stack([pd.factorize(run.users[f"true_{name}"], sort=True)[0] for name in run.names], 1)
-        sizes = (codes.max(0) + 1).tolist()
-    elif feature != "codes":  # none, dense
-        codes, sizes = run.codes[:, :0], []
-    fields = {name: codes[frame["user"]] for name, frame in run.split.items()}
-    return fields | ({"train": run.train_codes} if feature == "codes" else {}), sizes
+    columns = [*set_columns(parts_of(feature, args.features), run, seed), *run.described]
+    codes = [column.read(run.split) for column in columns]
+    fields = {name: np.reshape([of_column[name] for of_column in codes], (len(codes), len(frame)))
+              .T.astype(np.int64) for name, frame in run.split.items()}
+    return fields, [column.size for column in columns]
 
 
 def read_rows(args, run, pairs):
     """Pairs (feature set, seed) of one shape, F fields -> Rows, with a set of fields for each"""
     split = {name: run.split[name] for name in run.labels}
-    ids, num_rows, unknown = zip(*[table_rows(split, *sparse_fields(feature, run, seed), run.history > 0,
-                                              run.num_items, bool(args.id_dropout))
-                                   for feature, seed in pairs])
+    dropped = 1 if run.prepared["split"] == "cold-item" else 0 if args.id_dropout else None
+    ids, num_rows, unknown = zip(*[table_rows(split, *sparse_fields(args, feature, run, seed), len(run.users),
+                                              run.num_items, dropped) for feature, seed in pairs])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = {name: torch.stack([of_pair[name] for of_pair in ids]).to(device) for name in split}
     dense = profile_vectors(run, device) if pairs[0][0] == "dense" else {}
-    return Rows(ids, run.labels, num_rows, unknown[0], **dense)
+    return Rows(ids, run.labels, num_rows, unknown[0], dropped, **dense)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -225,24 +231,31 @@ def group_key(args, run, model, features, seeds):
     """A digest of what decides the figures of a group: options, inputs, its rows, the code that trains it."""
     ignored = {"run_dir", "models", "features", "seed", "seeds", "splits", "codebook_sizes", "bench", "paper"}
     options = {key: option for key, option in vars(args).items() if key not in ignored | set(CHOICES)}
+    parts = [parts_of(feature, args.features) for feature in features]
     # what reads no profile is the same for any codebook
-    inputs = {name: digest for name, digest in run.digests.items()
-              if name == "interactions.parquet" or not {"none", "leniency"} >= set(features)}
+    is_free = {*"+".join(features).split("+")} <= PROFILE_FREE
+    inputs = {name: digest for name, digest in run.digests.items() if not is_free or name in STAGE_1}
     code = [sha256_of(Path(__file__).parent / file) for file in CODE]
-    decisive = [options, candidates(args, model), inputs, model, features, list(seeds), code,
+    decisive = [options, candidates(args, model), inputs, model, features, parts, list(seeds), code,
                 torch.__version__, torch.cuda.is_available()]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def train_run(args, run, models, features, seeds):
-    """All rows of one run, the base rate first; finished ones are read, the others trained: list of dicts"""
+    """All rows of one run, the base rate and `means` first: list of dicts. Finished ones are read, the others
+    trained.
+    """
     facts = {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
     rows = [{"model": "base rate", "features": "none", **facts, "seed": 0, "auc": 0.5,
              "logloss": logloss(run.labels["test"], float(run.labels["train"].mean()))}]
-    # by fields beside the ids: 0, 1, P, or P vectors; feature sets of one shape train in one stack
-    shape = lambda feature: {"none": "0", "leniency": "1", "dense": "z"}.get(feature, str(len(run.names)))
+    rows += [{"model": "means", "features": "none", **facts, "seed": seed}
+             | dict.fromkeys(CHOICES, float("nan"))  # nothing is chosen for it
+             | means_model(run.split, run.labels, seed, len(run.users), run.num_items) for seed in seeds]
+    # by fields beside the ids, a number or vectors; feature sets of one shape train in one stack
+    shape = lambda feature: "z" if feature == "dense" else str(
+        len(set_columns(parts_of(feature, args.features), run, seeds[0])))
     groups = [list(group) for _, group in itertools.groupby(sorted(features, key=shape), shape)]
-    for model, group in itertools.product(models, groups):
+    for model, group in itertools.product([name for name in models if name in MODELS], groups):
         path = Path(args.run_dir) / "finished" / f"{group_key(args, run, model, group, seeds)}.json"
         finished = read_json(path)
         if not isinstance(finished, list) or [row.get("seed") for row in finished if isinstance(row, dict)
@@ -268,9 +281,9 @@ def codebook_figures(args, run, seeds):
         for size in FIGURES[figure]:
             codes = [*run.code_sizes[:k], size, *run.code_sizes[k + 1:]]
             folder = "codes-" + "-".join(map(str, codes))
-            further = read_run(further_run(args, folder, "03_quantize.py", {"codes": codes}), [])
+            further = read_run(further_run(args, folder, "03_quantize.py", {"codes": codes}), [], args.fields)
             trained = train_run(args, further, args.models[:1], ["none", "codes", "random"], seeds)
-            rows += [row | {"size": size} for row in trained[1:]]
+            rows += [row | {"size": size} for row in trained if row["model"] in MODELS]
         draw_figure(args, figure, f"codebook size, {name}", rows)
 
 
@@ -284,12 +297,12 @@ def main(args):
     started = time.time()
     if args.compile and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         fail("--compile: there is no C++ compiler (g++ or clang++) on this machine; leave it out")
-    runs = [read_run(args.run_dir, args.features or [])]
+    runs = [read_run(args.run_dir, args.features or [], args.fields)]
     features = check_features(args, runs[0])
     check_further_runs(args, runs[0].prepared["split"])
     for split_seed in range(runs[0].split_seed + 1, runs[0].split_seed + args.splits):
         folder = further_run(args, f"split-{split_seed}", "01_prepare.py", {"split_seed": split_seed})
-        runs.append(read_run(folder, features))
+        runs.append(read_run(folder, features, args.fields))
     models, seeds = list(dict.fromkeys(args.models)), range(args.seed, args.seed + args.seeds)
     rows = [row for run in runs for row in train_run(args, run, models, features, seeds)]
 

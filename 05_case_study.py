@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
 from userip.ctr_training import Member, Rows, table_rows, train_stack
+from userip.features import described_columns
 from userip.llm import load_llm, tiny_stamp
 from userip.options import (at_least, changed_options, refuse_without_effect, run_program, stage_parser,
                             start_stage)
@@ -256,20 +257,24 @@ def click_scores(run, users):
     first model of stage 4, which keeps no weights: trained once more, with the options of its first row
     """
     options, scores = argparse.Namespace(**run.sidecars["results.parquet"]["options"]), {}
-    num_items = len(run.items)
-    is_warm = run.users["user"].isin(run.split["train"]["user"]).to_numpy()
+    num_items, split = len(run.items), run.sidecars["interactions.parquet"].get("split")
+    dropped = 1 if split == "cold-item" else 0 if options.id_dropout else None
     asked = pd.MultiIndex.from_product([users, range(num_items)], names=["user", "item"]).to_frame()
     split = {"train": run.split["train"], "valid": run.split["valid"], "asked": asked}
     labels = {name: split[name]["label"].to_numpy(copy=True) for name in ("train", "valid")}
+    columns = described_columns(getattr(options, "fields", []), run.items, run.users, split["train"])
+    described = [column.read(split) for column in columns]
     for title, feature, num_fields in (("without codes", "none", 0), ("with codes", "codes", len(run.names))):
         rows = run.results.query("model == @options.models[0] and features == @feature")
-        if not len(rows):
+        if not len(rows) or options.models == ["means"]:
             continue
         fields = {name: run.codes[frame["user"], :num_fields] for name, frame in split.items()}
         fields["train"] = run.train_codes[:, :num_fields]
-        ids, size, unknown = table_rows(split, fields, [size + 1 for size in run.sizes[:num_fields]], is_warm,
-                                        num_items, bool(options.id_dropout))
-        inputs = Rows({name: part[None] for name, part in ids.items()}, labels, [size], unknown)
+        fields = {name: np.column_stack([part, *(codes[name] for codes in described)])
+                  for name, part in fields.items()}
+        sizes = [size + 1 for size in run.sizes[:num_fields]] + [column.size for column in columns]
+        ids, size, unknown = table_rows(split, fields, sizes, len(run.users), num_items, dropped)
+        inputs = Rows({name: part[None] for name, part in ids.items()}, labels, [size], unknown, dropped)
         row = rows.iloc[0]
         member = Member(0, int(row["seed"]), *row[["lr", "weight_decay", "start"]].map(float))
         _, stack = train_stack(options, options.models[0], [member], inputs)

@@ -116,7 +116,7 @@ def test_the_split_is_8_1_1_disjoint_and_stays_with_its_seed():
 
 
 @settings(deadline=None)
-@given(table=tables(), name=st.sampled_from(["random", "temporal", "cold-user"]), seed=st.integers(0, 3))
+@given(table=tables(), name=st.sampled_from(["random", "temporal", "cold-user", "cold-item"]), seed=st.integers(0, 3))
 def test_every_row_has_one_split_and_the_seed_decides_it(table, name, seed):
     split = with_split(table, name, seed)["split"]
     assert split.isin(["train", "valid", "test", "support"]).all() and len(split) == len(table)
@@ -151,7 +151,18 @@ def test_no_cold_user_is_in_train_or_valid(table, seed):
     assert (warm["split"] == "valid").sum() == round(len(warm) / 9)
 
 
-@pytest.mark.parametrize("split", ["random", "temporal", "cold-user"])
+@settings(deadline=None)
+@given(table=tables(), seed=st.integers(0, 3))
+def test_a_tenth_of_the_items_is_cold_and_all_their_rows_are_test(table, seed):
+    table = with_split(table.assign(item=pd.factorize(table["item"])[0]), "cold-item", seed)
+    is_test = table["split"] == "test"
+    cold = set(table.loc[is_test, "item"])
+    assert len(cold) == max(1, round(table["item"].nunique() / 10))
+    assert not table.loc[~is_test, "item"].isin(cold).any()
+    assert (table["split"] == "valid").sum() == round((~is_test).sum() / 9)
+
+
+@pytest.mark.parametrize("split", ["random", "temporal", "cold-user", "cold-item"])
 def test_what_has_no_train_row_is_counted(tmp_path, split):
     interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
     last = interactions.groupby("user_id").tail(1).index  # items of their own, in the users' last rows only

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import ctr, dies, run_stage
-from ctr_data import small_run_of
+from conftest import SMALL, ctr, dies, run_stage
+from ctr_data import small_run_of, small_split
+from userip import ctr_training
 
 
 def settings(*argv):
@@ -128,13 +129,14 @@ def test_only_groups_that_are_missing_are_trained(tmp_path, monkeypatch, capsys)
 
 def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
     run = small_run_of()
-    run.split = {"test": pd.DataFrame({"user": range(300)})}
-    fields = lambda name, seed=0: ctr.sparse_fields(name, run, seed)
+    run.split["test"] = pd.DataFrame({"user": range(300)})
+    fields = lambda name, seed=0: ctr.sparse_fields(settings(), name, run, seed)
     codes, with_unknown = fields("codes")
     assert with_unknown == [5, 4] and (codes["test"] == run.codes).all()
     first, second = (fields("random", seed)[0]["test"] for seed in (0, 1))
     assert (np.sort(first, 0) == np.sort(codes["test"], 0)).all() and (first != second).any()
-    assert (first[:, 0] == codes["test"][:, 0]).mean() < 0.4
+    for k in (0, 1):  # each field of its own
+        assert (first[:, k] == np.random.default_rng([0, k]).permutation(run.codes[:, k])).all()
     assert fields("none")[0]["test"].shape == (300, 0)
 
 
@@ -144,7 +146,7 @@ def test_train_rows_read_the_codes_and_vectors_that_have_not_seen_them():
     train, num_users = run.split["train"], len(run.users)
     rng = np.random.default_rng(0)
     run.train_codes = np.stack([rng.integers(4, size=len(train)), rng.integers(3, size=len(train))], 1)
-    fields, sizes = ctr.sparse_fields("codes", run, 0)
+    fields, sizes = ctr.sparse_fields(settings(), "codes", run, 0)
     assert sizes == [5, 4] and (fields["train"] == run.train_codes).all()
     for name in ("valid", "test"):
         assert (fields[name] == run.codes[run.split[name]["user"]]).all()
@@ -171,6 +173,53 @@ def test_every_field_has_rows_of_its_own_and_cold_users_are_unknown():
     assert (first[:, 2:] == run.codes[user] + ranges[2:4]).all() and rows.num_rows[0] == ranges[-1]
 
 
+def test_items_without_a_train_row_share_one_and_id_dropout_trains_it_in_cold_item_splits(monkeypatch):
+    split = small_split()[0]
+    split["train"] = split["train"][~split["train"]["item"].isin([4, 9])]
+    run = small_run_of(split)
+    rows = ctr.read_rows(settings(), run, [("none", 0)])
+    item = run.split["test"]["item"].to_numpy()
+    assert (rows.ids["test"][0, :, 1].numpy() == 301 + np.where(item == 9, 4, item)).all()
+    assert rows.dropped is None
+    plain = group(run, "--id-dropout", 0.3)[("none", 0)]["auc"]
+    run.prepared = {"split": "cold-item"}
+    assert group(run, "--id-dropout", 0.3)[("none", 0)]["auc"] != plain
+    rows = ctr.read_rows(settings("--id-dropout", 0.3), run, [("none", 0)])
+    assert rows.dropped == 1 and rows.unknown == 305
+    read = []
+    monkeypatch.setattr(ctr_training.Stack, "train_step", lambda self, ids, *rest: read.append(ids))
+    group(run, "--id-dropout", 0.3, "--epochs", 1)
+    ids = torch.cat([part.flatten(0, 1) for part in read])
+    assert (ids[:, 1] == 305).double().mean() == pytest.approx(0.3, abs=0.05) and (ids[:, 0] < 300).all()
+
+
+def test_fields_are_read_by_every_set_and_named_in_the_report(small_run, tmp_path):
+    shutil.copytree(small_run[1], tmp_path / "run")
+    plain = pd.read_parquet(small_run[1] / "results.parquet")
+    run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", *SMALL["04_train_ctr.py"], "--models", "dcn",
+              "--fields", "category", "brand", "price")
+    described = pd.read_parquet(tmp_path / "run/results.parquet")
+    plain = plain[plain["model"] != "pnn"].reset_index(drop=True)
+    is_read = ~plain["model"].isin(["base rate", "means"])
+    assert ((plain["logloss"] != described["logloss"]) == is_read).all() and is_read.sum() == 6
+    assert json.loads(described["options"][0])["fields"] == ["category", "brand", "price"]
+    assert "(--fields): category, brand, price." in (tmp_path / "run/results.md").read_text()
+    run_stage("05_case_study.py", "--run-dir", tmp_path / "run", "--num-users", 2)  # it trains with them, too
+    line = run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", "--fields", "gender", ok=False)
+    assert "--fields gender" in line and "category, brand, price" in line
+
+
+def test_means_stands_first_and_alone_where_no_other_model_is_asked_for(small_run, tmp_path):
+    shutil.copytree(small_run[1], tmp_path / "run")
+    run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", "--models", "means", "--seeds", 2)
+    results = pd.read_parquet(tmp_path / "run/results.parquet")
+    assert results["model"].tolist() == ["base rate", "means", "means"] and results["valid_auc"][1:].notna().all()
+    before = pd.read_parquet(small_run[1] / "results.parquet")
+    assert before["model"][1:3].eq("means").all() and before["auc"][1:3].equals(results["auc"][1:3])
+    run_stage("05_case_study.py", "--run-dir", tmp_path / "run", "--num-users", 2)
+    assert ctr.parse_args(["--models", "pnn", "means", "dcn"]).models == ["pnn", "dcn"]
+
+
 def test_a_single_seed_has_no_interval_and_says_so(small_run, tmp_path):
     shutil.copytree(small_run[1], tmp_path / "run")
     printed = run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", "--models", "dcn", "--seeds", 1,
@@ -180,35 +229,40 @@ def test_a_single_seed_has_no_interval_and_says_so(small_run, tmp_path):
 
 def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
     results = pd.read_parquet(small_run[1] / "results.parquet")
-    assert len(results) == 1 + 2 * 3 * 2 and set(results["features"]) == {"none", "codes", "random"}
+    assert len(results) == 1 + 2 + 2 * 3 * 2 and set(results["features"]) == {"none", "codes", "random"}
     assert results["model"].iloc[0] == "base rate" and results["auc"].iloc[0] == 0.5
     markdown = (small_run[1] / "results.md").read_text()
     assert "codes - random" in markdown and "base rate" in markdown
-    assert "Draws: 1, seeds of each: 2" in markdown and "not corrected for 12 looks" in markdown
+    assert "Draws: 1, seeds of each: 2" in markdown and "not corrected for 20 looks" in markdown
     assert "--lr 0.005" in markdown
 
 
 def test_every_control_runs(small_run, tmp_path):
     shutil.copytree(small_run[1], tmp_path / "run")
     options = "--models", "dcn", "afn", "--seeds", 1, "--epochs", 1, "--id-dropout", 0.3
-    features = ["none", "codes", "random", "cf", "leniency", "dense"]
+    features = ["none", "codes", "random", "cf", "leniency", "dense", "tfidf", "codes+tfidf", "random+random",
+                "leniency16+item-mean"]
     run_stage("04_train_ctr.py", "--run-dir", tmp_path / "run", *options, "--features", *features)
     results = pd.read_parquet(tmp_path / "run/results.parquet")
-    assert set(results["features"]) == set(features) and len(results) == 1 + 2 * 6
+    assert set(results["features"]) == set(features) and len(results) == 1 + 1 + 2 * 10
+    markdown = (tmp_path / "run/results.md").read_text()
+    assert "codes+tfidf - random+random" in markdown and "`random+random` deals parts of codes+tfidf." in markdown
 
 
 @pytest.mark.parametrize("options, complaint", [
     (["--tune", "--lr", "0.1"], "--lr"), (["--tune", "--start", "1"], "--start"),
     (["--tune", "--paper"], "--paper"), (["--seed", str(2**32 - 1), "--seeds", "2"], "2**32"),
-    (["--dropout", "1"], "--dropout")])
+    (["--dropout", "1"], "--dropout"), (["--models", "means", "--features", "codes"], "--features"),
+    (["--models", "means", "--codebook-sizes"], "--codebook-sizes")])
 def test_options_that_make_no_sense_are_refused(options, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         ctr.parse_args(options)
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
-def test_truth_is_for_planted_data_only(small_run):
-    assert "truth" in run_stage("04_train_ctr.py", "--run-dir", small_run[1], "--features", "truth", ok=False)
+@pytest.mark.parametrize("feature", ["truth", "truth+tfidf"])
+def test_truth_is_for_planted_data_only(small_run, feature):
+    assert "truth" in run_stage("04_train_ctr.py", "--run-dir", small_run[1], "--features", feature, ok=False)
 
 
 def test_truth_is_asked_for_only_where_every_profile_has_one():
@@ -258,4 +312,7 @@ def test_rows_without_profiles_are_the_same_for_any_codebook_and_no_others():
             for rows, bank in (("a", "b"), ("a", "c"), ("d", "b"))]
     for feature in ctr.FEATURES:
         first, other_bank, other_rows = (ctr.group_key(args, run, "dcn", [feature], [0]) for run in runs)
-        assert (first == other_bank) == (feature in ("none", "leniency")) and first != other_rows
+        assert (first == other_bank) == (feature in ctr.PROFILE_FREE) and first != other_rows
+    key = lambda *features: ctr.group_key(ctr.parse_args(["--features", *features]), runs[0], "dcn",
+                                          ["random+random"], [0])
+    assert key("random+random") != key("random+random", "leniency16+tfidf") != key("random+random", "cf+tfidf")

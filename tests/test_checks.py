@@ -170,6 +170,7 @@ def test_what_no_stage_writes_is_refused_by_name(small_run, tmp_path, capsys, na
     ("feature_bank.parquet", "hobby_share_of_bayes", 0.5, "hobby_vs_true_hobby None"),
     ("results.parquet", "gains", {"dcn": {"auc_gain": 0.1}}, "gains dcn auc_half_interval None"),
     ("results.parquet", "options models", [], "no list options models"),
+    ("results.parquet", "options fields", [3], "--fields are no names"),
     ("results.parquet", "options models", ["resnet"], "options models[0] 'resnet'"),
     ("results.parquet", "options dropout", 1.0, "options dropout 1.0, not float from 0"),
     ("results.parquet", "options hidden", [16, True], "options hidden[1] True")])

@@ -54,6 +54,16 @@ def test_the_differences_pair_by_split_and_seed():
     assert len(lines) == 2 + 4 and any("codes - random | +0.0200 ± 0.0000" in line for line in lines)
 
 
+def test_joined_sets_are_compared_with_their_control_their_first_part_and_the_model_means():
+    results = frame_of({"leniency16": 0.0, "random+random": 0.01, "leniency16+tfidf": 0.03, "none": 0.02})
+    results = pd.concat([frame_of({"none": 0.05}, model="means"), results])
+    lines = ctr_report.table_of_differences(groups_of(results), 0.125)[0]
+    for text in ("leniency16+tfidf - random+random | +0.0200", "leniency16+tfidf - leniency16 | +0.0300",
+                 "leniency16+tfidf - means | -0.0200", "none - means | -0.0300"):
+        assert sum(text in line for line in lines) == 1, text
+    assert len(lines) == 2 + 4
+
+
 def test_the_interval_over_splits_is_wider_by_their_overlap():
     differences = np.random.default_rng(0).normal(size=9)
     _, plain, p = ctr_report.paired_interval(differences)

@@ -51,7 +51,7 @@ def test_further_splits_are_made_by_the_stages_with_the_same_options(small_run, 
     printed = run_stage(*argv)
     assert "split-1: 01_prepare.py" in printed and "split-1: 03_quantize.py" in printed
     results = pd.read_parquet(run / "results.parquet")
-    assert set(results["split_seed"]) == {0, 1} and len(results) == 2 * (1 + 3 * 2)
+    assert set(results["split_seed"]) == {0, 1} and len(results) == 2 * (1 + 2 + 3 * 2)
     first, second = (pd.read_parquet(folder / "interactions.parquet") for folder in (run, run / "split-1"))
     assert first.drop(columns="split").equals(second.drop(columns="split"))
     assert (first["split"] != second["split"]).any()

@@ -21,7 +21,7 @@ OPTIONS = {
         "category": [(["Books"], [], REFUSED)], "columns": ELSEWHERE, "fold": [([2], [], REFUSED)],
         "download": [([], [], REFUSED)], "max-bad": [([0.5], [], REFUSED)], "max-line": [([2], [], SAME)],
         "max-ratio": [([100], [], SAME)], "min-interactions": ELSEWHERE, "threshold": [([4], [], MOVES)],
-        "split": [(["temporal"], [], MOVES), (["published"], [], REFUSED)],
+        "split": [(["temporal"], [], MOVES), (["cold-item"], [], MOVES), (["published"], [], REFUSED)],
         "split-seed": [([1], [], MOVES), ([1], ["--split", "temporal"], REFUSED)]},
     "02_infer_profiles.py": {
         "run-dir": ELSEWHERE, "only-users": ELSEWHERE, "prior": ELSEWHERE, "released": ELSEWHERE,
@@ -53,7 +53,9 @@ OPTIONS = {
     "04_train_ctr.py": {
         "run-dir": ELSEWHERE, "splits": ELSEWHERE, "codebook-sizes": ELSEWHERE, "compile": ELSEWHERE,
         "bench": ELSEWHERE, "seed": [([5], [], MOVES)], "seeds": [([2], [], MOVES)], "paper": [([], [], MOVES)],
-        "features": [(["none"], [], MOVES), (["truth"], [], REFUSED)], "models": [(["pnn"], [], MOVES)],
+        "features": [(["none"], [], MOVES), (["truth"], [], REFUSED), (["none+codes"], [], REFUSED)],
+        "fields": [(["brand"], [], MOVES), (["colour"], [], REFUSED)],
+        "models": [(["pnn"], [], MOVES), (["means"], [], MOVES)],
         "field-dim": [([4], [], MOVES)], "layers": [([1], [], MOVES), ([1], ["--models", "pnn"], REFUSED)],
         "hidden": [([8], [], MOVES), ([8], ["--models", "ffm"], REFUSED)],
         "dropout": [([0.5], [], MOVES), ([0.5], ["--models", "ffm"], REFUSED), ([1.5], [], REFUSED)],

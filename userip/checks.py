@@ -16,7 +16,7 @@ COLUMNS = {
     "users.parquet": {"user": "order", "user_id": "text"},
     "feature_bank.parquet": {"user": "order", "user_id": "text"},
     "train_codes.parquet": {"user": "index", "item": "index"},
-    "results.parquet": {"model": {"base rate", *MODELS}, "features": "text", "split_seed": "index",
+    "results.parquet": {"model": {"base rate", "means", *MODELS}, "features": "text", "split_seed": "index",
                         "seed": "index", "auc": "number", "logloss": "number",
                         **dict.fromkeys(("lr", "weight_decay", "start"), "maybe number")}}
 # A schema is a type, (type, least, most), a set of values, "dtype letters" (a tensor, by the letters of
@@ -49,7 +49,7 @@ SIDECARS = {  # more, of which later stages read something
     "train_codes.parquet": {"names": [str]},
     "results.parquet": {
         "gains": {str: {"auc_gain": float, "auc_half_interval": float, "share_of_oracle?": float}},
-        "options": {"models": [set(MODELS)], "hidden": [COUNT], "dropout": (float, 0, 1 - 1e-15),
+        "options": {"models": [{"means", *MODELS}], "hidden": [COUNT], "dropout": (float, 0, 1 - 1e-15),
                     "id_dropout": (float, 0, 1 - 1e-15),
                     **dict.fromkeys(("field_dim", "layers", "batch_size", "epochs", "patience"), COUNT)}}}
 
@@ -204,10 +204,12 @@ def _claims(name, value, sidecar):
         yield "has lists in a column", all(pd.api.types.infer_dtype(column, skipna=True) != "mixed"
                                            for _, column in value.items())
     elif name == "results.parquet":
-        trained = value[value["model"] != "base rate"]
+        trained = value[value["model"].isin(MODELS)]
         yield "does not begin with the base rate", value["model"].iloc[0] == "base rate"
         chosen = trained[["lr", "weight_decay", "start"]]
         yield "has rows without what was chosen", chosen.notna().all(axis=None)
+        yield "has a sidecar whose --fields are no names", all(
+            isinstance(name, str) for name in options.get("fields", []))
     elif name == "scores.pt":
         items = [len(table) / levels for table, levels in zip(value["tables"], value["num_verdicts"])]
         yield "has tables of unlike numbers of items", len(set(items)) == 1

@@ -1,6 +1,7 @@
 """The report of stage 4: statistics (eq. 10, 11, paired intervals), the paper's tables, figures 5 and 6.
 
-groups: {(model, features): frame of results}, rows of all in the same order of split and seed.
+groups: {(model, features): frame of results}, rows of all in the same order of split and seed. As a feature
+set to compare with, "means" is the model of this name, which reads none.
 """
 
 import itertools
@@ -13,12 +14,14 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from common import with_interval
+from userip.features import parts_of
 from userip.further_runs import command_line
 from userip.report import picture
 
 DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("codes", "cf"),
-               ("codes", "leniency"), ("codes", "dense"), ("random", "none"), ("cf", "none"),
-               ("leniency", "none"), ("dense", "none")]
+               ("codes", "leniency"), ("codes", "leniency16"), ("codes", "dense"), ("random", "none"),
+               ("cf", "none"), ("leniency", "none"), ("leniency16", "leniency"), ("leniency16", "random"),
+               ("dense", "none"), ("none", "means"), ("codes", "means")]
 PAPER_DATA = {179_223: "clothing", 441_783: "movies", 19_927: "games", 1_293_247: "yelp"}  # by interactions
 PAPER = Path(__file__).resolve().parent.parent / "assets/paper.csv"  # tables 2, 3 (dense) and 4, Llama-2
 
@@ -69,14 +72,23 @@ def table_of_means(groups, data=None):
     return markdown(header + (["paper: AUC", "logloss"] if data else []), lines)
 
 
+def pairs_of(features):
+    """DIFFERENCES, and of each set joined by +: that to its control, its first part, leniency and `means`"""
+    joined = [name for name in features if "+" in name and "random" not in name.split("+")]
+    return list(dict.fromkeys(DIFFERENCES + [(name, other) for name in joined for other in (
+        "+".join(["random"] * len(name.split("+"))), name.split("+")[0], "leniency", "means")]))
+
+
 def table_of_differences(groups, overlap):
     """Paired differences, and by model what the codes gain over random codes: lines, {model: figures}"""
     lines, gains = [], {}
     p_text = lambda p: "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-    for model, (first, second) in itertools.product(dict.fromkeys(model for model, _ in groups), DIFFERENCES):
-        if (model, first) not in groups or (model, second) not in groups:
+    models, features = (list(dict.fromkeys(names)) for names in zip(*groups))
+    for model, (first, second) in itertools.product(models, pairs_of(features)):
+        keys = [(model, first), ("means", "none") if second == "means" else (model, second)]
+        if model in ("base rate", "means") or not set(keys) <= set(groups):
             continue
-        one, two = (groups[model, feature][["auc", "logloss"]].to_numpy() for feature in (first, second))
+        one, two = (groups[key][["auc", "logloss"]].to_numpy() for key in keys)
         auc, loss = (paired_interval(differences, overlap) for differences in (one - two).T)
         lines.append([model, f"{first} - {second}", with_interval(*auc[:2]), p_text(auc[2]),
                       with_interval(*loss[:2]), p_text(loss[2])])
@@ -92,7 +104,7 @@ def summarize(options, results, runs):
     prepared, num_splits = runs[0].prepared, len(runs)
     num_train, num_test = (len(runs[0].labels[name]) for name in ("train", "test"))
     num_cold = (runs[0].history[runs[0].split["test"]["user"]] == 0).sum()
-    data = PAPER_DATA.get(prepared["interactions"])
+    data, asked = PAPER_DATA.get(prepared["interactions"]), options.get("features") or []
     groups = dict(list(results.groupby(["model", "features"], sort=False)))
     differences, gains = table_of_differences(groups, num_test / num_train if num_splits > 1 else 0.0)
     text = [f"# Click-through rate: {prepared['dataset']}, {num_test:,} test rows", "",
@@ -101,7 +113,11 @@ def summarize(options, results, runs):
             f"`04_train_ctr.py {shlex.join(command_line(options))}`", "", "## Tables 2, 3 and 4", "",
             "Features: see `--help`; a gain counts only against `random`. Logloss in nats. ± is the standard "
             "deviation over draws and seeds. RelaImpr (eq. 10, 11): against the same model with `none`. "
-            "`none` is table 2, `dense` table 3 (without VQ), `codes` (UserIP) table 4."
+            "`none` is table 2, `dense` table 3 (without VQ), `codes` (UserIP) table 4. `means`: logistic "
+            "regression on the item's and the user's shrunk means, no ids. Fields beside the ids (--fields): "
+            f"{', '.join(options.get('fields') or ['none'])}."
+            + "".join(f" `{name}` deals parts of {'+'.join(part for part, _ in parts_of(name, asked))}."
+                      for name in asked if "random" in name.split("+") and "+" in name)
             + (f" The paper's columns are its figures on {data}." if data else ""), "",
             *table_of_means(groups, data), ""]
     if num_lines := len(differences) - 2:

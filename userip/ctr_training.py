@@ -36,7 +36,8 @@ class Rows(NamedTuple):
     ids: dict  # by split int64 [U, n, F] for U sets of fields: rows of a table that all fields of a set share
     labels: dict  # by split, numpy [n]
     num_rows: list  # rows of the table, by set
-    unknown: int = 0  # the unknown user's row
+    unknown: int = 0  # the row of an unknown user, or item
+    dropped: int = 0  # the field whose ids --id-dropout makes unknown: 0 user, 1 item
     vectors: torch.Tensor | None = None  # [N, ΣC]
     dims: tuple = ()  # C of each
     users: dict | None = None  # by split, the row of `vectors` that each row reads [n]
@@ -46,16 +47,22 @@ class Rows(NamedTuple):
         return [] if self.vectors is None else [self.vectors[self.users[split][rows]]]
 
 
-def table_rows(split, fields, sizes, is_warm, num_items, has_unknown=False):
+def table_rows(split, fields, sizes, num_users, num_items, dropped=None):
     """User, item and further `fields` {split: int64 [n, P]} of `sizes` as rows of one table (eq. 8): {split:
-    int64 [n, 2 + P]}, rows of the table, row of the unknown user, shared by all who are not is_warm [N]
+    int64 [n, 2 + P]}, rows of the table, and the row of an unknown user, or if the ids that are dropped are
+    those of field 1, of an unknown item. Users without a train row share one, and so do such items.
     """
-    num_users = len(is_warm) + (has_unknown or not is_warm.all())
-    user_id = np.where(is_warm, np.arange(len(is_warm)), len(is_warm))
+    is_warm, is_warm_item = (np.bincount(split["train"][key], minlength=size) > 0
+                             for key, size in (("user", num_users), ("item", num_items)))
+    user_id = np.where(is_warm, np.arange(num_users), num_users)
+    first_cold = int(is_warm_item.argmin())  # its row is theirs
+    item_id = np.where(is_warm_item, np.arange(num_items), first_cold)
+    num_users += dropped == 0 or not is_warm.all()
     first = np.cumsum([0, num_users, num_items, *sizes])
-    ids = {name: torch.from_numpy(np.column_stack([user_id[frame["user"]], frame["item"], fields[name]])
-                                  + first[:-1]) for name, frame in split.items()}
-    return ids, int(first[-1]), num_users - 1
+    ids = {name: torch.from_numpy(np.column_stack([user_id[frame["user"]], item_id[frame["item"]],
+                                                   fields[name]]) + first[:-1])
+           for name, frame in split.items()}
+    return ids, int(first[-1]), num_users + first_cold if dropped == 1 else num_users - 1
 
 
 def adam_(averages, grad, lr, step, penalty=None):
@@ -230,7 +237,7 @@ def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
         chosen, keep = part[seed_index].to(device), keep.to(device)[seed_index]  # [G, n], [G, n, num_units]
         ids = rows.ids["train"][fields, chosen]  # [G, n, F]
         if args.id_dropout:
-            ids[..., 0].masked_fill_(is_dropped[seed_index].to(device), rows.unknown)
+            ids[..., rows.dropped].masked_fill_(is_dropped[seed_index].to(device), rows.unknown)
         inputs = ids, keep, labels[chosen], *rows.read_vectors("train", chosen)
         for batch in zip(*(tensor.split(args.batch_size, 1) for tensor in inputs)):
             stack.train_step(*batch)

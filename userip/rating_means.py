@@ -1,0 +1,108 @@
+"""Means of ratings, shrunk by how many there are (empirical Bayes), out of fold for train rows; the mean that
+an item's text foretells; and the model `means`, a logistic regression on two of them.
+
+split: frames by name with columns user, item, rating. Statistics of items and all variances are of train
+rows; a support row reaches its own user only.
+"""
+
+import numpy as np
+import pandas as pd
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
+
+from common import logloss
+
+NUM_FOLDS = 5
+
+
+def variance_ratio(values, group):
+    """Mean of values [n], and σ² / τ², their variance within over that between groups [n]: moments of the
+    analysis of variance, unequal sizes; at most 1e9, where groups do not differ
+    """
+    _, group, count = np.unique(group, return_inverse=True, return_counts=True)
+    total, num, mean = np.bincount(group, values), len(values), values.mean()
+    within = ((values - (total / count)[group]) ** 2).sum() / max(num - len(count), 1)
+    between = (count * (total / count - mean) ** 2).sum() - (len(count) - 1) * within
+    between /= max(num - (count**2).sum() / num, 1e-9)
+    return mean, min(within / between, 1e9) if between > 0 else 1e9
+
+
+def shrunk_sums(values, group, ratio, size):
+    """Σ of a group's values / (its n + ratio), and n: float64 [size], int64 [size]"""
+    count = np.bincount(group, minlength=size)
+    return np.bincount(group, values, size) / np.maximum(count + ratio, 1e-9), count
+
+
+def shrunk_means(train, support, num_users, num_items):
+    """An item's mean rating and a user's mean residual, both shrunk and less the overall mean: float64 [M],
+    [N]; nan without a row. A residual is the rating less the item's shrunk mean over *other* users.
+    """
+    rows = pd.concat([train, support])
+    user, item, rating = (rows[name].to_numpy() for name in ("user", "item", "rating"))
+    num = len(train)
+    mean, ratio = variance_ratio(rating[:num].astype(float), item[:num])
+    rating = rating - mean
+    item_mean, count = shrunk_sums(rating[:num], item[:num], ratio, num_items)
+    is_own = np.arange(len(rows)) < num  # is the row in its item's mean?
+    others = (item_mean * (count + ratio))[item] - np.where(is_own, rating, 0.0)
+    residual = rating - others / np.maximum(count[item] - is_own + ratio, 1e-9)
+    mean, ratio = variance_ratio(residual[:num], user[:num])
+    user_mean, num_rows = shrunk_sums(residual - mean, user, ratio, num_users)
+    return np.where(count > 0, item_mean, np.nan), np.where(num_rows > 0, user_mean, np.nan)
+
+
+def draw_folds(split, seed):
+    """The fold of each train row, int64 [n]"""
+    num_train, rng = len(split["train"]), np.random.default_rng([seed, 3])
+    return rng.integers(NUM_FOLDS, size=num_train + len(split["support"]))[:num_train]
+
+
+def means_without_folds(split, seed, num_users, num_items):
+    """shrunk_means without each fold of the train rows and, last, with all: items' [F + 1, M], users'
+    [F + 1, N]; the fold of each train row [n], whose label is in none of the means without this fold
+    """
+    fold, train = draw_folds(split, seed), split["train"]
+    means = [shrunk_means(train[fold != left_out], split["support"], num_users, num_items)
+             for left_out in range(NUM_FOLDS + 1)]
+    return *map(np.stack, zip(*means)), fold
+
+
+def foretold_means(items, train, seed, num_folds=10):
+    """The mean rating of each item that texts of other items foretell [M], and its fold of the items [M]: a
+    ridge regression of items' means, less what their users give on average, on TF-IDF of words and pairs of
+    words of title, category and brand. It reads no rating and no text of the fold.
+    """
+    texts = "text " + items[["title", "category", "brand"]].fillna("").agg(" ".join, axis=1)  # never without
+    fold = np.random.default_rng([seed, 4]).permutation(len(items)) % num_folds
+    foretold, has_rows = np.zeros(len(items)), items["item"].isin(train["item"]).to_numpy()
+    for left_out in np.unique(fold) if len(items) > 1 else []:
+        rows = train[fold[train["item"]] != left_out]
+        known, asked = has_rows & (fold != left_out), fold == left_out
+        rating, user, item = (rows[name].to_numpy() for name in ("rating", "user", "item"))
+        mean, ratio = variance_ratio(rating.astype(float), user)
+        user_mean, _ = shrunk_sums(rating - mean, user, ratio, user.max() + 1)
+        residual = rating - mean - user_mean[user]
+        item_mean, count = shrunk_sums(residual, item, 0.0, len(items))
+        weight = (count / (count + variance_ratio(residual, item)[1]))[known]  # of a mean of so many ratings
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True)
+        model = Ridge().fit(vectorizer.fit_transform(texts[known]), item_mean[known], weight / weight.mean())
+        foretold[asked] = model.predict(vectorizer.transform(texts[asked]))
+    return foretold, fold
+
+
+def means_model(split, labels, seed, num_users, num_items):
+    """The model `means`: logistic regression on an item's shrunk mean and a user's shrunk residual, 0 where
+    nothing is known; fitted to train rows, out of fold. A dict of figures on valid and test.
+    """
+    item_means, user_means, fold = means_without_folds(split, seed, num_users, num_items)
+
+    def inputs(name):
+        left_out, rows = fold if name == "train" else NUM_FOLDS, split[name]
+        return np.nan_to_num([item_means[left_out, rows["item"]], user_means[left_out, rows["user"]]]).T
+
+    model = LogisticRegression().fit(inputs("train"), labels["train"])
+    valid, test = (model.predict_proba(inputs(name))[:, 1] for name in ("valid", "test"))
+    return {f"{prefix}{name}": float(metric(labels[split_name], probabilities))
+            for prefix, split_name, probabilities in (("valid_", "valid", valid), ("", "test", test))
+            for name, metric in (("auc", roc_auc_score), ("logloss", logloss))}
