@@ -100,7 +100,7 @@ def parse_args(argv=None):
                  help="minibatches that fit θ̄ (default: 100, or what the catalogue costs)")
     add.training("--map-steps", type=at_least(1), help="score: those that fit the map (default: 150 at most)")
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
-    add.training("--heldout", type=at_least(2), help="validation rows to measure on (default: 3000 at most)")
+    add.training("--heldout", type=at_least(16), help="validation rows to measure on (default: 3000 at most)")
     add.machine("--dtype", choices=["auto", "float32", "mixed", "bfloat16"], default="auto",
                 help="mixed: products in bfloat16 (auto: bfloat16 on CUDA, mixed where scores agree)")
     add.machine("--batch-size", type=at_least(1), help="gradient: users per block (default 128, CUDA 1024)")
@@ -461,4 +461,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_program(main, parse_args)
+    run_program(main, parse_args, is_shared=True)

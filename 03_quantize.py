@@ -319,7 +319,10 @@ def probe_profiles(args, profiles, users):
     labels, aucs = {}, {}
     if "gender" in users:
         gender = users["gender"].astype(str).where(users["gender"].notna())
-        labels["gender"] = (gender == gender.max()).where(gender.notna())
+        if gender.nunique() > 2:
+            print(f"gender has {gender.nunique()} codes, not two: no probe")
+        else:
+            labels["gender"] = (gender == gender.max()).where(gender.notna())
     if "age" in users:  # of a range such as 25-34 its lower end
         age = users["age"].astype(str).str.extract(r"(\d+)")[0].astype(float)
         labels["age_over_30"] = (age > 30).where(age.notna())

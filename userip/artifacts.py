@@ -138,6 +138,9 @@ def write_artifact(args, name, value, inputs=(), **facts):
     sidecar. It is renamed first, with the digest of what follows: `read_artifacts` notices a kill in between.
     """
     run_dir = Path(args.run_dir)
+    if name == "interactions.parquet":  # a kill must not leave it beside items and users of an older run
+        for other in ("items", "users"):
+            (run_dir / f"{other}.parquet.json").unlink(missing_ok=True)
     with whole_file(run_dir / name) as file:
         _write_value(value, file)
         file.flush()

@@ -156,7 +156,7 @@ def _problem_of(value, schema, path="", sizes=None, part=None):
         return None if isinstance(value, str) and value in schema else f"has {path} {value!r:.40}"
     kind, least, most = schema if isinstance(schema, tuple) else (schema, -np.inf, np.inf)
     is_right = isinstance(value, (int, float) if kind is float else kind) and (
-        kind is bool or not isinstance(value, bool))
+        kind is bool or not isinstance(value, bool)) and (kind is not float or np.isfinite(value))
     if not is_right or isinstance(schema, tuple) and not least <= value <= most:
         limits = f" from {least:g} to {most:g}" if isinstance(schema, tuple) else ""
         return f"has {path} {value!r:.40}, not {kind.__name__}{limits}"

@@ -28,7 +28,7 @@ PAPER = Path(__file__).resolve().parent.parent / "assets/paper.csv"  # tables 2,
 
 def rela_impr_auc(auc, reference):
     """Relative improvement in percent (eq. 10): ((A - .5) / (A_ref - .5) - 1) · 100"""
-    return ((auc - 0.5) / (reference - 0.5) - 1) * 100 if reference != 0.5 else float("nan")
+    return ((auc - 0.5) / (reference - 0.5) - 1) * 100 if reference > 0.5 else float("nan")
 
 
 def rela_impr_logloss(loss, reference):

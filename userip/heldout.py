@@ -2,6 +2,8 @@
 
 import torch
 
+from userip.artifacts import fail
+
 
 def heldout_events(interactions, rows, routes, limits, seed):
     """Validation rows with any text: Events of half the users, to choose with, and of the other half, to
@@ -11,9 +13,14 @@ def heldout_events(interactions, rows, routes, limits, seed):
     events = rows.select(is_valid)
     has_text = sum(route.has_text(events).int() for route in routes) > 0
     generator = torch.Generator().manual_seed(seed)
-    halves = []
+    user, halves = events.user, []
+    if len((user[has_text] % 2).unique()) < 2:  # then by their order
+        user = user.unique(return_inverse=True)[1]
     for half, limit in enumerate(limits):
-        index = (has_text & (events.user % 2 == half)).nonzero()[:, 0]
+        index = (has_text & (user % 2 == half)).nonzero()[:, 0]
+        if not len(index):
+            fail("the valid rows hold texts of one user only: half of the users choose step lengths, half "
+                 "report; run 01_prepare.py with more data")
         sample = torch.randperm(len(index), generator=generator)[:limit].sort().values
         halves.append(events.select(index[sample]))
     return halves

@@ -18,7 +18,13 @@ def read_new_users(args, has_ratings, items):
     ids, list of N' texts
     """
     table = read_frame(args.only_users, ["user_id", "item_id", *["rating"] * has_ratings], LIMITS)
-    table = table.drop_duplicates(["user_id", "item_id"], keep="last")
+    if "timestamp" in table:
+        table = table.sort_values("timestamp", kind="stable")
+    is_older = table.duplicated(["user_id", "item_id"], keep="last")
+    if is_older.any():
+        print(f"{int(is_older.sum())} rows repeat a user and an item: the last one counts"
+              + ", in the order of the file" * ("timestamp" not in table))
+    table = table[~is_older]
     item_number = pd.Series(items["item"].to_numpy(), index=items["item_id"].astype(str))
     item = item_number.reindex(table["item_id"]).to_numpy()
     user, user_ids = pd.factorize(table["user_id"], sort=True)

@@ -106,13 +106,22 @@ def start_stage(args):
     print(f"{Path(sys.argv[0]).name} | {options}")
 
 
-def run_program(main, parse_args):
-    """A stage as a program, alone on its run directory; Ctrl-C and what a disk refuses end in one line."""
+def process_rank():
+    """Rank and number of the processes of torchrun; 0 and 1 without it"""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (int(rank), int(world)) if rank.isdigit() and world.isdigit() and int(world) > 1 else (0, 1)
+
+
+def run_program(main, parse_args, is_shared=False):
+    """A stage as a program, alone on its run directory; Ctrl-C and what a disk refuses end in one line.
+
+    is_shared: processes of torchrun share its work, and the first one holds the run directory
+    """
     warnings.simplefilter("ignore")  # they are for developers; what users should know is printed
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on as KeyboardInterrupt
     try:
         args = parse_args()
-        is_first = not int(os.environ.get("RANK", 0))  # of the processes of torchrun
+        is_first = not (is_shared and process_rank()[0])
         with lock(args.run_dir) if is_first else contextlib.nullcontext():
             main(args)
     except KeyboardInterrupt:

@@ -18,12 +18,12 @@ import transformers
 from tqdm import tqdm
 
 from userip.artifacts import fail, sha256_of, whole_file
-from userip.options import option_name
+from userip.options import option_name, process_rank
 
 
 def join_processes():
     """Rank and number of processes; with several (torchrun) only the first one prints."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = process_rank()
     if world > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

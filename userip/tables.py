@@ -26,7 +26,10 @@ ALLOWED = {*TEXTS, "rating", "timestamp", "price"}
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 LARGEST = {"rating": 3e38, "timestamp": 1e20}  # of float32; nanoseconds in the year 5138
-UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f]|^\s*$"  # a terminal would obey them; blank
+# a terminal would obey them, or nobody sees them; blank
+UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]|^\s*$"
+LAST_SECOND = 4102444800  # the year 2100 begins
+EXACT = {"halffloat": 2**11, "float": 2**24, "double": 2**53}  # below which whole numbers differ
 ESCAPE = r"""\\(?:[\\"'/,;tnr\t\r\n]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|$)"""  # of databases; not AC\DC
 
 
@@ -48,6 +51,8 @@ def check_columns(frame, path):
     """Make numbers of ratings and times (s), and names of categories that are the text of a list, in place;
     exit code 2 with the first line where that cannot be, or whose id is missing or not printable.
     """
+    for column in frame.columns.intersection(["user_id", "item_id"]):
+        frame[column] = frame[column].str.strip()
     _refuse(frame, path, ["user_id", "item_id"], UNPRINTABLE, "is no printable text", is_missing_bad=True)
     for text in frame.get("category", pd.Series(dtype="str")).dropna().unique():
         if LIST_TEXT.fullmatch(text):
@@ -68,7 +73,17 @@ def check_columns(frame, path):
         if frame["timestamp"].between(19000101, 21001231).all():
             first = f"timestamp {frame['timestamp'].iloc[0]:.0f}"
             _fail_at(frame, path, 0, f"{first} looks like YYYYMMDD, as all others do; seconds are needed")
-        frame["timestamp"] = to_seconds(frame["timestamp"])
+        seconds = to_seconds(frame["timestamp"])
+        if (is_late := seconds >= LAST_SECOND).any():
+            row = int(is_late.argmax())
+            _fail_at(frame, path, row, f"timestamp {frame['timestamp'].iloc[row]:.0f} lies beyond the year 2100 "
+                     f"in any unit: seconds are needed, no date as a number")
+        is_second = frame["timestamp"].abs() < 1e11
+        if is_second.any() and not is_second.all():
+            row = int(is_second.to_numpy().argmin())
+            _fail_at(frame, path, row, f"timestamp {frame['timestamp'].iloc[row]:.0f} has another unit than "
+                     f"that of {frame.index.name} {frame.index[int(is_second.to_numpy().argmax())]}")
+        frame["timestamp"] = seconds
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -296,7 +311,8 @@ def _plain(name, column):
     if name in ("rating", "price"):
         raise TypeError  # a time
     if pa.types.is_floating(column.type):  # 7.0 is the id 7, in a column with gaps
-        if name in ("user_id", "item_id") and (pc.max(pc.abs(column)).as_py() or 0) >= 2**53:
+        limit = EXACT[str(column.type)]
+        if name in ("user_id", "item_id") and (pc.max(pc.abs(column)).as_py() or 0) >= limit:
             raise TypeError  # neighbours are one number
         with contextlib.suppress(pa.ArrowInvalid):
             column = column.cast("int64")
