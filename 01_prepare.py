@@ -240,6 +240,8 @@ def report(args, facts):
     """Print what was read and dropped, the row of the paper's table 1, and the split."""
     counts = [f"{facts[name]:,} {name.replace('_', ' ')}" for name in COUNTS if facts[name]]
     print(", ".join([f"read {facts['rows_read']:,} interactions", *counts]))
+    if facts["first_junk_price"]:
+        print(f"prices that are no number of dollars, the first of them: {facts['first_junk_price']!r}")
     if facts["first_cut_title"]:
         before, after = facts["first_cut_title"]
         print(f"titles are cut where they hold HTML or scripts; the first: {before!r} is now {after!r}")

@@ -307,6 +307,9 @@ def test_facts_of_users_that_cannot_be_probed_are_left_out_with_a_line(capsys):
     args, profiles = quantize.parse_args(["--no-whiten"]), [profile_of(torch.tensor(theta))]
     users = pd.DataFrame({"gender": gender, "age": rng.choice(["18-24", "35-44", "56+"], 300)})
     assert quantize.probe_profiles(args, profiles, users)["probe_gender"] > 0.95
+    assert "probe_gender" not in quantize.probe_profiles(
+        args, profiles, users.assign(gender=rng.choice(["F", "M", "X"], 300)))
+    assert "gender has 3 codes" in capsys.readouterr().out
     assert quantize.probe_profiles(args, profiles, users.assign(gender="M", age="?")) == {}
     assert capsys.readouterr().out.count("left out") == 2
 

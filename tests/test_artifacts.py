@@ -55,6 +55,15 @@ def test_artifacts_of_two_runs_never_mix(tmp_path, capsys):
     assert "profiles.pt" in line and "interactions.parquet" in line
 
 
+def test_new_interactions_void_the_items_and_users_beside_them(tmp_path, capsys):
+    """Stage 1 killed behind its first file, over an older run whose interactions were the same"""
+    write_pair(tmp_path)
+    (tmp_path / "items.parquet.json").write_text("{}")
+    write_pair(tmp_path)
+    assert "items.parquet is missing" in dies(capsys, read_artifacts, options_of(tmp_path), "items.parquet")
+    assert not (tmp_path / "items.parquet.json").exists()
+
+
 def test_a_file_cut_short_is_found_out(tmp_path, capsys):
     write_pair(tmp_path)
     path = tmp_path / "profiles.pt"

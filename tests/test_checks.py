@@ -167,6 +167,7 @@ def test_what_no_stage_writes_is_refused_by_name(small_run, tmp_path, capsys, na
     ("feature_bank.parquet", "codes", [4, "3"], "codes[1] '3'"), ("feature_bank.parquet", "codes", [2], "no list codes"),
     ("feature_bank.parquet", "names", [[], []], "names[0] []"), ("feature_bank.parquet", "has_folds", True, "folds"),
     ("feature_bank.parquet", "hobby_perplexity", None, "hobby_perplexity None"),
+    ("feature_bank.parquet", "hobby_perplexity", float("nan"), "hobby_perplexity nan"),
     ("feature_bank.parquet", "hobby_share_of_bayes", 0.5, "hobby_vs_true_hobby None"),
     ("results.parquet", "gains", {"dcn": {"auc_gain": 0.1}}, "gains dcn auc_half_interval None"),
     ("results.parquet", "options models", [], "no list options models"),

@@ -17,6 +17,7 @@ def test_the_papers_relative_improvements_come_out():
     ours, reference = pairs("dcn", "codes"), pairs("dcn", "none") | {"yelp": pairs("pnn", "none")["yelp"]}
     printed = {"clothing": (4.5548, 3.8199), "movies": (0.5336, 0.3482),
                "games": (3.2755, 6.2992), "yelp": (1.1937, 0.2879)}
+    assert np.isnan(ctr_report.rela_impr_auc(0.6, 0.48))  # a worse reference than chance has no scale
     for name, (auc, loss) in printed.items():
         assert ctr_report.rela_impr_auc(ours[name][0], reference[name][0]) == pytest.approx(auc, abs=0.09)
         assert ctr_report.rela_impr_logloss(ours[name][1], reference[name][1]) == pytest.approx(loss, abs=0.025)

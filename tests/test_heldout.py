@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
+from conftest import dies
 from llm_cases import events_of, prompt_of, routes_for, run_of, soft_for
 from userip.heldout import heldout_events, heldout_nll, interval
 
@@ -16,6 +17,15 @@ def test_users_who_choose_and_users_who_report_are_not_the_same(llm):
     assert report.item.tolist() == [1, 3, 4] and report.row.tolist() == [1, 3, 4]
     tune, report = heldout_events(rows, events, routes_for(llm), (1, 2), seed=0)
     assert len(tune.user) == 1 and len(report.user) == 2
+
+
+def test_both_halves_have_users_whatever_their_numbers(llm, capsys):
+    rows = pd.DataFrame({"user": [0, 2, 4, 6], "item": [0, 1, 2, 3], "split": "valid"})
+    events = events_of(rows["user"].tolist(), rows["item"].tolist())
+    tune, report = heldout_events(rows, events, routes_for(llm), (9, 9), seed=0)
+    assert tune.user.tolist() == [0, 4] and report.user.tolist() == [2, 6]
+    alone = events.select(torch.tensor([0]))
+    assert "of one user only" in dies(capsys, heldout_events, rows[:1], alone, routes_for(llm), (9, 9), 0)
 
 
 def test_one_profile_for_all_rows_reads_each_text_once(llm):

@@ -39,6 +39,13 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
         assert torch.equal(new["profiles"][:-1], stored["profiles"][-1][place])
         assert (codes[stored["names"]].to_numpy()[:-1] == bank[stored["names"]].to_numpy()[place]).all()
         assert codes[stored["names"]].to_numpy()[-1].tolist() == [2, 2, 2]
+    older = table.assign(rating=6 - table["rating"], timestamp=1)  # another verdict, behind in the file
+    pd.concat([table.assign(timestamp=2), older]).to_csv(file, index=False)
+    told = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file)
+    assert f"{len(table)} rows repeat a user and an item: the last one counts" in told
+    (new,) = read_artifacts(options, "new_profiles.pt")
+    place = users.set_index("user_id")["user"].reindex(new["user_id"]).to_numpy().astype(int)
+    assert torch.equal(new["profiles"], stored["profiles"][-1][place])
     line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", tmp_path / "none.csv",
                      ok=False)
     assert "none.csv is missing" in line

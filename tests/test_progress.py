@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, STAGES, dies, infer, run_stage
 from llm_cases import fast, fresh
 from userip.artifacts import lock
-from userip.options import run_program
+from userip.options import process_rank, run_program
 from userip.progress import Progress, join_processes
 
 
@@ -241,6 +241,17 @@ def test_torchrun_ends_when_a_process_dies_and_goes_on_to_the_same_bits(small_ru
     printed, complaint = torchrun(run, *options).communicate()
     assert printed.count("wrote") == printed.count("going on with the unfinished run") == 1, complaint
     assert bits(run) == undisturbed[options]
+
+
+@pytest.mark.parametrize("rank, world, expected", [
+    ("1", "2", (1, 2)), ("", "", (0, 1)), ("1", None, (0, 1)), ("1", "1", (0, 1)), ("x", "2", (0, 1))])
+def test_only_torchrun_makes_ranks(monkeypatch, rank, world, expected):
+    """RANK alone, as a scheduler leaves it, must not open a run directory that is locked."""
+    for name, text in (("RANK", rank), ("WORLD_SIZE", world)):
+        monkeypatch.delenv(name, raising=False)
+        if text is not None:
+            monkeypatch.setenv(name, text)
+    assert process_rank() == expected
 
 
 def test_a_second_process_on_the_same_run_is_refused(small_run, tmp_path):

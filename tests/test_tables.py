@@ -258,11 +258,15 @@ def test_sizes_have_limits(tmp_path):
 def test_ids_are_printable_distinct_and_never_swallow_lines(tmp_path):
     interactions, _ = write_table(tmp_path / "raw", suffix=".parquet")
     path = tmp_path / "raw/interactions.parquet"
-    for bad in ("", "  ", "a\nb"):
+    for bad in ("", "  ", "a\nb", "a\u200bb", "a\u202eb"):
         interactions.assign(user_id=[bad, *interactions["user_id"][1:]]).to_parquet(path)
         assert "row 1: user_id is no printable text" in read_raw(tmp_path, "table", ok=False)
-    interactions.assign(user_id=2.0**53 + np.arange(len(interactions))).to_parquet(path)
-    assert "column user_id: double" in read_raw(tmp_path, "table", ok=False)
+    for exact, kind in ((2.0**53, "float64"), (2.0**24, "float32")):  # beyond it neighbours are one number
+        interactions.assign(user_id=(exact + np.arange(len(interactions))).astype(kind)).to_parquet(path)
+        assert "column user_id: " in read_raw(tmp_path, "table", ok=False)
+    blanks = [" " * (row % 2) for row in range(len(interactions))]
+    interactions.assign(user_id=interactions["user_id"] + blanks).to_parquet(path)
+    assert set(read_raw(tmp_path, "table")[0]["user_id"]) <= set(interactions["user_id"])
     interactions.assign(rating=pd.to_datetime(interactions["timestamp"], unit="s")).to_parquet(path)
     assert "column rating: timestamp" in read_raw(tmp_path, "table", ok=False)
 
@@ -279,6 +283,17 @@ def test_dates_written_as_numbers_are_refused(tmp_path):
     interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
     interactions.assign(timestamp=20160101).to_csv(tmp_path / "raw/interactions.csv", index=False)
     assert "timestamp 20160101 looks like YYYYMMDD" in read_raw(tmp_path, "table", ok=False)
+
+
+@pytest.mark.parametrize("times, problem", [
+    (lambda rows: 20151102011500 + rows, "lies beyond the year 2100"),  # YYYYMMDDhhmmss
+    (lambda rows: rows * 10**9, "has another unit than that of line 2"),  # milliseconds of a clock that began at 0
+    (lambda rows: 1_500_000_000 * 1000 ** (rows % 2), "line 3: timestamp 1500000000000 has another unit")])
+def test_times_of_two_units_and_of_no_unit_are_refused(tmp_path, times, problem):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    interactions.assign(timestamp=times(np.arange(len(interactions)))).to_csv(
+        tmp_path / "raw/interactions.csv", index=False)
+    assert problem in read_raw(tmp_path, "table", ok=False)
 
 
 # --- other dialects -------------------------------------------------------------------------------------

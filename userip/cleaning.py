@@ -106,7 +106,7 @@ def is_no_age(value):
 def clean_items(items):
     """Items with item, item_id, title, maybe category, brand, price -> these columns as plain text and
     dollars; how many titles were missing (the id replaces them), how many were cut, with the first before and
-    after, and how many prices were no numbers: dict.
+    after, and how many prices were no numbers, with the first: dict.
     """
     items = items.reindex(columns=["item", "item_id", "title", "category", "brand", "price"])
     has_price = items["price"].notna() & (items["price"] != "")
@@ -114,9 +114,10 @@ def clean_items(items):
              for text in items["title"]]
     for name in ("title", "category", "brand"):
         items[name] = pd.array([clean(text) or None for text in items[name]], dtype="str")
-    items["price"] = np.array([to_price(price) for price in items["price"]], dtype="float64")
-    counts = {"untitled_items": int(items["title"].isna().sum()),
-              "junk_prices": int((has_price & items["price"].isna()).sum())}
+    published, prices = items["price"], np.array([to_price(price) for price in items["price"]], dtype="float64")
+    items["price"], is_junk = prices, has_price & np.isnan(prices)
+    counts = {"untitled_items": int(items["title"].isna().sum()), "junk_prices": int(is_junk.sum()),
+              "first_junk_price": str(published[is_junk].iloc[0])[:60] if is_junk.any() else None}
     cut = [(before, after) for before, after in zip(plain, items["title"].fillna(""))
            if len(after) < len(before)]
     counts |= {"cut_titles": len(cut), "first_cut_title": cut[0] if cut else None}
