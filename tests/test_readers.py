@@ -32,7 +32,8 @@ def test_amazon_of_every_year(tmp_path, year, suffix):
     assert items["brand"].isna().tolist() == [item % 2 == 0 for item in range(9)]
     assert set(items["brand"].dropna()) == {"Åcme"}
     facts = json.loads((tmp_path / "run/prepare.json").read_text())
-    assert facts["untitled_items"] == 3 and facts["items_listed_twice"] == 1 and facts["junk_prices"] == 2 and facts["first_junk_price"] == "Too low to display"
+    assert facts["untitled_items"] == 3 and facts["items_listed_twice"] == 1
+    assert facts["junk_prices"] == 2 and facts["first_junk_price"] == "Too low to display"
     if year == 2023:
         first, row = reviews[0], table.set_index(["user_id", "item_id"])
         row = row.loc[(first["user_id"], first["parent_asin"])]
