@@ -22,7 +22,7 @@ COLUMNS = {
 # A schema is a type, (type, least, most), a set of values, "dtype letters" (a tensor, by the letters of
 # common.py; a small letter has a size for each profile), [schema] or [schema, letter] (a list, not empty),
 # {str: schema} (any texts as keys) or {key: schema}, where a "key?" may be missing.
-COUNT, SEED = (int, 1, 2**32), (int, 0, 2**32 - 1)
+COUNT, SEED, FINITE = (int, 1, 2**32), (int, 0, 2**32 - 1), (float, -1e30, 1e30)
 PART = {"codebook": "float32 kc", "transform": "float32 Dc", "mean": "float32 D"}  # of each profile
 TENSORS = {
     "scores.pt": {"names": [str, "P"], "words": [str], "shared": "float32 PD", "lift": "float32 PCD",
@@ -42,8 +42,8 @@ SIDECARS = {  # more, of which later stages read something
     "interactions.parquet": {"split_seed?": SEED, "split?": str, "dataset?": str, "interactions?": int,
                              "options": {"threshold?": float}},
     "users.parquet": {"bayes_ari?": {str: float}},
-    "profiles.pt": {"heldout_nll": {**dict.fromkeys(("none", "shared", "shuffled", "own"), float),
-                                    "own_minus_shared": [float, "2"], "own_minus_shuffled": [float, "2"]},
+    "profiles.pt": {"heldout_nll": {**dict.fromkeys(("none", "shared", "shuffled", "own"), FINITE),
+                                    "own_minus_shared": [FINITE, "2"], "own_minus_shuffled": [FINITE, "2"]},
                     "options": {"method?": str, "evidence?": str, "ratings?": bool, "route?": [str]}},
     "feature_bank.parquet": {"names": [str, "P"], "codes": [COUNT, "P"], "has_folds?": bool},
     "train_codes.parquet": {"names": [str]},
@@ -79,7 +79,7 @@ def find_sidecar_problem(name, sidecar):
     for profile in sidecar["names"]:
         if (share := f"{profile}_share_of_bayes") in sidecar:
             shown += [share, f"{profile}_vs_true_{profile}"]
-    return _problem_of(sidecar, dict.fromkeys(shown, float))
+    return _problem_of(sidecar, dict.fromkeys(shown, FINITE))
 
 
 def _problem_of_artifact(name, value, sidecar, sizes):
@@ -156,7 +156,7 @@ def _problem_of(value, schema, path="", sizes=None, part=None):
         return None if isinstance(value, str) and value in schema else f"has {path} {value!r:.40}"
     kind, least, most = schema if isinstance(schema, tuple) else (schema, -np.inf, np.inf)
     is_right = isinstance(value, (int, float) if kind is float else kind) and (
-        kind is bool or not isinstance(value, bool)) and (kind is not float or np.isfinite(value))
+        kind is bool or not isinstance(value, bool))
     if not is_right or isinstance(schema, tuple) and not least <= value <= most:
         limits = f" from {least:g} to {most:g}" if isinstance(schema, tuple) else ""
         return f"has {path} {value!r:.40}, not {kind.__name__}{limits}"

@@ -114,8 +114,9 @@ def clean_items(items):
              for text in items["title"]]
     for name in ("title", "category", "brand"):
         items[name] = pd.array([clean(text) or None for text in items[name]], dtype="str")
-    published, prices = items["price"], np.array([to_price(price) for price in items["price"]], dtype="float64")
-    items["price"], is_junk = prices, has_price & np.isnan(prices)
+    published = items["price"]
+    items["price"] = np.array([to_price(price) for price in published], dtype="float64")
+    is_junk = has_price & items["price"].isna()
     counts = {"untitled_items": int(items["title"].isna().sum()), "junk_prices": int(is_junk.sum()),
               "first_junk_price": str(published[is_junk].iloc[0])[:60] if is_junk.any() else None}
     cut = [(before, after) for before, after in zip(plain, items["title"].fillna(""))

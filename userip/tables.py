@@ -76,13 +76,13 @@ def check_columns(frame, path):
         seconds = to_seconds(frame["timestamp"])
         if (is_late := seconds >= LAST_SECOND).any():
             row = int(is_late.argmax())
-            _fail_at(frame, path, row, f"timestamp {frame['timestamp'].iloc[row]:.0f} lies beyond the year 2100 "
-                     f"in any unit: seconds are needed, no date as a number")
-        is_second = frame["timestamp"].abs() < 1e11
+            _fail_at(frame, path, row, f"timestamp {frame['timestamp'].iloc[row]:.0f} lies beyond the year "
+                     f"2100: seconds are needed, no date as a number")
+        is_second = frame["timestamp"].to_numpy() < 1e11
         if is_second.any() and not is_second.all():
-            row = int(is_second.to_numpy().argmin())
+            row, other = int(is_second.argmin()), frame.index[int(is_second.argmax())]
             _fail_at(frame, path, row, f"timestamp {frame['timestamp'].iloc[row]:.0f} has another unit than "
-                     f"that of {frame.index.name} {frame.index[int(is_second.to_numpy().argmax())]}")
+                     f"that of {frame.index.name} {other}")
         frame["timestamp"] = seconds
 
 
