@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -219,6 +220,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # as a stage does when it is run as a program
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reader", choices=READERS, help="one reader only")
     parser.add_argument("--files", type=int, default=1000, help="files for each reader")
