@@ -23,7 +23,7 @@ Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds
         tiny_llm/: the LLM, where --llm is tiny; progress/: finished work, until the run is done
 
 Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it to pretrain the tiny LLM)
-  wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3804, shared 1.3835
+  wrote runs/demo/profiles.pt: 1,975 users x 2 profiles x 128 | held-out NLL own 1.3811, shared 1.3846
 """
 
 import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
