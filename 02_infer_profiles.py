@@ -242,6 +242,7 @@ def fit_map(run, soft, directions, batch_size=BATCH):
     y = sums / (counts + pull)[:, :, None]
     unit = y[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)  # [P]
     num_directions, width = start.shape[1:]
+    # .003 of an embedding's length is too short to matter; rate: docs/notebook.md, "The map from coordinates"
     lift = (0.003 * prompt.scale * math.sqrt(width) * start).to(prompt.device).requires_grad_()
     optimizer = torch.optim.Adam([lift], lr=0.02 * prompt.scale)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.map_steps)

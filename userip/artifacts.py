@@ -138,9 +138,6 @@ def write_artifact(args, name, value, inputs=(), **facts):
     sidecar. It is renamed first, with the digest of what follows: `read_artifacts` notices a kill in between.
     """
     run_dir = Path(args.run_dir)
-    if name == "interactions.parquet":  # a kill must not leave it beside items and users of an older run
-        for other in ("items", "users"):
-            (run_dir / f"{other}.parquet.json").unlink(missing_ok=True)
     with whole_file(run_dir / name) as file:
         _write_value(value, file)
         file.flush()
@@ -158,6 +155,9 @@ def write_artifact(args, name, value, inputs=(), **facts):
         sidecar["run"] = sidecar["sha256"] if name == "interactions.parquet" else run_of(run_dir)
         # numpy and torch scalars and arrays, and paths, are what json does not know
         plain = lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
+        if name == "interactions.parquet":  # a kill must not leave it beside an older run's items
+            for other in ("items", "users"):
+                (run_dir / f"{other}.parquet.json").unlink(missing_ok=True)
         with whole_file(run_dir / f"{name}.json") as sidecar_file:
             sidecar_file.write(json.dumps(sidecar, indent=2, default=plain).encode() + b"\n")
     return run_dir / name

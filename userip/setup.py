@@ -18,7 +18,7 @@ from userip.score import text_scores
 
 SMALL_LLM = 20_000_000  # parameters below which products are too small to gain by bfloat16
 MOST_DIFFERENCE = 0.05  # between scores of the two arithmetics, as a share of their variance
-FREE_FLOPS = 5e11  # seconds of any machine
+FREE_FLOPS = 5e11  # what each purpose may cost however small the catalogue: some seconds
 BATCH = 64  # texts of a minibatch
 REVIEW_TOKENS = 15  # of a review's first sentence, at most, as in the released code
 
