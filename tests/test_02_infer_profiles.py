@@ -215,6 +215,18 @@ def test_the_length_is_that_of_the_likeliest_rows_and_the_shortest_if_none_surel
     assert lengths.tolist() == pytest.approx([expected] * 2, abs=0.1)
 
 
+def test_profiles_of_a_harmful_map_are_no_worse_than_the_shared_start(small_run, tmp_path, monkeypatch):
+    """A map of three steps, and random directions as long as an embedding added to it"""
+    fit_map, added = infer.fit_map, 0.5 * torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(infer, "fit_map", lambda *arguments: fit_map(*arguments) + added)
+    run = fresh(small_run, tmp_path / "run")
+    printed = run_stage("02_infer_profiles.py", "--run-dir", run, "--llm", "tiny", "--tiny-steps", 6,
+                        "--shared-steps", 4, "--map-steps", 3)
+    assert "hobby 0.05, background 0.05" in printed
+    mean, half = json.loads((run / "profiles.pt.json").read_text())["heldout_nll"]["own_minus_shared"]
+    assert mean <= half + 1e-4  # a step in a wrong direction shrinks as its interval does: no length is enough
+
+
 def test_profiles_of_a_map_of_three_steps_are_no_worse_than_the_shared_start_and_give_the_same_codes(
         small_run, tmp_path):
     banks = []
