@@ -39,6 +39,7 @@ from tqdm import tqdm
 from userip.artifacts import check_finite, write_artifact
 from userip.evidence import FIELDS
 from userip.heldout import heldout_nll, print_heldout
+from userip.linear_map import fit_map
 from userip.llm import tiny_stamp
 from userip.new_users import infer_new_users
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
@@ -229,45 +230,6 @@ def fit_shared(run, max_histories=4096):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def fit_map(run, soft, directions, batch_size=BATCH):
-    """The map B [P, C, S D] from coordinates to soft tokens, one for all users, by Adam on their train rows.
-
-    Minimises -log P(text | θ̄ + B y_u) with the text itself left out of y_u: a profile must predict others.
-    Only directions above the noise are fitted. The others keep their start, a short step.
-    """
-    coordinates, pull, start, is_above = directions
-    args, prompt, train, is_warm = run.args, run.prompt, run.observed.train, run.observed.is_warm
-    prompt.purpose = "map"
-    sums, counts = user_sums(coordinates, train, is_warm)  # [N, P, C], [N, P]
-    y = sums / (counts + pull)[:, :, None]
-    unit = y[is_warm].square().mean((0, 2)).sqrt().clamp(min=1e-6)  # [P]
-    num_directions, width = start.shape[1:]
-    # .003 of an embedding's length is too short to matter; rate: docs/notebook.md, "The map from coordinates"
-    lift = (0.003 * prompt.scale * math.sqrt(width) * start).to(prompt.device).requires_grad_()
-    optimizer = torch.optim.Adam([lift], lr=0.02 * prompt.scale)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.map_steps)
-    for _ in tqdm(range(args.map_steps), desc="map to soft tokens", unit="step", mininterval=2):
-        optimizer.zero_grad()
-        for route in run.routes:
-            rows = route.has_text(train).nonzero()[:, 0]
-            rows = rows[torch.randint(len(rows), (batch_size,), generator=run.progress.generator)]
-            index, user = route.text_index(train)[rows], train.user[rows]
-            own = torch.stack([c.train[index] if c.route is route else torch.zeros(batch_size, num_directions)
-                               for c in coordinates], 1)  # [B, P, C]
-            num_others = counts[user] - route.may_read.float()  # [B, P]
-            y = (sums[user] - own) / (num_others + pull).clamp(min=1e-6)[:, :, None] / unit[:, None]
-            for batch in prompt.batches(route.texts, index, args.tokens_per_batch):
-                step = torch.einsum("bpc,pcd->bpd", y[batch].to(prompt.device), lift)
-                theta = soft.to(prompt.device) + step
-                loss = prompt.loss(theta, route, index[batch], torch.ones(len(FIELDS)))
-                (loss / batch_size).backward()
-        lift.grad *= is_above[:, :, None].to(prompt.device)
-        optimizer.step()
-        schedule.step()
-        check_finite(lift, "the map to soft tokens", "lower --pull or take another --llm")
-    return lift.detach().cpu() / unit[:, None, None]
-
-
 def choose_length(run, soft, step, shortest=0.05, longest=1.5):
     """The step lengths [P] under which held-out rows are likeliest: step [R, P, S D]
 
@@ -297,14 +259,13 @@ def infer_by_score(run, shared):
     θ_u = θ̄ + length · B y_u with y_u = Σ_i g_i / (n_u + pull), whitened: a natural-gradient step, shrunk by
     a prior. With a codebook as prior, y_u = (Σ_i g_i + pull · y_c) / (n_u + pull): the E step takes the
     codeword c nearest to the user's plain mean, the M step pulls to it (eq. 7).
-    # differs from the paper: B is not the inverse Fisher information but fitted (fit_map). Between users the
-    # LLM is far from linear: the plain natural-gradient step made held-out items less likely than θ̄ at every
-    # length tried.
+    # differs from the paper: B is not the inverse Fisher information but fitted (linear_map.py). Far from θ̄
+    # the LLM is not linear: the plain natural-gradient step made held-out items less likely at every length.
     """
     soft, is_warm = shared.soft, run.observed.is_warm
     directions = find_directions(run, shared.scores)
     coordinates, pull = directions.coordinates, directions.pull
-    lift = run.progress.compute("map", lambda: fit_map(run, soft, directions))
+    lift = run.progress.compute("map", lambda: fit_map(run, shared, directions))
     sums = [user_sums(coordinates, evidence.events, is_warm) for evidence in run.evidence]
     step = user_steps(*(part[run.tune.user] for part in sums[-1]), pull, lift)
     length = run.progress.compute("length", lambda: choose_length(run, soft, step))

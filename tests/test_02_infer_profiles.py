@@ -179,7 +179,10 @@ def test_the_map_never_sees_the_item_that_it_predicts(llm):
         is_scored = torch.ones(5, dtype=torch.bool)
         coordinates = [TextScores(route, table, table, is_scored, None)
                        for route, table in zip(routes, tables)]
-        fits = lambda is_above: infer.fit_map(run, soft_for(prompt, 1)[0], Directions(
+        scores = {k: TextScores(route, torch.randn(5, 32), None, is_scored, torch.eye(32))
+                  for k, route in enumerate(routes)}
+        shared = SimpleNamespace(soft=soft_for(prompt, 1)[0], scores=scores)
+        fits = lambda is_above: infer.fit_map(run, shared, Directions(
             coordinates, torch.ones(2), start, torch.tensor(is_above).expand(2, 3)))
         return fits([True, True, False]) - fits([False] * 3)  # how far it moved from its start
 

@@ -128,7 +128,7 @@ def incidence(user, text, shape):
     return matrix, torch.bincount(user, minlength=shape[0]).float()
 
 
-def _user_texts(route, events, is_warm):
+def texts_of_users(route, events, is_warm):
     """The same for a route: [N, 2 R], the last R columns for users without train rows"""
     events = events.select(route.has_text(events))
     column = route.text_index(events) + len(route.texts.ids) * ~is_warm[events.user]
@@ -171,7 +171,7 @@ def find_directions(run, scores):
     is_warm, coordinates, pulls, starts, masks = run.observed.is_warm, [], [], [], []
     for k, name in enumerate(run.prompt.names):
         route, train, new, _, noise = scores[k]
-        user_texts, count = _user_texts(route, run.observed.own, is_warm)
+        user_texts, count = texts_of_users(route, run.observed.own, is_warm)
         projection, eigenvalues = project_scores(user_texts, torch.cat([train, new]), count, noise, is_warm,
                                                  run.args.rank)
         # λ = 1 + n · (variance between users): the prior of that variance weighs as much as n / (λ - 1) items
@@ -193,7 +193,7 @@ def user_sums(coordinates, events, is_warm):
     """Σ_i g_i over the texts of each user, and their number: float32 [N, P, C], [N, P]"""
     sums, counts = [], []
     for part in coordinates:
-        user_texts, count = _user_texts(part.route, events, is_warm)
+        user_texts, count = texts_of_users(part.route, events, is_warm)
         sums.append(torch.from_numpy(user_texts @ torch.cat([part.train, part.new]).double().numpy()).float())
         counts.append(count)
     return torch.stack(sums, 1), torch.stack(counts, 1)
