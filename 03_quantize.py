@@ -35,7 +35,8 @@ from common import DCN, VectorQuantizer, usage_of
 from userip.artifacts import check_finite, read_artifacts, read_sidecar, write_artifact
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             refuse_without_effect, run_program, stage_parser, start_stage)
-from userip.profiles import compare_with_truth, describe_codes, probe_auc, read_profiles, read_rows
+from userip.profiles import (compare_with_truth, describe_codes, probe_auc, read_profiles, read_rows,
+                             theta_of)
 
 PAPER = {"whiten": False, "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
 RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight": 0.0, "beta": 0.0, "lr": 0.01}
@@ -93,16 +94,19 @@ def first_transform(args, profile, train_rows, valid_rows):
     Pure noise of N users in D dimensions stays below (1 + √(D/N))² times its level (Marchenko and Pastur),
     which `02 --method gradient` does not know: as most directions are noise, it is their median.
     """
-    deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D]
+    deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D + H]
+    theta_dim = len(profile.noise)  # D, without the H rating habits
     print(f"{profile.name}: {len(deviation):,} users with evidence in train rows, {num_codes} codes")
-    transform, eigenvalues = torch.eye(deviation.shape[1]), None
+    transform, eigenvalues = torch.eye(deviation.shape[1])[:, :theta_dim], None
     if not (deviation.any() and profile.noise.any()):
         print(f"  all users have the same {profile.name}: its codes say nothing")
         return transform[:, :1], eigenvalues
     if args.whiten:
-        whitened, eigenvalues = whiten(deviation, profile.gain[profile.is_fitted], profile.noise)
+        whitened, eigenvalues = whiten(deviation[:, :theta_dim], profile.gain[profile.is_fitted],
+                                       profile.noise)
+        whitened = F.pad(whitened, (0, 0, 0, deviation.shape[1] - theta_dim))  # [D + H, R]
         level = 1.0 if profile.has_noise_level else float(eigenvalues.median())
-        edge = level * (1 + math.sqrt(deviation.shape[1] / len(deviation))) ** 2
+        edge = level * (1 + math.sqrt(theta_dim / len(deviation))) ** 2
         num_above = int((eigenvalues > edge).sum())
         transform = whitened[:, :max(1, min(num_above, num_codes - 1))]
         leading = " ".join(f"{value:.2f}" for value in eigenvalues[:10])
@@ -112,8 +116,8 @@ def first_transform(args, profile, train_rows, valid_rows):
         if args.rec_weight and len(valid_rows.user):
             by_label = label_direction(whitened[:, :16], profile.deviation, train_rows)
             # what ratings say of a user lies in one direction: no choice by few, noisy valid rows
-            transform = by_label if profile.reads_ratings else choose_directions(
-                args, profile, transform, by_label, train_rows, valid_rows)
+            transform = beside_habits(by_label, profile, train_rows) if profile.reads_ratings else \
+                choose_directions(args, profile, transform, by_label, train_rows, valid_rows)
     # one scale, so that learning rate and weights mean the same for all profiles
     return transform / (deviation @ transform).std().clamp(min=1e-12), eigenvalues
 
@@ -130,6 +134,16 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
     covariance += ridge * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance))
     direction = torch.linalg.solve(covariance, x.T @ (residual - residual.mean()))
     return transform @ F.normalize(direction, dim=0).float()[:, None]
+
+
+def beside_habits(by_label, profile, rows):
+    """The θ's direction by_label [D + H, 1] and the H rating habits, at unit variance, weighed by how they
+    predict labels: one direction [D + H, 1]. The titles weigh in by the LLM's share, θ.
+    """
+    habits = torch.eye(len(by_label))[:, len(profile.noise):]  # [D + H, H]
+    parts = torch.cat([by_label, habits], 1)
+    scale = (profile.deviation[-1, profile.is_fitted] @ parts).std(0).clamp(min=1e-12)  # [1 + H]
+    return label_direction(parts / scale, profile.deviation, rows)
 
 
 def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
@@ -328,7 +342,7 @@ def probe_profiles(args, profiles, users):
         labels["age_over_30"] = (age > 30).where(age.notna())
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
     for profile in profiles if labels else []:
-        theta = profile.theta[-1, is_probed]
+        theta = profile.theta[-1, is_probed, :len(profile.noise)]  # without rating habits
         features.append(theta - theta.mean(0))
         if args.whiten:
             features[-1] @= whiten(features[-1], profile.gain[is_probed], profile.noise)[0][:, :32]
@@ -348,8 +362,8 @@ def apply(args):
     stored, codebook, _ = read_artifacts(args, "new_profiles.pt", "codebook.pt", "profiles.pt")
     table = pd.DataFrame({"user_id": stored["user_id"]})
     for k, name in enumerate(stored["names"]):
-        parts = stored["profiles"][:, k], stored["num_evidence"][:, k]
-        table[name] = nearest_codes(codebook[name], *parts).numpy()
+        theta = theta_of(stored, k, len(codebook[name]["mean"]))
+        table[name] = nearest_codes(codebook[name], theta, stored["num_evidence"][:, k]).numpy()
     path = write_artifact(args, "new_codes.parquet", table, ["new_profiles.pt", "codebook.pt"],
                           users=len(table))
     num_unknown = int((stored["num_evidence"] == 0).all(1).sum())

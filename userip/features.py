@@ -12,10 +12,13 @@ import torch
 from scipy import sparse
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
+from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
 from userip.artifacts import fail
-from userip.rating_means import NUM_FOLDS, draw_folds, foretold_means, means_without_folds
+from userip.profiles import theta_of
+from userip.rating_means import (NUM_FOLDS, draw_folds, foretold_means, means_without_folds, shrunk_means,
+                                 user_habits)
 
 MIN_ROWS = 10  # train rows of a value of --fields that has a code of its own
 NOT_DESCRIPTIVE = {"item", "item_id", "title", "user", "user_id"}
@@ -106,6 +109,26 @@ def shrunk_columns(key, num_levels):
     return columns
 
 
+def habits_columns(run, seed):
+    """The control of codes of ratings: they are made of the same rating habits, without titles and LLM. One
+    number per user, as a logistic regression of train rows' labels on habits and the item's mean weighs the
+    habits, by k-means in 16 levels; 16 is unknown. A train row's code is made without its fold.
+    """
+    train, fold, num_users = run.split["train"], draw_folds(run.split, seed), len(run.users)
+    kept = [train[fold != left_out] for left_out in range(NUM_FOLDS + 1)]
+    habits = np.stack([user_habits(rows, run.split["support"], num_users, run.num_items) for rows in kept])
+    item_means = np.stack([shrunk_means(rows, rows[:0], num_users, run.num_items)[0] for rows in kept])
+    user, item = train["user"].to_numpy(), train["item"].to_numpy()
+    inputs = np.column_stack([np.nan_to_num(item_means[fold, item]), habits[fold, user]])
+    weights = LogisticRegression(max_iter=1000).fit(inputs, train["label"]).coef_[0, 1:]
+    index, warm = habits @ weights, np.unique(user)  # [F + 1, N]
+    kmeans = KMeans(min(16, len(warm)), n_init=4, random_state=seed).fit(index[-1, warm, None])
+    codes = kmeans.predict(index.reshape(-1, 1)).reshape(index.shape).astype(np.int64)
+    has_rows = np.stack([np.bincount(pd.concat([rows, run.split["support"]])["user"], minlength=num_users)
+                         for rows in kept]) > 0
+    return [Column("user", np.where(has_rows, codes, 16), 17, fold)]
+
+
 def tfidf_columns(run, seed):
     """Octile, within its fold of the items, of the mean rating that other items' texts foretell"""
     means, fold = foretold_means(run.items, run.split["train"], seed)
@@ -143,10 +166,10 @@ def described_columns(names, items, users, train):
 
 # run and seed -> list of Column. run: see read_run of stage 4
 PARTS = {"codes": bank_columns, "truth": truth_columns, "cf": cf_columns, "leniency": leniency_columns,
-         "leniency16": shrunk_columns("user", 16), "item-mean": shrunk_columns("item", 8),
-         "tfidf": tfidf_columns}
+         "leniency16": shrunk_columns("user", 16), "habits16": habits_columns,
+         "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns}
 FEATURES = ("none", "random", "dense", *PARTS)
-PROFILE_FREE = {"none", "leniency", "leniency16", "item-mean", "tfidf"}  # the same for any codebook
+PROFILE_FREE = {"none", "leniency", "leniency16", "habits16", "item-mean", "tfidf"}  # the same for any codebook
 
 
 def feature_set(text):
@@ -184,10 +207,12 @@ def profile_vectors(run, device):
     """Table 3, w/o VQ: the profiles in the codebook's coordinates as the last fields of Rows. A train row
     reads those without its own fold, the others the last ones, with all evidence.
     """
-    profiles = run.stored["profiles"].reshape(-1, len(run.users), *run.stored["profiles"].shape[-2:])
-    vectors = [(profiles[:, :, k] - run.codebook[name]["mean"]) @ run.codebook[name]["transform"]
-               for k, name in enumerate(run.names)]  # of [F + 1, N, C]
-    fold = dict.fromkeys(run.labels, len(profiles) - 1) | {"train": run.stored.get("fold", 0)}
+    vectors = []
+    for k, name in enumerate(run.names):
+        part = run.codebook[name]
+        z = (theta_of(run.stored, k, len(part["transform"])) - part["mean"]) @ part["transform"]
+        vectors.append(z.view(-1, len(run.users), z.shape[-1]))  # [F + 1, N, C]
+    fold = dict.fromkeys(run.labels, len(vectors[0]) - 1) | {"train": run.stored.get("fold", 0)}
     users = {name: (torch.tensor(run.split[name]["user"].to_numpy()) + len(run.users) * index).to(device)
              for name, index in fold.items()}
     return {"vectors": torch.cat(vectors, 2).flatten(0, 1).to(device),  # [(F + 1) N, ΣC]
