@@ -1,5 +1,5 @@
-"""Feature sets of stage 4: sparse fields of the user or the item beside the ids, alone or composed with "+";
-and the profiles as vectors. All are made of the train and support rows of run.split, frames by name with
+"""Feature sets of stage 4: fields of the user or the item beside the ids, sparse ones or numbers, alone or
+composed with "+"; and the profiles as vectors. All are made of the train and support rows of run.split, frames by name with
 columns user, item, rating.
 """
 
@@ -25,11 +25,11 @@ NOT_DESCRIPTIVE = {"item", "item_id", "title", "user", "user_id"}
 
 
 class Column(NamedTuple):
-    """One sparse field, a function of the user or the item; the code `size` - 1 or less"""
+    """One field, a function of the user or the item: sparse, the code `size` - 1 or less, or a number"""
 
     key: str  # user or item
-    codes: np.ndarray  # int64 [F + 1, N or M]: without each fold and, last, with all train rows
-    size: int
+    codes: np.ndarray  # int64 [F + 1, N or M]: without each fold and, last, with all train rows; or float64
+    size: int  # 0 of a number
     fold: np.ndarray | None = None  # of each train row [n], which reads the codes without it
     train: np.ndarray | None = None  # or the codes of the train rows themselves [n]
 
@@ -129,6 +129,15 @@ def habits_columns(run, seed):
     return [Column("user", np.where(has_rows, codes, 16), 17, fold)]
 
 
+def dense_means_columns(run, seed):
+    """The item's and the user's shrunk mean, which ids estimate badly from few rows, as numbers of unit
+    variance; 0 where nothing is known. A train row reads means made without its fold.
+    """
+    *means, fold = means_without_folds(run.split, seed, len(run.users), run.num_items)
+    return [Column(key, np.nan_to_num(mean / np.nanstd(mean[-1]).clip(1e-12)), 0, fold)
+            for key, mean in zip(("item", "user"), means)]
+
+
 def tfidf_columns(run, seed):
     """Octile, within its fold of the items, of the mean rating that other items' texts foretell"""
     means, fold = foretold_means(run.items, run.split["train"], seed)
@@ -167,9 +176,10 @@ def described_columns(names, items, users, train):
 # run and seed -> list of Column. run: see read_run of stage 4
 PARTS = {"codes": bank_columns, "truth": truth_columns, "cf": cf_columns, "leniency": leniency_columns,
          "leniency16": shrunk_columns("user", 16), "habits16": habits_columns,
-         "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns}
+         "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns, "dense-means": dense_means_columns}
 FEATURES = ("none", "random", "dense", *PARTS)
-PROFILE_FREE = {"none", "leniency", "leniency16", "habits16", "item-mean", "tfidf"}  # the same for any codebook
+PROFILE_FREE = {"none", "leniency", "leniency16", "habits16", "item-mean", "tfidf",
+                "dense-means"}  # the same for any codebook
 
 
 def feature_set(text):
