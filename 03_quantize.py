@@ -114,10 +114,10 @@ def first_transform(args, profile, train_rows, valid_rows):
               f"{num_above} above the edge, {transform.shape[1]} kept"
               + "  <- its codes may be noise" * (num_above == 0))
         if args.rec_weight and len(valid_rows.user):
-            by_label = label_direction(whitened[:, :16], profile.deviation, train_rows)
-            # what ratings say of a user lies in one direction: no choice by few, noisy valid rows
-            transform = beside_habits(by_label, profile, train_rows) if profile.reads_ratings else \
-                choose_directions(args, profile, transform, by_label, train_rows, valid_rows)
+            candidates = rating_directions(whitened, profile, train_rows) if profile.reads_ratings else {
+                "of the label": label_direction(whitened[:, :16], profile.deviation, train_rows),
+                **{f"leading {dims}": transform[:, :dims] for dims in range(1, transform.shape[1] + 1)}}
+            transform = choose_directions(args, profile, candidates, train_rows, valid_rows)
     # one scale, so that learning rate and weights mean the same for all profiles
     return transform / (deviation @ transform).std().clamp(min=1e-12), eigenvalues
 
@@ -136,25 +136,28 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
     return transform @ F.normalize(direction, dim=0).float()[:, None]
 
 
-def beside_habits(by_label, profile, rows):
-    """The θ's direction by_label [D + H, 1] and the H rating habits, at unit variance, weighed by how they
-    predict labels: one direction [D + H, 1]. The titles weigh in by the LLM's share, θ.
+def rating_directions(whitened, profile, rows):
+    """What ratings say of a user lies in one direction, of two candidates [D + H, 1]: by how the H rating
+    habits predict labels, with the titles, that is the direction of θ that predicts labels best, or without.
+
+    whitened [D + H, R]: of θ. Its first four directions gave no worse codes than 16 (docs/notebook.md).
     """
-    habits = torch.eye(len(by_label))[:, len(profile.noise):]  # [D + H, H]
-    parts = torch.cat([by_label, habits], 1)
-    scale = (profile.deviation[-1, profile.is_fitted] @ parts).std(0).clamp(min=1e-12)  # [1 + H]
-    return label_direction(parts / scale, profile.deviation, rows)
+    titles = label_direction(whitened[:, :4], profile.deviation, rows)  # [D + H, 1]
+    habits = torch.eye(len(titles))[:, len(profile.noise):]  # [D + H, H]
+    candidates = {"habits and titles": torch.cat([habits, titles], 1), "habits": habits}
+    for name, parts in candidates.items():
+        scale = (profile.deviation[-1, profile.is_fitted] @ parts).std(0).clamp(min=1e-12)
+        candidates[name] = label_direction(parts / scale, profile.deviation, rows)
+    return candidates
 
 
-def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
-    """The candidate, a transform [D, C'], whose codes give the smallest recommendation loss on valid rows
+def choose_directions(args, profile, candidates, train_rows, valid_rows):
+    """The candidate {name: transform [D, C']} whose codes give the smallest recommendation loss on valid rows
 
-    Users may differ most in what says nothing of their likes. Candidates: the first 1, 2, … directions of
-    `leading`, and by_label [D, 1]. Valid rows are few: all of `leading` are kept unless another candidate's
-    loss is lower by more than the standard error of the difference.
+    Users may differ most in what says nothing of their likes. Valid rows are few: the last candidate is kept
+    unless the loss of another is lower by more than the standard error of the difference.
     """
-    candidates = {f"leading {dims}": leading[:, :dims] for dims in range(1, leading.shape[1] + 1)}
-    candidates["of the label"], losses = by_label, {}
+    losses = {}
     for name, transform in candidates.items():
         z = profile.deviation[-1, profile.is_fitted] @ transform  # [N', C']
         kmeans = KMeans(profile.num_codes, n_init=4, random_state=args.seed).fit(z.numpy())
@@ -163,9 +166,9 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
         losses[name] = np.mean([recommendation_losses(codes, profile.num_codes, train_rows, valid_rows, seed)
                                 for seed in (args.seed, args.seed + 1)], 0)
     lowest = min(losses, key=lambda name: losses[name].mean())
-    all_leading = f"leading {leading.shape[1]}"
-    gain = losses[all_leading] - losses[lowest]  # [R] of valid
-    best = lowest if gain.mean() > gain.std() / math.sqrt(len(gain)) else all_leading
+    last = list(candidates)[-1]
+    gain = losses[last] - losses[lowest]  # [R] of valid
+    best = lowest if gain.mean() > gain.std() / math.sqrt(len(gain)) else last
     means = "  ".join(f"{name} {loss.mean():.4f}" for name, loss in losses.items())
     print(f"  recommendation loss on valid by directions kept: {means} | {best}")
     return candidates[best]
