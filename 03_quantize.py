@@ -95,7 +95,7 @@ def first_transform(args, profile, train_rows, valid_rows):
     which `02 --method gradient` does not know: as most directions are noise, it is their median.
     """
     deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D + H]
-    theta_dim = len(profile.noise)  # D, without the H rating habits
+    theta_dim = profile.theta_dim  # D, without the H rating habits
     print(f"{profile.name}: {len(deviation):,} users with evidence in train rows, {num_codes} codes")
     transform, eigenvalues = torch.eye(deviation.shape[1])[:, :theta_dim], None
     if not (deviation.any() and profile.noise.any()):
@@ -119,7 +119,8 @@ def first_transform(args, profile, train_rows, valid_rows):
                 **{f"leading {dims}": transform[:, :dims] for dims in range(1, transform.shape[1] + 1)}}
             transform = choose_directions(args, profile, candidates, train_rows, valid_rows)
     # one scale, so that learning rate and weights mean the same for all profiles
-    return transform / (deviation @ transform).std().clamp(min=1e-12), eigenvalues
+    z = profile.deviation[:, profile.is_fitted] @ transform
+    return transform / z.std().clamp(min=1e-12), eigenvalues
 
 
 def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
@@ -143,10 +144,11 @@ def rating_directions(whitened, profile, rows):
     whitened [D + H, R]: of θ. Its first four directions gave no worse codes than 16 (docs/notebook.md).
     """
     titles = label_direction(whitened[:, :4], profile.deviation, rows)  # [D + H, 1]
-    habits = torch.eye(len(titles))[:, len(profile.noise):]  # [D + H, H]
+    habits = torch.eye(len(titles))[:, profile.theta_dim:]  # [D + H, H]
     candidates = {"habits and titles": torch.cat([habits, titles], 1), "habits": habits}
     for name, parts in candidates.items():
-        scale = (profile.deviation[-1, profile.is_fitted] @ parts).std(0).clamp(min=1e-12)
+        # over all folds: in one of them habits may not differ, and would be blown up
+        scale = (profile.deviation[:, profile.is_fitted] @ parts).std((0, 1)).clamp(min=1e-12)
         candidates[name] = label_direction(parts / scale, profile.deviation, rows)
     return candidates
 
@@ -345,7 +347,7 @@ def probe_profiles(args, profiles, users):
         labels["age_over_30"] = (age > 30).where(age.notna())
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
     for profile in profiles if labels else []:
-        theta = profile.theta[-1, is_probed, :len(profile.noise)]  # without rating habits
+        theta = profile.theta[-1, is_probed, :profile.theta_dim]  # without rating habits
         features.append(theta - theta.mean(0))
         if args.whiten:
             features[-1] @= whiten(features[-1], profile.gain[is_probed], profile.noise)[0][:, :32]

@@ -1,6 +1,6 @@
 """Feature sets of stage 4: fields of the user or the item beside the ids, sparse ones or numbers, alone or
-composed with "+"; and the profiles as vectors. All are made of the train and support rows of run.split, frames by name with
-columns user, item, rating.
+composed with "+"; and the profiles as vectors. All are made of the train and support rows of run.split,
+frames by name with columns user, item, rating, label.
 """
 
 import argparse

@@ -61,13 +61,14 @@ def read_profiles(args, stored, rows, defaults):
              f"for: lower --codes")
     args.codes, profiles = sizes, []
     for k, name in enumerate(names):
-        width = len(stored["noise"][k]) + (stored["habits"].shape[-1] if is_rated[k] else 0)
+        theta_dim = len(stored["noise"][k])
+        width = theta_dim + (stored["habits"].shape[-1] if is_rated[k] else 0)
         theta = theta_of(stored, k, width)  # [F + 1, N, D], of ratings D + H wide
         num_evidence = stored["num_evidence"][:, :, k]  # [F + 1, N]
         is_fitted = is_warm & (num_evidence[-1] > 0)  # [N], whose θ moves codewords
         mean = theta[-1, is_fitted].mean(0)  # [D]
         profiles.append(SimpleNamespace(
-            name=name, num_codes=sizes[k], theta=theta, num_evidence=num_evidence, is_fitted=is_fitted,
+            name=name, num_codes=sizes[k], theta=theta, theta_dim=theta_dim, num_evidence=num_evidence, is_fitted=is_fitted,
             mean=mean, deviation=theta - mean, gain=stored["gain"][:, k], noise=stored["noise"][k],
             has_noise_level=options.get("method", "score") == "score", reads_ratings=is_rated[k]))
     return profiles

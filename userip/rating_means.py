@@ -71,7 +71,7 @@ def user_habits(train, support, num_users, num_items):
 
 
 def habits_by_fold(interactions, fold, num_folds):
-    """user_habits without each fold of the train rows (int64 [n]) and, last, with all: float32 [F + 1, N, H]"""
+    """user_habits without each fold of the train rows, int64 [n], and last with all: float32 [F + 1, N, H]"""
     train, support = (interactions[interactions["split"] == split] for split in ("train", "support"))
     num_users, num_items = (int(interactions[key].max()) + 1 for key in ("user", "item"))
     habits = [user_habits(train[fold != left_out], support, num_users, num_items)
