@@ -131,11 +131,15 @@ def habits_columns(run, seed):
 
 def dense_means_columns(run, seed):
     """The item's and the user's shrunk mean, which ids estimate badly from few rows, as numbers of unit
-    variance; 0 where nothing is known. A train row reads means made without its fold.
+    variance; 0 where nothing is known. A train row reads means, and their variance, made without its fold.
     """
     *means, fold = means_without_folds(run.split, seed, len(run.users), run.num_items)
-    return [Column(key, np.nan_to_num(mean / np.nanstd(mean[-1]).clip(1e-12)), 0, fold)
-            for key, mean in zip(("item", "user"), means)]
+    columns = []
+    for key, mean in zip(("item", "user"), means):  # of [F + 1, M], [F + 1, N]
+        scale = np.nanstd(mean, 1, keepdims=True).clip(1e-12)
+        scale[-1] = scale[:-1].mean()  # the unit of the train rows: more rows shrink means less
+        columns.append(Column(key, np.nan_to_num(mean / scale), 0, fold))
+    return columns
 
 
 def tfidf_columns(run, seed):

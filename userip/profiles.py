@@ -68,8 +68,9 @@ def read_profiles(args, stored, rows, defaults):
         is_fitted = is_warm & (num_evidence[-1] > 0)  # [N], whose θ moves codewords
         mean = theta[-1, is_fitted].mean(0)  # [D]
         profiles.append(SimpleNamespace(
-            name=name, num_codes=sizes[k], theta=theta, theta_dim=theta_dim, num_evidence=num_evidence, is_fitted=is_fitted,
-            mean=mean, deviation=theta - mean, gain=stored["gain"][:, k], noise=stored["noise"][k],
+            name=name, num_codes=sizes[k], theta=theta, theta_dim=theta_dim, num_evidence=num_evidence,
+            is_fitted=is_fitted, mean=mean, deviation=theta - mean, gain=stored["gain"][:, k],
+            noise=stored["noise"][k],
             has_noise_level=options.get("method", "score") == "score", reads_ratings=is_rated[k]))
     return profiles
 
