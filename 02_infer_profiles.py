@@ -10,8 +10,9 @@ of each catalogue item once, and moves each user along the whitened sum of their
 with the catalogue, not with the users. --method gradient is the paper's: AdamW on each user's own θ
 (Algorithm 1). With --route each field of an item is evidence of one profile; with --ratings evidence says
 whether items were liked. It then holds labels, so that --folds F infers each user F times more, without each
-fold of the train rows. --prior pulls each user to their codeword instead of θ̄ (eq. 7): a round of EM.
---only-users infers new users from scores.pt. A killed run goes on where it stood; torchrun shares the users.
+fold of the train rows, and stores how the user rates (habits). --prior pulls each user to their codeword
+instead of θ̄ (eq. 7): a round of EM. --only-users infers new users from scores.pt, and their habits from the
+means of interactions.parquet. A killed run goes on where it stood; torchrun shares the users.
 
 Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),

@@ -3,14 +3,16 @@
 A profile θ is inferred from few items, so part of it is sampling noise, whose covariance stage 2 measures.
 Each profile is whitened by it and projected on the leading directions whose variance exceeds the noise (at
 most K - 1), or on the one direction that predicts the labels; the recommendation loss of a small model on
-validation rows decides. A codebook per profile starts at k-means++ and is trained by eq. 5: codebook term,
-commitment term, and the recommendation loss of a surrogate DCN, through the straight-through estimator. A
-user's code is the nearest codeword (eq. 6). In a round of EM (after `02 --prior`), the codewords only move to
-the means of their users. With `02 --folds`, a train row is read with the profile inferred without its fold.
+validation rows decides. Of ratings it is one direction: how the user's rating habits, which stand beside θ,
+predict labels, with θ only where that lowers this loss. A codebook per profile starts at k-means++ and is
+trained by eq. 5: codebook term, commitment term, and the recommendation loss of a surrogate DCN, through the
+straight-through estimator. A user's code is the nearest codeword (eq. 6). In a round of EM (after `02
+--prior`), the codewords only move to the means of their users. With `02 --folds`, a train row is read with
+the profile inferred without its fold.
 
 Reads   profiles.pt, interactions.parquet, users.parquet; with --apply new_profiles.pt and codebook.pt instead
 Writes  codebook.pt: per profile name codebook float32 [K, C], transform float32 [D, C], mean float32 [D],
-        usage int64 [K] (users with train rows)
+        usage int64 [K] (users with train rows); of ratings D + H instead of D, H rating habits
         feature_bank.parquet: user, user_id, one int column per profile name; K = no evidence of this user
         train_codes.parquet: with folds, the code of each train row without its own fold, in the rows' order
         new_codes.parquet: with --apply, user_id and the codes
@@ -48,7 +50,8 @@ def parse_args(argv=None):
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true", help="the released code: " + options_text(RELEASED))
     add.method("--codes", type=at_least(2), nargs="+", metavar="K",
-               help="codebook size per profile (default: 4 3, further ones 4; 8 if they read ratings)")
+               help="codebook size per profile (default: 4 3, further ones 4; 16 if they read ratings, but 20 "
+                    "users per code)")
     add.method("--whiten", action=argparse.BooleanOptionalAction, default=True,
                help="whiten θ by the noise and keep directions that exceed it, or take θ as it is")
     add.method("--init", choices=["kmeans", "released"], default="kmeans",

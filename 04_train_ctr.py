@@ -1,11 +1,13 @@
 """Stage 4 of 5: train click models with and without the codes, and report whether the codes help.
 
-Every model reads user id, item id (features `none`), --fields, and more sparse fields where asked. Of the
+Every model reads user id, item id (features `none`), --fields, and more fields where asked. Of the
 user: the `codes` of the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the codes
 dealt to users at random, the control against which a gain counts; `cf`, k-means of SVD factors; `leniency`,
-quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `dense`, profiles not
-quantized (table 3). Of the item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that
-other items' texts foretell. A train row reads what was made without its fold. Sets join by +. Within a +,
+quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `habits16`, 16 levels of
+the rating habits that codes of ratings read, without a LLM; `dense`, profiles not quantized (table 3). Of the
+item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that other items' texts foretell.
+`dense-means`: the shrunk means of user and item, as two numbers instead of levels. A train row reads what was
+made without its fold. Sets join by +. Within a +,
 each `random` deals the part of its position in the first set listed with as many parts and no `random` (if
 none: codes, then tfidf). The model `means`, a logistic regression on the two shrunk means, reads no ids.
 Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's weights

@@ -215,6 +215,24 @@ def test_the_direction_of_the_label_is_found_whatever_its_variance():
     assert found.shape == (4,) and float(found @ torch.tensor([0, 0, 1.0, 1.0])) / 2**0.5 > 0.97
 
 
+@pytest.mark.parametrize("knows_more", [True, False])
+def test_titles_enter_codes_of_ratings_only_where_they_lower_the_loss_on_valid_rows(knows_more):
+    """θ [.., 4] tells a part of who likes what that the habit behind it does not, or nothing."""
+    generator = torch.Generator().manual_seed(0)
+    deviation = torch.randn(1, 600, 5, generator=generator)
+    user, item = torch.arange(600).repeat(12), torch.randint(20, (7200,), generator=generator)
+    generous = deviation[0, :, 4] + 1.5 * knows_more * deviation[0, :, 1]
+    label = (generous[user] + 0.5 * torch.randn(7200, generator=generator) > 0).float()
+    rows, valid = (rows_of(user[part], item[part], label[part], num_items=20)
+                   for part in (slice(0, 6000), slice(6000, None)))
+    profile = profile_of(deviation, 8, theta_dim=4)
+    candidates = quantize.rating_directions(torch.eye(5)[:, :4], profile, rows)
+    assert list(candidates) == ["habits and titles", "habits"] and not candidates["habits"][:4].any()
+    found = quantize.choose_directions(argparse.Namespace(seed=0), profile, candidates, rows, valid)[:, 0]
+    assert bool(found[:4].any()) == knows_more
+    assert abs(float(found[4])) > 10 * float(found[[0, 2, 3]].abs().max())
+
+
 @pytest.fixture(scope="module")
 def rated_run(small_run, tmp_path_factory):
     """The small run up to stage 2, inferred with ratings and three folds. Its codes may be overwritten."""

@@ -176,15 +176,16 @@ def test_each_model_reads_the_numbers_of_its_own_set_beside_the_ids():
 
 
 def test_dense_means_find_who_is_generous_where_ids_have_few_rows():
-    """Also of cold users, in training and prediction; dealt at random they say nothing."""
+    """The numbers reach the logits, in training and in prediction."""
     run = small_run_of()
+    run.split["train"] = run.split["train"].groupby("user").head(3)
     for name, frame in run.split.items():
         run.split[name] = frame.assign(label=(frame["rating"] > 3).astype(np.int8))
-    run.labels = {name: run.split[name]["label"].to_numpy() for name in run.labels}
+    run.labels = {name: run.split[name]["label"].to_numpy(copy=True) for name in run.labels}
     args = settings("--epochs", 4, "--lr", "0.01", "--features", "dense-means", "none")
     auc = {feature: ctr.train_group(args, "dcn", run, [feature], [0])[feature, 0]["auc"]
            for feature in args.features}
-    assert auc["dense-means"] > 0.85 > auc["none"] + 0.05
+    assert auc["dense-means"] > auc["none"] + 0.03, auc
 
 
 def test_every_field_has_rows_of_its_own_and_cold_users_are_unknown():
