@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true", help="the released code: " + options_text(RELEASED))
     add.method("--codes", type=at_least(2), nargs="+", metavar="K",
-               help="codebook size per profile (default: 4 3, further ones 4; of ratings 16, for few users less)")
+               help="codebook size per profile (default: 4 3, further ones 4; of ratings 16, or fewer)")
     add.method("--whiten", action=argparse.BooleanOptionalAction, default=True,
                help="whiten θ by the noise and keep directions that exceed it, or take θ as it is")
     add.method("--init", choices=["kmeans", "released"], default="kmeans",
