@@ -10,16 +10,19 @@ of each catalogue item once, and moves each user along the whitened sum of their
 with the catalogue, not with the users. --method gradient is the paper's: AdamW on each user's own θ
 (Algorithm 1). With --route each field of an item is evidence of one profile; with --ratings evidence says
 whether items were liked. It then holds labels, so that --folds F infers each user F times more, without each
-fold of the train rows. --prior pulls each user to their codeword instead of θ̄ (eq. 7): a round of EM.
---only-users infers new users from scores.pt. A killed run goes on where it stood; torchrun shares the users.
+fold of the train rows, and stores how the user rates (habits). --prior pulls each user to their codeword
+instead of θ̄ (eq. 7): a round of EM. --only-users infers new users from scores.pt, and their habits from the
+means of interactions.parquet. A killed run goes on where it stood; torchrun shares the users.
 
 Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
         shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did
         not differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N],
-        names, texts, llm; with folds fold int64 [train rows]; with --prior the codebook
+        names, texts, llm; with folds fold int64 [train rows]; with --prior the codebook; with --ratings
+        habits float32 [N, H] ([F + 1, N, H]): how users rate, by userip/rating_means.py
         scores.pt: with --method score all that a new user's profile needs
-        new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names
+        new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names,
+        after --ratings habits [N', H]
         tiny_llm/: the LLM, where --llm is tiny; progress/: finished work, until the run is done
 
 Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it to pretrain the tiny LLM)
@@ -135,6 +138,8 @@ def check_evidence(parser, args):
         parser.error("--lr must be above 0")
     if args.method == "score" and args.evidence == "history":
         parser.error("--evidence history needs --method gradient: a history's score is no sum over items")
+    if args.ratings and args.prior:
+        parser.error("--prior goes without --ratings: half of what codes of ratings hold is in no soft token")
     if args.ratings and args.evidence == "review":
         parser.error("--ratings go with items: leave out --evidence review")
     if args.ratings and args.profiles == DEFAULT_PROFILES and args.route is None:
@@ -408,6 +413,8 @@ def main(args):
                "has_evidence": has_evidence, "names": names, "llm": run.llm, "num_soft": args.soft_tokens,
                "texts": list(run.profiles.values()),
                "tiny_llm": tiny_stamp(args.run_dir) if run.llm == "tiny" else ""}
+    if args.ratings:
+        tensors["habits"] = run.habits if args.folds else run.habits[0]
     if args.folds:
         tensors["fold"] = run.observed.train.fold  # of each train row, in the order of interactions.parquet
     if shared.prior:  # stage 3 goes on from it

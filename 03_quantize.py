@@ -3,14 +3,16 @@
 A profile θ is inferred from few items, so part of it is sampling noise, whose covariance stage 2 measures.
 Each profile is whitened by it and projected on the leading directions whose variance exceeds the noise (at
 most K - 1), or on the one direction that predicts the labels; the recommendation loss of a small model on
-validation rows decides. A codebook per profile starts at k-means++ and is trained by eq. 5: codebook term,
-commitment term, and the recommendation loss of a surrogate DCN, through the straight-through estimator. A
-user's code is the nearest codeword (eq. 6). In a round of EM (after `02 --prior`), the codewords only move to
-the means of their users. With `02 --folds`, a train row is read with the profile inferred without its fold.
+validation rows decides. Of ratings it is one direction: how the user's rating habits, which stand beside θ,
+predict labels, with θ only where that lowers this loss. A codebook per profile starts at k-means++ and is
+trained by eq. 5: codebook term, commitment term, and the recommendation loss of a surrogate DCN, through the
+straight-through estimator. A user's code is the nearest codeword (eq. 6). In a round of EM (after `02
+--prior`), the codewords only move to the means of their users. With `02 --folds`, a train row is read with
+the profile inferred without its fold.
 
 Reads   profiles.pt, interactions.parquet, users.parquet; with --apply new_profiles.pt and codebook.pt instead
 Writes  codebook.pt: per profile name codebook float32 [K, C], transform float32 [D, C], mean float32 [D],
-        usage int64 [K] (users with train rows)
+        usage int64 [K] (users with train rows); of ratings D + H instead of D, H rating habits
         feature_bank.parquet: user, user_id, one int column per profile name; K = no evidence of this user
         train_codes.parquet: with folds, the code of each train row without its own fold, in the rows' order
         new_codes.parquet: with --apply, user_id and the codes
@@ -35,7 +37,8 @@ from common import DCN, VectorQuantizer, usage_of
 from userip.artifacts import check_finite, read_artifacts, read_sidecar, write_artifact
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             refuse_without_effect, run_program, stage_parser, start_stage)
-from userip.profiles import compare_with_truth, describe_codes, probe_auc, read_profiles, read_rows
+from userip.profiles import (compare_with_truth, describe_codes, probe_auc, read_profiles, read_rows,
+                             theta_of)
 
 PAPER = {"whiten": False, "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
 RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight": 0.0, "beta": 0.0, "lr": 0.01}
@@ -47,7 +50,7 @@ def parse_args(argv=None):
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true", help="the released code: " + options_text(RELEASED))
     add.method("--codes", type=at_least(2), nargs="+", metavar="K",
-               help="codebook size per profile (default: 4 3, further ones 4; 8 if they read ratings)")
+               help="codebook size per profile (default: 4 3, further ones 4; of ratings 16, or fewer)")
     add.method("--whiten", action=argparse.BooleanOptionalAction, default=True,
                help="whiten θ by the noise and keep directions that exceed it, or take θ as it is")
     add.method("--init", choices=["kmeans", "released"], default="kmeans",
@@ -93,16 +96,19 @@ def first_transform(args, profile, train_rows, valid_rows):
     Pure noise of N users in D dimensions stays below (1 + √(D/N))² times its level (Marchenko and Pastur),
     which `02 --method gradient` does not know: as most directions are noise, it is their median.
     """
-    deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D]
+    deviation, num_codes = profile.deviation[-1, profile.is_fitted], profile.num_codes  # [N', D + H]
+    theta_dim = profile.theta_dim  # D, without the H rating habits
     print(f"{profile.name}: {len(deviation):,} users with evidence in train rows, {num_codes} codes")
-    transform, eigenvalues = torch.eye(deviation.shape[1]), None
+    transform, eigenvalues = torch.eye(deviation.shape[1])[:, :theta_dim], None
     if not (deviation.any() and profile.noise.any()):
         print(f"  all users have the same {profile.name}: its codes say nothing")
         return transform[:, :1], eigenvalues
     if args.whiten:
-        whitened, eigenvalues = whiten(deviation, profile.gain[profile.is_fitted], profile.noise)
+        whitened, eigenvalues = whiten(deviation[:, :theta_dim], profile.gain[profile.is_fitted],
+                                       profile.noise)
+        whitened = F.pad(whitened, (0, 0, 0, deviation.shape[1] - theta_dim))  # [D + H, R]
         level = 1.0 if profile.has_noise_level else float(eigenvalues.median())
-        edge = level * (1 + math.sqrt(deviation.shape[1] / len(deviation))) ** 2
+        edge = level * (1 + math.sqrt(theta_dim / len(deviation))) ** 2
         num_above = int((eigenvalues > edge).sum())
         transform = whitened[:, :max(1, min(num_above, num_codes - 1))]
         leading = " ".join(f"{value:.2f}" for value in eigenvalues[:10])
@@ -110,12 +116,13 @@ def first_transform(args, profile, train_rows, valid_rows):
               f"{num_above} above the edge, {transform.shape[1]} kept"
               + "  <- its codes may be noise" * (num_above == 0))
         if args.rec_weight and len(valid_rows.user):
-            by_label = label_direction(whitened[:, :16], profile.deviation, train_rows)
-            # what ratings say of a user lies in one direction: no choice by few, noisy valid rows
-            transform = by_label if profile.reads_ratings else choose_directions(
-                args, profile, transform, by_label, train_rows, valid_rows)
+            candidates = rating_directions(whitened, profile, train_rows) if profile.reads_ratings else {
+                "of the label": label_direction(whitened[:, :16], profile.deviation, train_rows),
+                **{f"leading {dims}": transform[:, :dims] for dims in range(1, transform.shape[1] + 1)}}
+            transform = choose_directions(args, profile, candidates, train_rows, valid_rows)
     # one scale, so that learning rate and weights mean the same for all profiles
-    return transform / (deviation @ transform).std().clamp(min=1e-12), eigenvalues
+    z = profile.deviation[:, profile.is_fitted] @ transform
+    return transform / z.std().clamp(min=1e-12), eigenvalues
 
 
 def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
@@ -132,15 +139,29 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
     return transform @ F.normalize(direction, dim=0).float()[:, None]
 
 
-def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
-    """The candidate, a transform [D, C'], whose codes give the smallest recommendation loss on valid rows
+def rating_directions(whitened, profile, rows):
+    """What ratings say of a user lies in one direction, of two candidates [D + H, 1]: by how the H rating
+    habits predict labels, with the titles, that is the direction of θ that predicts labels best, or without.
 
-    Users may differ most in what says nothing of their likes. Candidates: the first 1, 2, … directions of
-    `leading`, and by_label [D, 1]. Valid rows are few: all of `leading` are kept unless another candidate's
-    loss is lower by more than the standard error of the difference.
+    whitened [D + H, R]: of θ. Its first four directions gave no worse codes than 16 (docs/notebook.md).
     """
-    candidates = {f"leading {dims}": leading[:, :dims] for dims in range(1, leading.shape[1] + 1)}
-    candidates["of the label"], losses = by_label, {}
+    titles = label_direction(whitened[:, :4], profile.deviation, rows)  # [D + H, 1]
+    habits = torch.eye(len(titles))[:, profile.theta_dim:]  # [D + H, H]
+    candidates = {"habits and titles": torch.cat([habits, titles], 1), "habits": habits}
+    for name, parts in candidates.items():
+        # over all folds: in one of them habits may not differ, and would be blown up
+        scale = (profile.deviation[:, profile.is_fitted] @ parts).std((0, 1)).clamp(min=1e-12)
+        candidates[name] = label_direction(parts / scale, profile.deviation, rows)
+    return candidates
+
+
+def choose_directions(args, profile, candidates, train_rows, valid_rows):
+    """The candidate {name: transform [D, C']} whose codes give the smallest recommendation loss on valid rows
+
+    Users may differ most in what says nothing of their likes. Valid rows are few: the last candidate is kept
+    unless the loss of another is lower by more than the standard error of the difference.
+    """
+    losses = {}
     for name, transform in candidates.items():
         z = profile.deviation[-1, profile.is_fitted] @ transform  # [N', C']
         kmeans = KMeans(profile.num_codes, n_init=4, random_state=args.seed).fit(z.numpy())
@@ -149,9 +170,9 @@ def choose_directions(args, profile, leading, by_label, train_rows, valid_rows):
         losses[name] = np.mean([recommendation_losses(codes, profile.num_codes, train_rows, valid_rows, seed)
                                 for seed in (args.seed, args.seed + 1)], 0)
     lowest = min(losses, key=lambda name: losses[name].mean())
-    all_leading = f"leading {leading.shape[1]}"
-    gain = losses[all_leading] - losses[lowest]  # [R] of valid
-    best = lowest if gain.mean() > gain.std() / math.sqrt(len(gain)) else all_leading
+    last = list(candidates)[-1]
+    gain = losses[last] - losses[lowest]  # [R] of valid
+    best = lowest if gain.mean() > gain.std() / math.sqrt(len(gain)) else last
     means = "  ".join(f"{name} {loss.mean():.4f}" for name, loss in losses.items())
     print(f"  recommendation loss on valid by directions kept: {means} | {best}")
     return candidates[best]
@@ -328,7 +349,7 @@ def probe_profiles(args, profiles, users):
         labels["age_over_30"] = (age > 30).where(age.notna())
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
     for profile in profiles if labels else []:
-        theta = profile.theta[-1, is_probed]
+        theta = profile.theta[-1, is_probed, :profile.theta_dim]  # without rating habits
         features.append(theta - theta.mean(0))
         if args.whiten:
             features[-1] @= whiten(features[-1], profile.gain[is_probed], profile.noise)[0][:, :32]
@@ -348,8 +369,8 @@ def apply(args):
     stored, codebook, _ = read_artifacts(args, "new_profiles.pt", "codebook.pt", "profiles.pt")
     table = pd.DataFrame({"user_id": stored["user_id"]})
     for k, name in enumerate(stored["names"]):
-        parts = stored["profiles"][:, k], stored["num_evidence"][:, k]
-        table[name] = nearest_codes(codebook[name], *parts).numpy()
+        theta = theta_of(stored, k, len(codebook[name]["mean"]))
+        table[name] = nearest_codes(codebook[name], theta, stored["num_evidence"][:, k]).numpy()
     path = write_artifact(args, "new_codes.parquet", table, ["new_profiles.pt", "codebook.pt"],
                           users=len(table))
     num_unknown = int((stored["num_evidence"] == 0).all(1).sum())

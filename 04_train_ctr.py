@@ -1,11 +1,13 @@
 """Stage 4 of 5: train click models with and without the codes, and report whether the codes help.
 
-Every model reads user id, item id (features `none`), --fields, and more sparse fields where asked. Of the
+Every model reads user id, item id (features `none`), --fields, and more fields where asked. Of the
 user: the `codes` of the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the codes
 dealt to users at random, the control against which a gain counts; `cf`, k-means of SVD factors; `leniency`,
-quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `dense`, profiles not
-quantized (table 3). Of the item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that
-other items' texts foretell. A train row reads what was made without its fold. Sets join by +. Within a +,
+quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `habits16`, 16 levels of
+the rating habits that codes of ratings read, without a LLM; `dense`, profiles not quantized (table 3). Of the
+item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that other items' texts foretell.
+`dense-means`: the shrunk means of user and item, as two numbers instead of levels. A train row reads what was
+made without its fold. Sets join by +. Within a +,
 each `random` deals the part of its position in the first set listed with as many parts and no `random` (if
 none: codes, then tfidf). The model `means`, a logistic regression on the two shrunk means, reads no ids.
 Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's weights
@@ -164,24 +166,35 @@ def check_features(args, run):
     return list(dict.fromkeys(args.features or ["none", "codes", "random", *["truth"] * (not missing)]))
 
 
-def sparse_fields(args, feature, run, seed):
-    """The ids of a feature set beside user and item: {split: int64 [n, P']}, and how many each field has."""
+def further_fields(args, feature, run, seed):
+    """A feature set beside user and item: ids {split: int64 [n, P']}, how many each field has, and numbers
+    {split: float32 [n, C]}
+    """
     columns = [*set_columns(parts_of(feature, args.features), run, seed), *run.described]
+    is_number = [column.size == 0 for column in columns]
     codes = [column.read(run.split) for column in columns]
-    fields = {name: np.reshape([of_column[name] for of_column in codes], (len(codes), len(frame)))
-              .T.astype(np.int64) for name, frame in run.split.items()}
-    return fields, [column.size for column in columns]
+    table = lambda name, wanted: np.reshape(
+        [code[name] for code, number in zip(codes, is_number) if number == wanted],
+        (is_number.count(wanted), len(run.split[name]))).T
+    ids, numbers = ({name: table(name, wanted).astype(dtype) for name in run.split}
+                    for wanted, dtype in ((False, np.int64), (True, np.float32)))
+    return ids, [column.size for column in columns if column.size], numbers
 
 
 def read_rows(args, run, pairs):
     """Pairs (feature set, seed) of one shape, F fields -> Rows, with a set of fields for each"""
     split = {name: run.split[name] for name in run.labels}
     dropped = 1 if run.prepared["split"] == "cold-item" else 0 if args.id_dropout else None
-    ids, num_rows, unknown = zip(*[table_rows(split, *sparse_fields(args, feature, run, seed), len(run.users),
-                                              run.num_items, dropped) for feature, seed in pairs])
+    fields, sizes, numbers = zip(*[further_fields(args, feature, run, seed) for feature, seed in pairs])
+    ids, num_rows, unknown = zip(*[table_rows(split, *sets, len(run.users), run.num_items, dropped)
+                                   for sets in zip(fields, sizes)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = {name: torch.stack([of_pair[name] for of_pair in ids]).to(device) for name in split}
     dense = profile_vectors(run, device) if pairs[0][0] == "dense" else {}
+    if num_numbers := numbers[0]["train"].shape[1]:
+        dense = {"dims": (1,) * num_numbers, "numbers": {
+            name: torch.from_numpy(np.stack([of_pair[name] for of_pair in numbers])).to(device)
+            for name in split}}
     return Rows(ids, run.labels, num_rows, unknown[0], dropped, **dense)
 
 
@@ -251,9 +264,9 @@ def train_run(args, run, models, features, seeds):
     rows += [{"model": "means", "features": "none", **facts, "seed": seed}
              | dict.fromkeys(CHOICES, float("nan"))  # nothing is chosen for it
              | means_model(run.split, run.labels, seed, len(run.users), run.num_items) for seed in seeds]
-    # by fields beside the ids, a number or vectors; feature sets of one shape train in one stack
-    shape = lambda feature: "z" if feature == "dense" else str(
-        len(set_columns(parts_of(feature, args.features), run, seeds[0])))
+    # by fields beside the ids, sparse, numbers or vectors; feature sets of one shape train in one stack
+    shape = lambda feature: "z" if feature == "dense" else str([
+        column.size > 0 for column in set_columns(parts_of(feature, args.features), run, seeds[0])])
     groups = [list(group) for _, group in itertools.groupby(sorted(features, key=shape), shape)]
     for model, group in itertools.product([name for name in models if name in MODELS], groups):
         path = Path(args.run_dir) / "finished" / f"{group_key(args, run, model, group, seeds)}.json"

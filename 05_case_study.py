@@ -69,7 +69,8 @@ def read_run(args):
     codes = bank[names].to_numpy(dtype=np.int64)
     train_codes = codes[split["train"]["user"]]
     if "fold" in stored:  # the last profile has read all evidence; a train row's code has not read its fold
-        stored |= {key: stored[key][-1] for key in ("profiles", "num_evidence")}
+        stored |= {key: stored[key][-1] for key in ("profiles", "num_evidence", "habits")
+                   if key in stored}
         train_codes = folded[0][names].to_numpy(dtype=np.int64)
     return SimpleNamespace(
         inputs=inputs, sidecars=sidecars, items=items, users=users, user_facts=user_facts(users), split=split,

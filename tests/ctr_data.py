@@ -16,6 +16,7 @@ def small_split(num_users=300, num_items=20, seed=0):
     rows = pd.DataFrame([(user, item) for user in range(num_users)
                          for item in rng.choice(num_items, 8, replace=False)], columns=["user", "item"])
     rows["rating"] = 3 + generous[rows["user"]] + 0.3 * rng.normal(size=len(rows))
+    rows["label"] = (rows["rating"] > 3).astype(int)
     position = rows.groupby("user").cumcount()
     warm = np.where(position < 6, "train", np.where(position < 7, "valid", "test"))
     name = np.where(rows["user"] < 280, warm, np.where(position < 4, "support", "test"))

@@ -34,7 +34,7 @@ def profile_of(deviation, num_codes=4, noise=None, **changes):
     facts = {"name": "hobby", "num_codes": num_codes, "theta": deviation, "deviation": deviation,
              "mean": torch.zeros(deviation.shape[2]), "num_evidence": torch.ones(deviation.shape[:2]),
              "gain": torch.ones(num_users), "noise": noise, "is_fitted": torch.ones(num_users).bool(),
-             "has_noise_level": True, "reads_ratings": False}
+             "has_noise_level": True, "reads_ratings": False, "theta_dim": deviation.shape[2]}
     return SimpleNamespace(**facts | changes)
 
 
@@ -178,7 +178,8 @@ def test_the_directions_that_matter_to_what_users_like_are_kept():
 
     def is_kept(label):
         first, second = torch.eye(2)[:, :1], torch.eye(2)[:, 1:]
-        chosen = quantize.choose_directions(args, profile, first, second, *split(label))
+        candidates = {"second": second, "first": first}
+        chosen = quantize.choose_directions(args, profile, candidates, *split(label))
         return "first" if torch.equal(chosen, first) else "second"
 
     assert is_kept(kind[0][user] * (item % 2 * 2 - 1) > 0) == "first"
@@ -193,11 +194,11 @@ def test_the_directions_that_matter_to_what_users_like_are_kept():
 def test_a_direction_is_given_up_for_no_tie(monkeypatch, better, kept):
     """Less loss on valid rows without it, by less and by more than the standard error, .1 / √1000."""
     noise = 0.1 * np.random.default_rng(0).standard_normal(1000)
-    losses = iter([0.6 + noise - noise.mean() - better] * 2 + [np.full(1000, 0.6)] * 2 + [np.ones(1000)] * 2)
+    losses = iter([np.ones(1000)] * 2 + [0.6 + noise - noise.mean() - better] * 2 + [np.full(1000, 0.6)] * 2)
     monkeypatch.setattr(quantize, "recommendation_losses", lambda *_: next(losses))
     profile = profile_of(torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), 2)
-    chosen = quantize.choose_directions(argparse.Namespace(seed=0), profile, torch.eye(2), torch.eye(2)[:, 1:],
-                                        (), ())
+    candidates = {"of the label": torch.eye(2)[:, 1:], "leading 1": torch.eye(2)[:, :1], "leading 2": torch.eye(2)}
+    chosen = quantize.choose_directions(argparse.Namespace(seed=0), profile, candidates, (), ())
     assert torch.equal(chosen, torch.eye(2)[:, :int(kept[-1])])
 
 
@@ -214,6 +215,24 @@ def test_the_direction_of_the_label_is_found_whatever_its_variance():
     assert found.shape == (4,) and float(found @ torch.tensor([0, 0, 1.0, 1.0])) / 2**0.5 > 0.97
 
 
+@pytest.mark.parametrize("knows_more", [True, False])
+def test_titles_enter_codes_of_ratings_only_where_they_lower_the_loss_on_valid_rows(knows_more):
+    """θ [.., 4] tells a part of who likes what that the habit behind it does not, or nothing."""
+    generator = torch.Generator().manual_seed(0)
+    deviation = torch.randn(1, 600, 5, generator=generator)
+    user, item = torch.arange(600).repeat(12), torch.randint(20, (7200,), generator=generator)
+    generous = deviation[0, :, 4] + 1.5 * knows_more * deviation[0, :, 1]
+    label = (generous[user] + 0.5 * torch.randn(7200, generator=generator) > 0).float()
+    rows, valid = (rows_of(user[part], item[part], label[part], num_items=20)
+                   for part in (slice(0, 6000), slice(6000, None)))
+    profile = profile_of(deviation, 8, theta_dim=4)
+    candidates = quantize.rating_directions(torch.eye(5)[:, :4], profile, rows)
+    assert list(candidates) == ["habits and titles", "habits"] and not candidates["habits"][:4].any()
+    found = quantize.choose_directions(argparse.Namespace(seed=0), profile, candidates, rows, valid)[:, 0]
+    assert bool(found[:4].any()) == knows_more
+    assert abs(float(found[4])) > 10 * float(found[[0, 2, 3]].abs().max())
+
+
 @pytest.fixture(scope="module")
 def rated_run(small_run, tmp_path_factory):
     """The small run up to stage 2, inferred with ratings and three folds. Its codes may be overwritten."""
@@ -224,12 +243,13 @@ def rated_run(small_run, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("options, sizes", [((), [4, 3, 8]), (("--codes", 2, 2, 3), [2, 2, 3])], ids=str)
-def test_ratings_are_quantized_along_the_labels_direction_by_default_into_eight_codes(rated_run, options,
-                                                                                      sizes):
-    """Other profiles choose their directions."""
+@pytest.mark.parametrize("options, sizes", [((), [4, 3, None]), (("--codes", 2, 2, 3), [2, 2, 3])], ids=str)
+def test_ratings_are_quantized_along_one_direction_into_a_code_per_twenty_users(rated_run, options, sizes):
+    """Sixteen at most. Other profiles choose their directions."""
     run_stage("03_quantize.py", "--run-dir", rated_run, "--epochs", 1, "--stability", 0, *options)
     codebook = torch.load(rated_run / "codebook.pt", weights_only=True)
+    num_fitted = len(pd.read_parquet(rated_run / "train_codes.parquet")["user"].unique())
+    sizes = [size or min(16, num_fitted // 20) for size in sizes]
     assert [len(part["codebook"]) for part in codebook.values()] == sizes
     assert codebook["judgement"]["transform"].shape[1] == 1
 
@@ -250,7 +270,10 @@ def test_codes_of_train_rows_are_those_without_their_own_fold(rated_run):
         part = codebook[name]
         for row in range(0, len(of_train), 37):
             user, fold = of_train["user"][row], int(stored["fold"][row])
-            z = (stored["profiles"][fold, user, k] - part["mean"]) @ part["transform"]
+            theta = stored["profiles"][fold, user, k]
+            if name == "judgement":
+                theta = torch.cat([theta, stored["habits"][fold, user]])
+            z = (theta - part["mean"]) @ part["transform"]
             assert of_train[name][row] == int((part["codebook"] - z).square().sum(1).argmin())
         differs += (of_train[name].to_numpy() != bank[name].to_numpy()[of_train["user"]]).sum()
     assert differs > 0

@@ -130,7 +130,7 @@ def test_only_groups_that_are_missing_are_trained(tmp_path, monkeypatch, capsys)
 def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
     run = small_run_of()
     run.split["test"] = pd.DataFrame({"user": range(300)})
-    fields = lambda name, seed=0: ctr.sparse_fields(settings(), name, run, seed)
+    fields = lambda name, seed=0: ctr.further_fields(settings(), name, run, seed)[:2]
     codes, with_unknown = fields("codes")
     assert with_unknown == [5, 4] and (codes["test"] == run.codes).all()
     first, second = (fields("random", seed)[0]["test"] for seed in (0, 1))
@@ -146,7 +146,7 @@ def test_train_rows_read_the_codes_and_vectors_that_have_not_seen_them():
     train, num_users = run.split["train"], len(run.users)
     rng = np.random.default_rng(0)
     run.train_codes = np.stack([rng.integers(4, size=len(train)), rng.integers(3, size=len(train))], 1)
-    fields, sizes = ctr.sparse_fields(settings(), "codes", run, 0)
+    fields, sizes, _ = ctr.further_fields(settings(), "codes", run, 0)
     assert sizes == [5, 4] and (fields["train"] == run.train_codes).all()
     for name in ("valid", "test"):
         assert (fields[name] == run.codes[run.split[name]["user"]]).all()
@@ -154,10 +154,38 @@ def test_train_rows_read_the_codes_and_vectors_that_have_not_seen_them():
     number = torch.arange(3 * num_users).float()  # it says whose the vector is, and of which fold
     run.stored = {"fold": fold, "profiles": number.view(3, num_users, 1, 1) * torch.ones(2, 4)}
     rows = ctr.read_rows(settings(), run, [("dense", 0)])
-    train_vectors = rows.read_vectors("train", torch.arange(len(train))[None])[0][0, :, 0]
+    train_vectors = rows.read_vectors("train", torch.arange(len(train))[None], None)[0][0, :, 0]
     assert train_vectors.tolist() == (fold.numpy() * num_users + train["user"].to_numpy()).tolist()
-    test_vectors = rows.read_vectors("test", torch.arange(len(run.split["test"]))[None])[0][0, :, 0]
+    test_vectors = rows.read_vectors("test", torch.arange(len(run.split["test"]))[None], None)[0][0, :, 0]
     assert test_vectors.tolist() == (2 * num_users + run.split["test"]["user"].to_numpy()).tolist()
+
+
+def test_each_model_reads_the_numbers_of_its_own_set_beside_the_ids():
+    """Means of its own seed's folds, in the order of the rows, the item's first; codes stay sparse fields."""
+    run = small_run_of()
+    args = settings("--features", "codes+dense-means", "random+dense-means")
+    rows = ctr.read_rows(args, run, [("codes+dense-means", 0), ("random+dense-means", 1)])
+    assert rows.dims == (1, 1) and rows.ids["train"].shape[2] == 4
+    chosen = torch.tensor([[5, 7, 900], [3, 0, 1]])
+    for name in ("train", "test"):
+        (numbers,) = rows.read_vectors(name, chosen % 300, torch.tensor([[1], [0]]))
+        for model, seed in ((0, 1), (1, 0)):
+            columns = ctr.set_columns([("dense-means", False)], run, seed)
+            expected = np.stack([column.read(run.split)[name] for column in columns], 1)
+            assert numbers[model].numpy() == pytest.approx(expected[chosen[model].numpy() % 300], rel=1e-5)
+
+
+def test_dense_means_find_who_is_generous_where_ids_have_few_rows():
+    """The numbers reach the logits, in training and in prediction."""
+    run = small_run_of()
+    run.split["train"] = run.split["train"].groupby("user").head(3)
+    for name, frame in run.split.items():
+        run.split[name] = frame.assign(label=(frame["rating"] > 3).astype(np.int8))
+    run.labels = {name: run.split[name]["label"].to_numpy(copy=True) for name in run.labels}
+    args = settings("--epochs", 4, "--lr", "0.01", "--features", "dense-means", "none")
+    auc = {feature: ctr.train_group(args, "dcn", run, [feature], [0])[feature, 0]["auc"]
+           for feature in args.features}
+    assert auc["dense-means"] > auc["none"] + 0.03, auc
 
 
 def test_every_field_has_rows_of_its_own_and_cold_users_are_unknown():

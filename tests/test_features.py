@@ -12,6 +12,7 @@ from conftest import dies
 from ctr_data import small_run_of, small_split
 from userip.features import (PARTS, cf_columns, described_columns, feature_set, leniency_columns, parts_of,
                              set_columns)
+from userip.rating_means import means_without_folds
 
 
 def run_of(split):
@@ -64,7 +65,7 @@ def test_leniency_of_a_train_row_is_made_without_its_own_fold():
             assert fields["train"][index] == expected
 
 
-WITHOUT_LLM = ["cf", "leniency", "leniency16", "item-mean", "tfidf"]
+WITHOUT_LLM = ["cf", "leniency", "leniency16", "habits16", "item-mean", "tfidf", "dense-means"]
 
 
 @pytest.mark.parametrize("name", WITHOUT_LLM)
@@ -73,19 +74,20 @@ def test_neither_valid_nor_test_rows_reach_what_needs_no_llm(name):
     other = split | {name: split[name].assign(rating=1.0, item=(split[name]["item"] + 3) % 20)
                      for name in ("valid", "test")}
     for one, two in zip(*(PARTS[name](run_of(rows), 0) for rows in (split, other))):
-        assert (one.codes == two.codes).all() and one.codes.min() < one.codes.max() < one.size
+        assert (one.codes == two.codes).all() and one.codes.min() < one.codes.max()
+        assert one.codes.max() < one.size or name == "dense-means"  # numbers
 
 
-@pytest.mark.parametrize("name", ["leniency16", "item-mean", "tfidf"])
+@pytest.mark.parametrize("name", ["leniency16", "item-mean", "tfidf", "dense-means"])
 def test_a_rows_own_rating_is_not_in_the_codes_that_it_reads(name):
     split, _ = small_split()
-    before, moved = PARTS[name](run_of(split), 0)[0].read(split)["train"], 0
+    read = lambda split: np.stack([column.read(split)["train"] for column in PARTS[name](run_of(split), 0)])
+    before, moved = read(split), 0
     for row in (0, 444, 1500):
         train = split["train"].copy()
         train.iloc[row, train.columns.get_loc("rating")] += 50
-        poisoned = split | {"train": train}
-        after = PARTS[name](run_of(poisoned), 0)[0].read(poisoned)["train"]
-        assert after[row] == before[row]
+        after = read(split | {"train": train})
+        assert (after[:, row] == before[:, row]).all()
         moved += (after != before).sum()
     assert moved
 
@@ -100,6 +102,26 @@ def test_shrunk_codes_are_quantiles_and_follow_the_truth():
     assert column.key == "item" and np.corrcoef(column.codes[-1], range(20))[0, 1] > 0.9
     split = {name: rows[rows["item"] != 7] if name != "test" else rows for name, rows in split.items()}
     assert (PARTS["item-mean"](run_of(split), 0)[0].codes[:, 7] == 8).all()  # no train row
+
+
+def test_numbers_of_valid_and_test_are_in_the_unit_of_the_train_rows():
+    split, generous = small_split()
+    item, user = PARTS["dense-means"](run_of(split), 0)
+    assert (item.key, user.key, item.size, user.size) == ("item", "user", 0, 0)
+    means, users, fold = means_without_folds(split, 0, 300, 20)
+    unit = np.nanstd(users[:-1], 1)
+    assert user.codes[:-1] == pytest.approx(np.nan_to_num(users[:-1] / unit[:, None]))
+    assert user.codes[-1] == pytest.approx(users[-1] / unit.mean()) and (user.fold == fold).all()
+    assert np.corrcoef(user.codes[-1], generous)[0, 1] > 0.95
+
+
+def test_habits_follow_the_truth_and_a_user_without_rows_is_unknown():
+    split, generous = small_split()
+    split["support"] = split["support"][split["support"]["user"] < 299]
+    (column,) = PARTS["habits16"](run_of(split), 0)
+    assert column.size == 17 and column.codes[-1, 299] == 16 and column.codes[-1, :299].max() < 16
+    mean = pd.Series(generous[:299]).groupby(column.codes[-1, :299]).mean()  # a level's number means nothing
+    assert np.corrcoef(mean[column.codes[-1, :299]], generous[:299])[0, 1] > 0.9
 
 
 def test_random_parts_keep_sizes_and_usage_and_lose_the_meaning():

@@ -37,6 +37,7 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
         place = users.set_index("user_id")["user"].reindex(new["user_id"][:-1]).to_numpy().astype(int)
         assert new["user_id"][-1] == "zz" and len(place) == len(chosen)
         assert torch.equal(new["profiles"][:-1], stored["profiles"][-1][place])
+        assert torch.equal(new["habits"][:-1], stored["habits"][-1][place]) and not new["habits"][-1].any()
         assert (codes[stored["names"]].to_numpy()[:-1] == bank[stored["names"]].to_numpy()[place]).all()
         assert codes[stored["names"]].to_numpy()[-1].tolist() == [2, 2, 2]
     older = table.assign(rating=6 - table["rating"], timestamp=1)  # another verdict, behind in the file

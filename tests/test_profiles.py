@@ -14,13 +14,15 @@ from userip import profiles
     ({"ratings": False, "route": ["title", "brand"]}, [False, False]), ({}, [False, False])], ids=str)
 def test_the_options_of_stage_2_say_which_profiles_read_ratings(options, expected, monkeypatch):
     stored = {"names": ["a", "b"], "profiles": torch.zeros(9, 2, 4), "num_evidence": torch.ones(9, 2),
-              "gain": torch.ones(9, 2), "noise": torch.zeros(2, 4, 4), "has_evidence": torch.ones(9).bool()}
+              "gain": torch.ones(9, 2), "noise": torch.zeros(2, 4, 4), "has_evidence": torch.ones(9).bool(),
+              "habits": torch.ones(9, 3)}
     monkeypatch.setattr(profiles, "read_sidecar", lambda *_: {"options": options})
     args, rows = SimpleNamespace(codes=None), SimpleNamespace(user=torch.arange(9))
     found = profiles.read_profiles(args, stored, rows, {})
     assert [profile.reads_ratings for profile in found] == expected
     assert args.codes == [profile.num_codes for profile in found] == [
-        8 if reads else size for reads, size in zip(expected, (4, 3))]
+        2 if reads else size for reads, size in zip(expected, (4, 3))]  # 16, but for so few users
+    assert [profile.theta.shape for profile in found] == [(1, 9, 7 if reads else 4) for reads in expected]
 
 
 def test_codes_are_compared_with_their_own_truth_and_with_the_others(capsys):

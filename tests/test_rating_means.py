@@ -6,8 +6,8 @@ import pytest
 
 from ctr_data import SPLITS, small_run_of, small_split
 from userip import rating_means
-from userip.rating_means import (draw_folds, foretold_means, means_model, means_without_folds, shrunk_means,
-                                 variance_ratio)
+from userip.rating_means import (draw_folds, foretold_means, habits_by_fold, means_model, means_without_folds,
+                                 shrunk_means, user_habits, variance_ratio)
 
 
 def naive_ratio(groups):
@@ -77,6 +77,43 @@ def test_a_rows_own_rating_is_in_nothing_that_it_reads():
         assert (after[row] == before[row]).all()
         moved += (after != before).sum()
     assert moved > 100
+
+
+def test_habits_are_the_shrunk_numbers_of_plain_loops():
+    """Shares of the highest rating and of label 0; residuals of ratings and labels are those of shrunk_means."""
+    split, _ = small_split(num_users=60)
+    train, support = (split["train"].assign(rating=lambda rows: rows["rating"].round().clip(1, 5)),
+                      split["train"][:0])
+    habits = user_habits(train, support, 61, 20)
+    assert habits.shape == (61, 4) and not habits[60].any()
+    for k, name in ((0, "rating"), (1, "label")):
+        assert habits[:60, k] == pytest.approx(shrunk_means(train, support, 61, 20, name)[1][:60])
+    for k, share in ((2, train["rating"] == 5), (3, train["label"] == 0)):
+        groups = by(zip(train["user"], train["item"], share.astype(float)), 0)
+        mean, ratio = naive_ratio(groups)
+        for user, values in groups.items():
+            expected = (sum(values) - len(values) * mean) / (len(values) + ratio)
+            assert habits[user, k] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_rows_own_rating_and_rows_of_valid_and_test_are_in_no_habit_that_it_reads():
+    split, _ = small_split()
+    rows = pd.concat([frame.assign(split=name) for name, frame in split.items()])
+    fold = np.random.default_rng(0).integers(3, size=len(split["train"]))
+    user = split["train"]["user"].to_numpy()
+    before, moved = habits_by_fold(rows, fold, 3), 0
+    assert before.shape == (4, 300, 4) and before.dtype == np.float32
+    unseen = rows["split"].isin(["valid", "test"])
+    assert (habits_by_fold(rows.assign(rating=rows["rating"].where(~unseen, 99.0),
+                                       label=rows["label"].where(~unseen, 0)), fold, 3) == before).all()
+    for row in (0, 333, 1234):
+        train = split["train"].assign(split="train")
+        train.iloc[row, train.columns.get_loc("rating")] += 50
+        train.iloc[row, train.columns.get_loc("label")] ^= 1
+        after = habits_by_fold(pd.concat([train, rows[rows["split"] != "train"]]), fold, 3)
+        assert (after[fold[row]] == before[fold[row]]).all()
+        moved += (after[-1, user[row]] != before[-1, user[row]]).sum()
+    assert moved
 
 
 def test_support_ratings_reach_their_own_user_only():

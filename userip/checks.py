@@ -23,7 +23,7 @@ COLUMNS = {
 # common.py; a small letter has a size for each profile), [schema] or [schema, letter] (a list, not empty),
 # {str: schema} (any texts as keys) or {key: schema}, where a "key?" may be missing.
 COUNT, SEED, FINITE = (int, 1, 2**32), (int, 0, 2**32 - 1), (float, -1e30, 1e30)
-PART = {"codebook": "float32 kc", "transform": "float32 Dc", "mean": "float32 D"}  # of each profile
+PART = {"codebook": "float32 kc", "transform": "float32 dc", "mean": "float32 d"}  # of each profile
 TENSORS = {
     "scores.pt": {"names": [str, "P"], "words": [str], "shared": "float32 PD", "lift": "float32 PCD",
                   "pull": "float32 P", "told": ["bool t", "P"], "tables": ["float32 tC", "P"],
@@ -31,12 +31,12 @@ TENSORS = {
     "profiles.pt": {"names": [str, "P"], "texts": [str, "P"], "llm": str, "tiny_llm": str,
                     "profiles": "float32 NPD", "shared": "float32 PD", "noise": "float32 PDD",
                     "gain": "float32 NP", "num_evidence": "int64 NP", "has_evidence": "bool N",
-                    "fold?": "int64 R", "prior?": {str: PART}},
+                    "fold?": "int64 R", "prior?": {str: PART}, "habits?": "float32 NH"},
     "new_profiles.pt": {"names": [str, "P"], "user_id": [str, "U"], "profiles": "float32 UPD",
-                        "num_evidence": "int64 UP", "has_evidence": "bool U"},
+                        "num_evidence": "int64 UP", "has_evidence": "bool U", "habits?": "float32 UH"},
     "codebook.pt": {str: PART | {"usage": "int64 k"}}}
 WORDS = {"N": "number of users", "M": "number of items", "R": "number of train rows"}
-WITH_FOLDS = {"profiles": "float32 FNPD", "num_evidence": "int64 FNP"}
+WITH_FOLDS = {"profiles": "float32 FNPD", "num_evidence": "int64 FNP", "habits?": "float32 FNH"}
 SIDECAR = {"sha256": str, "inputs": {str: str}, "options": {}, "seed": SEED}
 SIDECARS = {  # more, of which later stages read something
     "interactions.parquet": {"split_seed?": SEED, "split?": str, "dataset?": str, "interactions?": int,
@@ -52,6 +52,13 @@ SIDECARS = {  # more, of which later stages read something
         "options": {"models": [{"means", *MODELS}], "hidden": [COUNT], "dropout": (float, 0, 1 - 1e-15),
                     "id_dropout": (float, 0, 1 - 1e-15),
                     **dict.fromkeys(("field_dim", "layers", "batch_size", "epochs", "patience"), COUNT)}}}
+
+
+def reads_ratings(options, num_profiles):
+    """Which profiles have ratings as evidence, by the options of stage 2: list of bool"""
+    has_ratings, routes = options.get("ratings", False), options.get("route", ["none"])
+    return [has_ratings and (routes == ["none"] or "rating" in routes[k].split("+"))
+            for k in range(num_profiles)]
 
 
 def find_problem(artifacts, sidecars):
@@ -222,6 +229,8 @@ def _claims(name, value, sidecar):
         yield "has a fold that no profiles are without", "fold" not in value or \
             value["fold"].max() < len(value["profiles"]) - 1
         yield "has a prior of other profiles", list(value.get("prior", names)) == names
+        yield "has rating habits without --ratings, or none with them", \
+            ("habits" in value) == options.get("ratings", False)
         yield "has noise that is no covariance", all(map(_is_covariance, value["noise"]))
 
 
@@ -243,6 +252,13 @@ def _facts(name, value, sidecar):
         facts["M"] = len(value["tables"][0]) // value["num_verdicts"][0]
     if name == "profiles.pt":
         facts["folds"] = "fold" in value
+        habits_dim = value["habits"].shape[-1] if "habits" in value else 0
+        facts["widths"] = [value["shared"].shape[1] + habits_dim * is_rated for is_rated in
+                           reads_ratings(sidecar["options"], len(value["names"]))]
+    if name == "codebook.pt":
+        facts["widths"] = [len(part["mean"]) for part in value.values()]
+    if name in ("profiles.pt", "new_profiles.pt"):
+        facts["habits"] = "habits" in value
     if name in ("feature_bank.parquet", "train_codes.parquet"):
         facts["profiles"] = sidecar["names"]
     if name == "feature_bank.parquet":

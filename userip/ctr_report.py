@@ -21,7 +21,8 @@ from userip.report import picture
 DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("codes", "cf"),
                ("codes", "leniency"), ("codes", "leniency16"), ("codes", "dense"), ("random", "none"),
                ("cf", "none"), ("leniency", "none"), ("leniency16", "leniency"), ("leniency16", "random"),
-               ("dense", "none"), ("none", "means"), ("codes", "means")]
+               ("dense", "none"), ("none", "means"), ("codes", "means"), ("codes", "habits16"),
+               ("habits16", "leniency16"), ("dense-means", "none"), ("dense-means", "means")]
 PAPER_DATA = {179_223: "clothing", 441_783: "movies", 19_927: "games", 1_293_247: "yelp"}  # by interactions
 PAPER = Path(__file__).resolve().parent.parent / "assets/paper.csv"  # tables 2, 3 (dense) and 4, Llama-2
 
@@ -73,10 +74,13 @@ def table_of_means(groups, data=None):
 
 
 def pairs_of(features):
-    """DIFFERENCES, and of each set joined by +: that to its control, its first part, leniency and `means`"""
+    """DIFFERENCES, and of each set joined by +: those to its controls, all random or the first part only, to
+    its parts, leniency and `means`
+    """
     joined = [name for name in features if "+" in name and "random" not in name.split("+")]
     return list(dict.fromkeys(DIFFERENCES + [(name, other) for name in joined for other in (
-        "+".join(["random"] * len(name.split("+"))), name.split("+")[0], "leniency", "means")]))
+        "+".join(["random"] * len(name.split("+"))), "+".join(["random", *name.split("+")[1:]]),
+        *name.split("+"), "leniency", "means")]))
 
 
 def table_of_differences(groups, overlap):

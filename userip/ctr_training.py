@@ -31,7 +31,7 @@ CHOICES = Member._fields[2:]  # what --tune chooses
 
 
 class Rows(NamedTuple):
-    """What the models read; the last fields may be vectors, not ids."""
+    """What the models read; the last fields may be vectors, and behind them numbers, not ids."""
 
     ids: dict  # by split int64 [U, n, F] for U sets of fields: rows of a table that all fields of a set share
     labels: dict  # by split, numpy [n]
@@ -39,12 +39,17 @@ class Rows(NamedTuple):
     unknown: int = 0  # the row of an unknown user, or item
     dropped: int = 0  # the field whose ids --id-dropout makes unknown: 0 user, 1 item
     vectors: torch.Tensor | None = None  # [N, ΣC]
-    dims: tuple = ()  # C of each
+    dims: tuple = ()  # C of each, 1 of a number
     users: dict | None = None  # by split, the row of `vectors` that each row reads [n]
+    numbers: dict | None = None  # by split float32 [U, n, C] for U sets of fields
 
-    def read_vectors(self, split, rows):
-        """rows of the split [G, B] -> a list of their vectors [G, B, ΣC]; an empty one without vectors"""
-        return [] if self.vectors is None else [self.vectors[self.users[split][rows]]]
+    def read_vectors(self, split, rows, fields):
+        """rows of the split [G, B], index of each model's set of fields [G, 1] -> a list of their vectors and
+        numbers [G, B, ΣC]; an empty one without
+        """
+        parts = [] if self.vectors is None else [self.vectors[self.users[split][rows]]]
+        parts += [] if self.numbers is None else [self.numbers[split][fields, rows]]
+        return [torch.cat(parts, 2)] if parts else []
 
 
 def table_rows(split, fields, sizes, num_users, num_items, dropped=None):
@@ -181,7 +186,7 @@ class Stack:
         for part in torch.arange(ids.shape[1], device=self.device).split(size):
             part_ids = ids[state["fields"], part]  # [G, b, F]
             read = self.tables[self.index(part_ids), :self.width].unflatten(0, part_ids.shape)
-            vectors = rows.read_vectors(split, part.expand(len(read), -1))
+            vectors = rows.read_vectors(split, part.expand(len(read), -1), state["fields"])
             parts.append(self.logits(state["flat"], read, self.buffers, *vectors).sigmoid())
         return torch.cat(parts, 1).double().cpu().numpy()
 
@@ -238,6 +243,6 @@ def train_epoch(args, stack, rows, generators, seed_index, num_steps=64):
         ids = rows.ids["train"][fields, chosen]  # [G, n, F]
         if args.id_dropout:
             ids[..., rows.dropped].masked_fill_(is_dropped[seed_index].to(device), rows.unknown)
-        inputs = ids, keep, labels[chosen], *rows.read_vectors("train", chosen)
+        inputs = ids, keep, labels[chosen], *rows.read_vectors("train", chosen, fields)
         for batch in zip(*(tensor.split(args.batch_size, 1) for tensor in inputs)):
             stack.train_step(*batch)

@@ -1,6 +1,6 @@
-"""Feature sets of stage 4: sparse fields of the user or the item beside the ids, alone or composed with "+";
-and the profiles as vectors. All are made of the train and support rows of run.split, frames by name with
-columns user, item, rating.
+"""Feature sets of stage 4: fields of the user or the item beside the ids, sparse ones or numbers, alone or
+composed with "+"; and the profiles as vectors. All are made of the train and support rows of run.split,
+frames by name with columns user, item, rating, label.
 """
 
 import argparse
@@ -12,21 +12,24 @@ import torch
 from scipy import sparse
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
+from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
 from userip.artifacts import fail
-from userip.rating_means import NUM_FOLDS, draw_folds, foretold_means, means_without_folds
+from userip.profiles import theta_of
+from userip.rating_means import (NUM_FOLDS, draw_folds, foretold_means, means_without_folds, shrunk_means,
+                                 user_habits)
 
 MIN_ROWS = 10  # train rows of a value of --fields that has a code of its own
 NOT_DESCRIPTIVE = {"item", "item_id", "title", "user", "user_id"}
 
 
 class Column(NamedTuple):
-    """One sparse field, a function of the user or the item; the code `size` - 1 or less"""
+    """One field, a function of the user or the item: sparse, the code `size` - 1 or less, or a number"""
 
     key: str  # user or item
-    codes: np.ndarray  # int64 [F + 1, N or M]: without each fold and, last, with all train rows
-    size: int
+    codes: np.ndarray  # int64 [F + 1, N or M]: without each fold and, last, with all train rows; or float64
+    size: int  # 0 of a number
     fold: np.ndarray | None = None  # of each train row [n], which reads the codes without it
     train: np.ndarray | None = None  # or the codes of the train rows themselves [n]
 
@@ -106,6 +109,39 @@ def shrunk_columns(key, num_levels):
     return columns
 
 
+def habits_columns(run, seed):
+    """The control of codes of ratings: they are made of the same rating habits, without titles and LLM. One
+    number per user, as a logistic regression of train rows' labels on habits and the item's mean weighs the
+    habits, by k-means in 16 levels; 16 is unknown. A train row's code is made without its fold.
+    """
+    train, fold, num_users = run.split["train"], draw_folds(run.split, seed), len(run.users)
+    kept = [train[fold != left_out] for left_out in range(NUM_FOLDS + 1)]
+    habits = np.stack([user_habits(rows, run.split["support"], num_users, run.num_items) for rows in kept])
+    item_means = np.stack([shrunk_means(rows, rows[:0], num_users, run.num_items)[0] for rows in kept])
+    user, item = train["user"].to_numpy(), train["item"].to_numpy()
+    inputs = np.column_stack([np.nan_to_num(item_means[fold, item]), habits[fold, user]])
+    weights = LogisticRegression(max_iter=1000).fit(inputs, train["label"]).coef_[0, 1:]
+    index, warm = habits @ weights, np.unique(user)  # [F + 1, N]
+    kmeans = KMeans(min(16, len(warm)), n_init=4, random_state=seed).fit(index[-1, warm, None])
+    codes = kmeans.predict(index.reshape(-1, 1)).reshape(index.shape).astype(np.int64)
+    has_rows = np.stack([np.bincount(pd.concat([rows, run.split["support"]])["user"], minlength=num_users)
+                         for rows in kept]) > 0
+    return [Column("user", np.where(has_rows, codes, 16), 17, fold)]
+
+
+def dense_means_columns(run, seed):
+    """The item's and the user's shrunk mean, which ids estimate badly from few rows, as numbers of unit
+    variance; 0 where nothing is known. A train row reads means, and their variance, made without its fold.
+    """
+    *means, fold = means_without_folds(run.split, seed, len(run.users), run.num_items)
+    columns = []
+    for key, mean in zip(("item", "user"), means):  # of [F + 1, M], [F + 1, N]
+        scale = np.nanstd(mean, 1, keepdims=True).clip(1e-12)
+        scale[-1] = scale[:-1].mean()  # the unit of the train rows: more rows shrink means less
+        columns.append(Column(key, np.nan_to_num(mean / scale), 0, fold))
+    return columns
+
+
 def tfidf_columns(run, seed):
     """Octile, within its fold of the items, of the mean rating that other items' texts foretell"""
     means, fold = foretold_means(run.items, run.split["train"], seed)
@@ -143,10 +179,11 @@ def described_columns(names, items, users, train):
 
 # run and seed -> list of Column. run: see read_run of stage 4
 PARTS = {"codes": bank_columns, "truth": truth_columns, "cf": cf_columns, "leniency": leniency_columns,
-         "leniency16": shrunk_columns("user", 16), "item-mean": shrunk_columns("item", 8),
-         "tfidf": tfidf_columns}
+         "leniency16": shrunk_columns("user", 16), "habits16": habits_columns,
+         "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns, "dense-means": dense_means_columns}
 FEATURES = ("none", "random", "dense", *PARTS)
-PROFILE_FREE = {"none", "leniency", "leniency16", "item-mean", "tfidf"}  # the same for any codebook
+PROFILE_FREE = {"none", "leniency", "leniency16", "habits16", "item-mean", "tfidf",
+                "dense-means"}  # the same for any codebook
 
 
 def feature_set(text):
@@ -184,10 +221,12 @@ def profile_vectors(run, device):
     """Table 3, w/o VQ: the profiles in the codebook's coordinates as the last fields of Rows. A train row
     reads those without its own fold, the others the last ones, with all evidence.
     """
-    profiles = run.stored["profiles"].reshape(-1, len(run.users), *run.stored["profiles"].shape[-2:])
-    vectors = [(profiles[:, :, k] - run.codebook[name]["mean"]) @ run.codebook[name]["transform"]
-               for k, name in enumerate(run.names)]  # of [F + 1, N, C]
-    fold = dict.fromkeys(run.labels, len(profiles) - 1) | {"train": run.stored.get("fold", 0)}
+    vectors = []
+    for k, name in enumerate(run.names):
+        part = run.codebook[name]
+        z = (theta_of(run.stored, k, len(part["transform"])) - part["mean"]) @ part["transform"]
+        vectors.append(z.view(-1, len(run.users), z.shape[-1]))  # [F + 1, N, C]
+    fold = dict.fromkeys(run.labels, len(vectors[0]) - 1) | {"train": run.stored.get("fold", 0)}
     users = {name: (torch.tensor(run.split[name]["user"].to_numpy()) + len(run.users) * index).to(device)
              for name, index in fold.items()}
     return {"vectors": torch.cat(vectors, 2).flatten(0, 1).to(device),  # [(F + 1) N, ΣC]

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from userip.artifacts import fail, read_artifacts, read_sidecar, write_artifact
+from userip.rating_means import user_habits
 from userip.score import incidence, user_steps
 from userip.tables import read_frame
 
@@ -14,8 +15,8 @@ LIMITS = SimpleNamespace(max_line=16, max_ratio=200)  # as stage 1's defaults
 
 
 def read_new_users(args, has_ratings, items):
-    """The rows of --only-users' table with items of the run -> user, item, rating level int64 [R]; the users'
-    ids, list of N' texts
+    """The rows of --only-users' table with items of the run, a frame of user, item, label, the rating level,
+    and, if it has ratings, rating; the users' ids, list of N' texts
     """
     table = read_frame(args.only_users, ["user_id", "item_id", *["rating"] * has_ratings], LIMITS)
     if "timestamp" in table:
@@ -28,19 +29,19 @@ def read_new_users(args, has_ratings, items):
     item_number = pd.Series(items["item"].to_numpy(), index=items["item_id"].astype(str))
     item = item_number.reindex(table["item_id"]).to_numpy()
     user, user_ids = pd.factorize(table["user_id"], sort=True)
-    level = np.zeros(len(table))
+    rows = pd.DataFrame({"user": user, "item": item, "label": 0})
     if has_ratings:
         threshold = read_sidecar(args, "interactions.parquet")["options"].get("threshold")
         if threshold is None:
             fail(f"{args.run_dir}/interactions.parquet.json does not say --threshold: run stage 1 again")
-        level = table["rating"].to_numpy() > threshold
+        rows["rating"] = table["rating"].to_numpy()
+        rows["label"] = (rows["rating"] > threshold).astype(int)
     is_known = np.isfinite(item)
     if not is_known.all():
         print(f"{int((~is_known).sum())} of {len(table)} rows are left out, of items that the run does not "
               f"know, the first of them {table['item_id'][~is_known].iloc[0]!r}; its own are such as "
               f"{items['item_id'].iloc[0]!r}")
-    columns = (torch.tensor(column[is_known].astype(np.int64)) for column in (user, item, level))
-    return *columns, list(user_ids)
+    return rows[is_known].astype({"item": np.int64}), list(user_ids)
 
 
 def infer_new_users(args):
@@ -52,8 +53,11 @@ def infer_new_users(args):
         if is_meant:
             fail(f"--only-users: {args.run_dir}/profiles.pt is of {kind}, which cannot place new users: run "
                  f"stages 2 and 3 without it")
-    fitted, _, items = read_artifacts(args, "scores.pt", "profiles.pt", "items.parquet")
-    user, item, level, user_ids = read_new_users(args, len(fitted["words"]) > 1, items)
+    has_ratings, inputs = options.get("ratings", False), ["scores.pt", "items.parquet"]
+    inputs += ["interactions.parquet"] * has_ratings
+    fitted, items, *interactions, _ = read_artifacts(args, *inputs, "profiles.pt")
+    rows, user_ids = read_new_users(args, has_ratings, items)
+    user, item, level = (torch.tensor(rows[name].to_numpy()) for name in ("user", "item", "label"))
     sums, counts = [], []
     for table, is_scored, num_levels in zip(fitted["tables"], fitted["told"], fitted["num_verdicts"]):
         text = item * num_levels + level % num_levels
@@ -66,7 +70,12 @@ def infer_new_users(args):
     has_evidence = (counts > 0).any(1)
     tensors = {"profiles": profiles, "user_id": user_ids, "num_evidence": counts.long(),
                "names": fitted["names"], "has_evidence": has_evidence}
-    path = write_artifact(args, "new_profiles.pt", tensors, ["scores.pt", "items.parquet"],
-                          users=len(user_ids))
+    if has_ratings:  # the same means of items as in the run, so the same habits
+        train = interactions[0][interactions[0]["split"] == "train"]
+        num_users = int(train["user"].max()) + 1
+        rows = rows.assign(user=rows["user"] + num_users).astype({"rating": train["rating"].dtype})
+        habits = user_habits(train, rows, num_users + len(user_ids), len(items))
+        tensors["habits"] = torch.from_numpy(habits[num_users:]).float()
+    path = write_artifact(args, "new_profiles.pt", tensors, inputs, users=len(user_ids))
     print(f"wrote {path}: {len(user_ids):,} new users, {int(has_evidence.sum()):,} of them "
           f"with evidence among {len(item):,} rows of items that the run knows")

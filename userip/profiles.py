@@ -13,7 +13,10 @@ from sklearn.preprocessing import StandardScaler
 
 from common import usage_of
 from userip.artifacts import fail, read_sidecar
+from userip.checks import reads_ratings
 from userip.options import option_name
+
+USERS_PER_CODE = 20  # of ratings, at least: fewer users have fewer codes
 
 
 def read_rows(interactions, split, fold=None):
@@ -27,18 +30,23 @@ def read_rows(interactions, split, fold=None):
                            num_items=int(interactions["item"].max()) + 1)
 
 
+def theta_of(stored, k, width):
+    """θ of profile k, [..., N, D], and behind it the users' rating habits, if codes are D + H wide"""
+    theta = stored["profiles"][..., k, :]
+    return theta if theta.shape[-1] == width else torch.cat([theta, stored["habits"]], -1)
+
+
 def read_profiles(args, stored, rows, defaults):
     """profiles.pt -> a namespace per profile name, θ of all users without each of the F folds and, last, with
     all evidence; sets args.codes. defaults: of stage 3's options
     """
     if "fold" not in stored:
-        stored |= {key: stored[key][None] for key in ("profiles", "num_evidence")}  # [1, N, P, D], [1, N, P]
+        stored |= {key: stored[key][None] for key in ("profiles", "num_evidence", "habits") if key in stored}
     is_warm = rows.user.bincount(minlength=stored["profiles"].shape[1]) > 0
     options, names = read_sidecar(args, "profiles.pt")["options"], stored["names"]
-    has_ratings, routes = options.get("ratings", False), options.get("route", ["none"])
-    reads_ratings = [has_ratings and (routes == ["none"] or "rating" in routes[k].split("+"))
-                     for k in range(len(names))]
-    sizes = args.codes or [8 if reads else 3 if k == 1 else 4 for k, reads in enumerate(reads_ratings)]
+    is_rated, num_fitted = reads_ratings(options, len(names)), int((stored["has_evidence"] & is_warm).sum())
+    num_rated = min(16, max(2, num_fitted // USERS_PER_CODE))
+    sizes = args.codes or [num_rated if reads else 3 if k == 1 else 4 for k, reads in enumerate(is_rated)]
     if "prior" in stored:
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
         for name, default in defaults.items():
@@ -48,19 +56,22 @@ def read_profiles(args, stored, rows, defaults):
     if len(sizes) != len(names):
         fail(f"--codes gives {len(sizes)} size(s) ({' '.join(map(str, sizes))}), but profiles.pt holds "
              f"{len(names)} profiles ({', '.join(names)}): give one size for each")
-    num_fitted = int((stored["has_evidence"] & is_warm).sum())
     if num_fitted < max(sizes):
         fail(f"only {num_fitted} users have evidence and train rows, fewer than the {max(sizes)} codes asked "
              f"for: lower --codes")
     args.codes, profiles = sizes, []
     for k, name in enumerate(names):
-        theta, num_evidence = (stored[key][:, :, k] for key in ("profiles", "num_evidence"))  # [F + 1, N, …]
+        theta_dim = len(stored["noise"][k])
+        width = theta_dim + (stored["habits"].shape[-1] if is_rated[k] else 0)
+        theta = theta_of(stored, k, width)  # [F + 1, N, D], of ratings D + H wide
+        num_evidence = stored["num_evidence"][:, :, k]  # [F + 1, N]
         is_fitted = is_warm & (num_evidence[-1] > 0)  # [N], whose θ moves codewords
         mean = theta[-1, is_fitted].mean(0)  # [D]
         profiles.append(SimpleNamespace(
-            name=name, num_codes=sizes[k], theta=theta, num_evidence=num_evidence, is_fitted=is_fitted,
-            mean=mean, deviation=theta - mean, gain=stored["gain"][:, k], noise=stored["noise"][k],
-            has_noise_level=options.get("method", "score") == "score", reads_ratings=reads_ratings[k]))
+            name=name, num_codes=sizes[k], theta=theta, theta_dim=theta_dim, num_evidence=num_evidence,
+            is_fitted=is_fitted, mean=mean, deviation=theta - mean, gain=stored["gain"][:, k],
+            noise=stored["noise"][k],
+            has_noise_level=options.get("method", "score") == "score", reads_ratings=is_rated[k]))
     return profiles
 
 

@@ -1,5 +1,5 @@
-"""Means of ratings, shrunk by how many there are (empirical Bayes), out of fold for train rows; the mean that
-an item's text foretells; and the model `means`, a logistic regression on two of them.
+"""Means of ratings, shrunk by how many there are (empirical Bayes), out of fold for train rows; users' rating
+habits; the mean that an item's text foretells; and the model `means`, a logistic regression on two of them.
 
 split: frames by name with columns user, item, rating. Statistics of items and all variances are of train
 rows; a support row reaches its own user only.
@@ -34,12 +34,13 @@ def shrunk_sums(values, group, ratio, size):
     return np.bincount(group, values, size) / np.maximum(count + ratio, 1e-9), count
 
 
-def shrunk_means(train, support, num_users, num_items):
+def shrunk_means(train, support, num_users, num_items, column="rating"):
     """An item's mean rating and a user's mean residual, both shrunk and less the overall mean: float64 [M],
-    [N]; nan without a row. A residual is the rating less the item's shrunk mean over *other* users.
+    [N]; nan without a row. A residual is the rating less the item's shrunk mean over *other* users. column:
+    rating, or label, for the shares of likes
     """
     rows = pd.concat([train, support])
-    user, item, rating = (rows[name].to_numpy() for name in ("user", "item", "rating"))
+    user, item, rating = (rows[name].to_numpy() for name in ("user", "item", column))
     num = len(train)
     mean, ratio = variance_ratio(rating[:num].astype(float), item[:num])
     rating = rating - mean
@@ -50,6 +51,32 @@ def shrunk_means(train, support, num_users, num_items):
     mean, ratio = variance_ratio(residual[:num], user[:num])
     user_mean, num_rows = shrunk_sums(residual - mean, user, ratio, num_users)
     return np.where(count > 0, item_mean, np.nan), np.where(num_rows > 0, user_mean, np.nan)
+
+
+def user_habits(train, support, num_users, num_items):
+    """How users rate, four shrunk numbers: the mean residuals of their ratings and of their labels, and their
+    shares of the highest rating and of label 0, less the mean: float64 [N, H], 0 without a row
+    """
+    # in the order of items, so that a user gets the same bits in any company
+    train, support = (frame.sort_values(["user", "item"]) for frame in (train, support))
+    rows, habits = pd.concat([train, support]), []
+    user, num = rows["user"].to_numpy(), len(train)
+    for column in ("rating", "label"):
+        habits.append(shrunk_means(train, support, num_users, num_items, column)[1])
+    for column in (rows["rating"] >= train["rating"].max(), rows["label"] == 0):
+        share = column.to_numpy(float)
+        mean, ratio = variance_ratio(share[:num], user[:num])
+        habits.append(shrunk_sums(share - mean, user, ratio, num_users)[0])
+    return np.nan_to_num(np.stack(habits, 1))
+
+
+def habits_by_fold(interactions, fold, num_folds):
+    """user_habits without each fold of the train rows, int64 [n], and last with all: float32 [F + 1, N, H]"""
+    train, support = (interactions[interactions["split"] == split] for split in ("train", "support"))
+    num_users, num_items = (int(interactions[key].max()) + 1 for key in ("user", "item"))
+    habits = [user_habits(train[fold != left_out], support, num_users, num_items)
+              for left_out in range(num_folds + 1)]
+    return np.stack(habits).astype(np.float32)
 
 
 def draw_folds(split, seed):

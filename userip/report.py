@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from common import with_interval
 from userip.artifacts import whole_file
+from userip.profiles import theta_of
 
 WORD = r"[^\W\d_]{3,}"  # at least three letters
 STYLE = (
@@ -176,7 +177,8 @@ def draw_maps(folder, run, chosen):
     pictures = []
     for k, name in enumerate(run.names):
         users, codebook = np.flatnonzero(run.has_evidence[:, k]), run.codebook[name]
-        z = ((run.profiles[:, k] - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
+        theta = theta_of(run.stored, k, len(codebook["mean"]))
+        z = ((theta - codebook["mean"]) @ codebook["transform"])[users]  # [N', C]
         z = z - z.mean(0)
         plane = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
         plane = F.pad(plane, (0, 1))[:, :2].numpy()  # [N', 2]; on a line if C = 1

@@ -14,6 +14,7 @@ from userip.llm import choose_llm, load_llm, make_tiny_llm, mix, multiplies_bflo
 from userip.prior import read_codebook
 from userip.progress import Progress, recipe_of
 from userip.prompt import Prompt
+from userip.rating_means import habits_by_fold
 from userip.score import text_scores
 
 SMALL_LLM = 20_000_000  # parameters below which products are too small to gain by bfloat16
@@ -141,7 +142,8 @@ def plan(args, prompt, evidence):
 def set_up(args, rank, world):
     """Read the artifacts, load the LLM, go on with unfinished work -> the run, a namespace: args; llm, its
     name; profiles {name: text}; prompt; observed; routes; evidence of all users without each fold, the
-    last with all rows; size, see plan; tune and report, held-out events; codebook of --prior; progress
+    last with all rows; size, see plan; tune and report, held-out events; codebook of --prior; progress;
+    habits of --ratings, how users rate, float32 [F + 1, N, H]
     """
     inputs = ["interactions.parquet", "items.parquet"]
     interactions, items = read_artifacts(args, *inputs)
@@ -166,11 +168,13 @@ def set_up(args, rank, world):
     # before tokens_per_batch is set: how much memory is free must not decide whether a run goes on
     recipe = recipe_of(args, prompt, inputs + ["codebook.pt"] * bool(args.prior))
     args.tokens_per_batch = args.tokens_per_batch or tokens_that_fit(prompt)
+    habits = torch.from_numpy(habits_by_fold(interactions, observed.train.fold.numpy(), args.folds)) \
+        if args.ratings else None
     generator = torch.Generator().manual_seed(args.seed)
     progress = None if args.estimate else Progress(args, recipe, generator, rank, world)
     return SimpleNamespace(args=args, llm=llm, profiles=profiles, prompt=prompt, observed=observed,
                            routes=routes, evidence=evidence, size=size, tune=tune, report=report,
-                           codebook=codebook, progress=progress)
+                           codebook=codebook, progress=progress, habits=habits)
 
 
 def estimate(run, sample_size=512):
