@@ -71,10 +71,14 @@ def item_texts(prompt, tokenizer, items):
 def infer_items(run, soft):
     """The vectors of the whole catalogue, in blocks that are on disk when they are done: float32 [M, V]"""
     texts, run.prompt.purpose = item_texts(run.prompt, run.evidence[-1].tokenizer, run.items), "item bank"
-    blocks = torch.arange(len(run.items)).split(BLOCK)
+    # not in one batch: the length of a text that only test rows have would round the states of others
+    is_warm = torch.zeros(len(run.items), dtype=torch.bool)
+    is_warm[run.observed.train.item] = True
+    blocks = [block for mask in (is_warm, ~is_warm) for block in mask.nonzero()[:, 0].split(BLOCK)]
     run.progress.compute_blocks("items", blocks, "item", lambda block: hidden_states(
         run.prompt, texts, soft, block, run.args.tokens_per_batch))
-    return torch.cat([run.progress.read(f"items-{number}") for number in range(len(blocks))])
+    vectors = torch.cat([run.progress.read(f"items-{number}") for number in range(len(blocks))])
+    return vectors[torch.cat(blocks).argsort()]
 
 
 def infer_new_items(args):
