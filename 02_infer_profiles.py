@@ -77,11 +77,9 @@ def parse_args(argv=None):
     add.data("--route", nargs="+", metavar="FIELDS",
              help="fields per profile, or none (default of two: title+category brand+price; rating: a third)")
     add.data("--max-history", type=at_least(1), default=20, help="latest items of a user in one history")
-    add.data("--only-users", type=Path, metavar="FILE",
-             help="infer new users from a table of user_id, item_id (and rating), by what the run has fitted")
+    add.data("--only-users", type=Path, metavar="FILE", help="infer new users: user_id, item_id (rating)")
     add.data("--items", action="store_true", help="read each item's text also for the item bank of stage 3")
-    add.data("--only-items", type=Path, metavar="FILE",
-             help="read new items, a table of item_id, title (category, brand), as the run has read its own")
+    add.data("--only-items", type=Path, metavar="FILE", help="read new items: item_id, title (more)")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true", help="the released recipe: " + options_text(RELEASED))
     add.method("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2 or tiny")
@@ -117,11 +115,8 @@ def parse_args(argv=None):
     add.machine("--estimate", action="store_true",
                 help="measure a few batches, print tokens, FLOPs, memory and time of the run, and stop")
     args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
-    if only := "only_users" if args.only_users else "only_items" if args.only_items else None:
-        if changed := changed_options(parser, args, ("run_dir", only)):
-            parser.error(f"{option_name(only)} takes all options from the run: leave out "
-                         f"{option_name(changed[0])}")
-        return args
+    if args.only_users or args.only_items:
+        return check_only(parser, args)
     is_gradient = args.method == "gradient"
     refuse_without_effect(parser, args, {
         **dict.fromkeys(["start", "steps", "lr", "batch_size"], (is_gradient, "--method gradient")),
@@ -131,6 +126,15 @@ def parse_args(argv=None):
         "tiny_steps": (args.llm in ("auto", "tiny"), "--llm tiny")})
     check_evidence(parser, args)
     check_profiles(parser, args)
+    return args
+
+
+def check_only(parser, args):
+    """--only-users and --only-items refuse all other options: they are those of the run."""
+    only = "only_users" if args.only_users else "only_items"
+    if changed := changed_options(parser, args, ("run_dir", only)):
+        parser.error(f"{option_name(only)} takes all options from the run: leave out "
+                     f"{option_name(changed[0])}")
     return args
 
 
