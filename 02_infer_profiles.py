@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add.data("--max-history", type=at_least(1), default=20, help="latest items of a user in one history")
     add.data("--only-users", type=Path, metavar="FILE", help="infer new users: user_id, item_id (rating)")
     add.data("--items", action="store_true", help="read each item's text also for the item bank of stage 3")
-    add.data("--only-items", type=Path, metavar="FILE", help="read new items: item_id, title (more)")
+    add.data("--only-items", type=Path, metavar="FILE", help="read new items: item_id, title (see data.md)")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true", help="the released recipe: " + options_text(RELEASED))
     add.method("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2 or tiny")
