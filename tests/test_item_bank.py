@@ -93,17 +93,17 @@ def test_values_are_those_of_the_librarys_kernel_ridge_in_a_loop_over_the_folds(
 
 def test_no_rating_of_an_items_own_fold_is_in_its_code_and_no_text_of_unrated_items_in_that_of_others():
     vectors, train = planted()
-    before = foretell(vectors, train, 0, 4)
+    before = foretell(vectors, train, 0, 40)  # so many that codewords of other folds' values would show
     fold = np.random.default_rng([0, 4]).permutation(60) % 10
     for left_out in (0, 7):
         is_own = fold[train["item"]] == left_out
         other = train.assign(rating=np.where(is_own, 6 - train["rating"], train["rating"]))
-        after, own = foretell(vectors, other, 0, 4), torch.from_numpy(fold == left_out)
+        after, own = foretell(vectors, other, 0, 40), torch.from_numpy(fold == left_out)
         assert torch.equal(after.values[own], before.values[own]) and torch.equal(after.codes[own], before.codes[own])
         assert not torch.equal(after.values[~own], before.values[~own])
     poisoned = vectors.clone()
     poisoned[-5:] = 100 * poisoned[-5:].flip(1)
-    after = foretell(poisoned, train, 0, 4)
+    after = foretell(poisoned, train, 0, 40)
     assert torch.equal(after.codes[:55], before.codes[:55]) and torch.equal(after.values[:55], before.values[:55])
     assert all(torch.equal(after.fitted[name], part) for name, part in before.fitted.items())
     assert not torch.equal(after.values[55:], before.values[55:])
