@@ -12,9 +12,11 @@ with the catalogue, not with the users. --method gradient is the paper's: AdamW 
 whether items were liked. It then holds labels, so that --folds F infers each user F times more, without each
 fold of the train rows, and stores how the user rates (habits). --prior pulls each user to their codeword
 instead of θ̄ (eq. 7): a round of EM. --only-users infers new users from scores.pt, and their habits from the
-means of interactions.parquet. A killed run goes on where it stood; torchrun shares the users.
+means of interactions.parquet. --items also reads the texts of all items, for the item bank of stage 3, and
+--only-items those of new items. A killed run goes on where it stood; torchrun shares the users.
 
-Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt
+Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --only-users a table, scores.pt;
+        with --only-items a table, profiles.pt
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
         shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did
         not differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N],
@@ -23,6 +25,8 @@ Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds
         scores.pt: with --method score all that a new user's profile needs
         new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names,
         after --ratings habits [N', H]
+        item_vectors.pt: with --items vectors float32 [M, 4 D], the mean hidden states of each item's text;
+        new_item_vectors.pt: with --only-items the same of new items, and item_id
         tiny_llm/: the LLM, where --llm is tiny; progress/: finished work, until the run is done
 
 Example: python 02_infer_profiles.py        (2 minutes on two cores, half of it to pretrain the tiny LLM)
@@ -42,6 +46,7 @@ from tqdm import tqdm
 from userip.artifacts import check_finite, write_artifact
 from userip.evidence import FIELDS
 from userip.heldout import heldout_nll, print_heldout
+from userip.item_bank import infer_items, infer_new_items
 from userip.linear_map import fit_map
 from userip.llm import tiny_stamp
 from userip.new_users import infer_new_users
@@ -76,8 +81,9 @@ def parse_args(argv=None):
     add.data("--route", nargs="+", metavar="FIELDS",
              help="fields per profile, or none (default of two: title+category brand+price; rating: a third)")
     add.data("--max-history", type=at_least(1), default=20, help="latest items of a user in one history")
-    add.data("--only-users", type=Path, metavar="FILE",
-             help="infer new users from a table of user_id, item_id (and rating), by what the run has fitted")
+    add.data("--only-users", type=Path, metavar="FILE", help="infer new users: user_id, item_id (rating)")
+    add.data("--items", action="store_true", help="read each item's text also for the item bank of stage 3")
+    add.data("--only-items", type=Path, metavar="FILE", help="read new items: item_id, title (see data.md)")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true", help="the released recipe: " + options_text(RELEASED))
     add.method("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2 or tiny")
@@ -113,18 +119,26 @@ def parse_args(argv=None):
     add.machine("--estimate", action="store_true",
                 help="measure a few batches, print tokens, FLOPs, memory and time of the run, and stop")
     args = parse_with_presets(parser, argv, paper=PAPER, released=RELEASED)
-    if args.only_users:
-        if changed := changed_options(parser, args, ("run_dir", "only_users")):
-            parser.error(f"--only-users takes all options from the run: leave out {option_name(changed[0])}")
-        return args
+    if args.only_users or args.only_items:
+        return check_only(parser, args)
     is_gradient = args.method == "gradient"
     refuse_without_effect(parser, args, {
         **dict.fromkeys(["start", "steps", "lr", "batch_size"], (is_gradient, "--method gradient")),
         **dict.fromkeys(["rank", "map_steps"], (not is_gradient, "--method score")),
+        "items": (args.mask == "fig4", "--mask fig4"),
         "max_history": (args.evidence == "history", "--evidence history"),
         "tiny_steps": (args.llm in ("auto", "tiny"), "--llm tiny")})
     check_evidence(parser, args)
     check_profiles(parser, args)
+    return args
+
+
+def check_only(parser, args):
+    """--only-users and --only-items refuse all other options: they are those of the run."""
+    only = "only_users" if args.only_users else "only_items"
+    if changed := changed_options(parser, args, ("run_dir", only)):
+        parser.error(f"{option_name(only)} takes all options from the run: leave out "
+                     f"{option_name(changed[0])}")
     return args
 
 
@@ -367,10 +381,11 @@ def report_heldout(run, profiles, soft):
 def main(args):
     rank, world = join_processes()
     started = time.time()
-    if args.only_users:  # the options of new users are those of the run
-        args = SimpleNamespace(only_users=args.only_users, run_dir=args.run_dir, seed=args.seed)
-        start_stage(args)
-        return None if rank else infer_new_users(args)
+    for name, infer_new in (("only_users", infer_new_users), ("only_items", infer_new_items)):
+        if file := getattr(args, name):  # the options are those of the run
+            args = SimpleNamespace(run_dir=args.run_dir, seed=args.seed, **{name: file})
+            start_stage(args)
+            return None if rank else infer_new(args)
     start_stage(args)
     run = set_up(args, rank, world)
     if args.estimate:
@@ -387,6 +402,7 @@ def main(args):
     else:
         profiles = infer_by_gradient(run, shared)
         pull, noise, gain = [args.pull] * num_profiles, shared.noise, torch.ones(num_users, num_profiles)
+    vectors = infer_items(run, shared.soft) if args.items else None
     if rank:  # the first process writes
         return run.progress.clear()
     if shared.prior:
@@ -426,6 +442,9 @@ def main(args):
         seconds=time.time() - started, inference_seconds=seconds)
     print(f"wrote {path}: {num_users:,} users x {num_profiles} profiles x {shape[-1]} | held-out NLL own "
           f"{heldout['own']:.4f}, shared {heldout['shared']:.4f}")
+    if args.items:
+        path = write_artifact(args, "item_vectors.pt", {"vectors": vectors}, ["profiles.pt", "items.parquet"])
+        print(f"wrote {path}: {len(vectors):,} items x {vectors.shape[1]}")
     run.progress.clear()
 
 

@@ -8,14 +8,17 @@ predict labels, with θ only where that lowers this loss. A codebook per profile
 trained by eq. 5: codebook term, commitment term, and the recommendation loss of a surrogate DCN, through the
 straight-through estimator. A user's code is the nearest codeword (eq. 6). In a round of EM (after `02
 --prior`), the codewords only move to the means of their users. With `02 --folds`, a train row is read with
-the profile inferred without its fold.
+the profile inferred without its fold. After `02 --items`, items get a code each: what texts of other items
+foretell of its ratings, quantized.
 
-Reads   profiles.pt, interactions.parquet, users.parquet; with --apply new_profiles.pt and codebook.pt instead
+Reads   profiles.pt, interactions.parquet, users.parquet; after `02 --items` item_vectors.pt, items.parquet;
+        with --apply new_profiles.pt and codebook.pt (items: new_item_vectors.pt, item_codebook.pt) instead
 Writes  codebook.pt: per profile name codebook float32 [K, C], transform float32 [D, C], mean float32 [D],
         usage int64 [K] (users with train rows); of ratings D + H instead of D, H rating habits
         feature_bank.parquet: user, user_id, one int column per profile name; K = no evidence of this user
         train_codes.parquet: with folds, the code of each train row without its own fold, in the rows' order
-        new_codes.parquet: with --apply, user_id and the codes
+        item_bank.parquet: after `02 --items` item, item_id, code; item_codebook.pt: what new items' need
+        new_codes.parquet, new_item_codes.parquet: with --apply, user_id or item_id and the codes
 
 Example: python 03_quantize.py        (30 seconds)
   wrote runs/demo/feature_bank.parquet: 1,975 users | perplexity hobby 3.99 of 4, background 2.99 of 3
@@ -34,7 +37,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import DCN, VectorQuantizer, usage_of
-from userip.artifacts import check_finite, read_artifacts, read_sidecar, write_artifact
+from userip.artifacts import check_finite, fail, read_artifacts, read_sidecar, write_artifact
+from userip.item_bank import apply_to_items, write_item_bank
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             refuse_without_effect, run_program, stage_parser, start_stage)
 from userip.profiles import (compare_with_truth, describe_codes, probe_auc, read_profiles, read_rows,
@@ -46,11 +50,14 @@ RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight":
 
 def parse_args(argv=None):
     parser, add = stage_parser(__doc__)
-    add.data("--apply", action="store_true", help="code the users of 02 --only-users; nothing is trained")
+    add.data("--apply", nargs="?", const="users", choices=["users", "items"],
+             help="code the users of 02 --only-users, or the items of --only-items; nothing is trained")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true", help="the released code: " + options_text(RELEASED))
     add.method("--codes", type=at_least(2), nargs="+", metavar="K",
                help="codebook size per profile (default: 4 3, further ones 4; of ratings 16, or fewer)")
+    add.method("--item-codes", type=at_least(2, at_most=256), metavar="K",
+               help="codebook size of items, after 02 --items (default: 8)")
     add.method("--whiten", action=argparse.BooleanOptionalAction, default=True,
                help="whiten θ by the noise and keep directions that exceed it, or take θ as it is")
     add.method("--init", choices=["kmeans", "released"], default="kmeans",
@@ -380,10 +387,13 @@ def apply(args):
 def main(args):
     start_stage(args)
     if args.apply:
-        return apply(args)
+        return apply(args) if args.apply == "users" else apply_to_items(args)
     started, facts = time.time(), {}
     stored, interactions, users = read_artifacts(args, "profiles.pt", "interactions.parquet", "users.parquet")
     has_folds, names = "fold" in stored, stored["names"]
+    has_items = read_sidecar(args, "profiles.pt")["options"].get("items", False)
+    if args.item_codes and not has_items:
+        fail(f"--item-codes: {args.run_dir}/profiles.pt was made without --items; leave it out")
     train_rows = read_rows(interactions, "train", stored.get("fold"))
     valid_rows = read_rows(interactions, "valid")
     profiles = read_profiles(args, stored, train_rows, vars(parse_args([])))
@@ -414,6 +424,8 @@ def main(args):
     write_artifact(args, "codebook.pt", codebook, inputs[:2], **facts)
     if has_folds:
         write_artifact(args, "train_codes.parquet", train_codes, inputs, names=names)
+    if has_items:
+        write_item_bank(args, interactions, args.item_codes or 8)
     path = write_artifact(args, "feature_bank.parquet", bank, inputs, has_folds=has_folds, **facts)
     perplexities = [f"{name} {facts[f'{name}_perplexity']:.2f} of {num_codes}"
                     for name, num_codes in zip(names, args.codes)]

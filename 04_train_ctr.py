@@ -5,9 +5,9 @@ user: the `codes` of the feature bank (eq. 8); on planted data `truth`, the uppe
 dealt to users at random, the control against which a gain counts; `cf`, k-means of SVD factors; `leniency`,
 quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `habits16`, 16 levels of
 the rating habits that codes of ratings read, without a LLM; `dense`, profiles not quantized (table 3). Of the
-item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that other items' texts foretell.
-`dense-means`: the shrunk means of user and item, as two numbers instead of levels. A train row reads what was
-made without its fold. Sets join by +. Within a +,
+item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that other items' texts foretell;
+`items`, the item bank, where a LLM reads these texts. `dense-means`: the shrunk means of user and item, as
+two numbers instead of levels. A train row reads what was made without its fold. Sets join by +. Within a +,
 each `random` deals the part of its position in the first set listed with as many parts and no `random` (if
 none: codes, then tfidf). The model `means`, a logistic regression on the two shrunk means, reads no ids.
 Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's weights
@@ -15,7 +15,8 @@ are restored, test is scored once. Seeds and sets of a model train side by side.
 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
 Reads   interactions.parquet, items.parquet, users.parquet, feature_bank.parquet; with folds
-        train_codes.parquet; for `dense` profiles.pt, codebook.pt; for --bench profiles.pt
+        train_codes.parquet; for `dense` profiles.pt, codebook.pt; for `items` item_bank.parquet; for --bench
+        profiles.pt
 Writes  results.parquet: the base rate's row, then per (model, features, split seed, seed), `means` first:
         rows (of train), auc, logloss, valid figures, what was chosen (not of means), options
         results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
@@ -125,7 +126,7 @@ def parse_args(argv=None):
 def read_run(run_dir, features, fields=()):
     """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
     [N, P], train_codes [n, P], history [N] (train rows per user), described (the fields of --fields), for
-    `dense` profiles.pt and codebook.pt
+    `dense` profiles.pt and codebook.pt, for `items` item_codes int64 [M]
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
@@ -134,6 +135,10 @@ def read_run(run_dir, features, fields=()):
     inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet", "items.parquet"]
     inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features)
     inputs += ["train_codes.parquet"] * bool(bank.get("has_folds"))
+    if has_items := "items" in "+".join(features).split("+"):
+        if not read_sidecar(folder, "profiles.pt")["options"].get("items"):
+            fail(f"--features items: {run_dir} has no item bank: run stages 2 (with --items) and 3 again")
+        inputs.append("item_bank.parquet")
     tables = dict(zip(inputs, read_artifacts(folder, *inputs)))
     interactions, users = tables["interactions.parquet"], tables["users.parquet"]
     split = {name: interactions[interactions["split"] == name]
@@ -145,11 +150,15 @@ def read_run(run_dir, features, fields=()):
                  f"undefined: choose another --threshold in stage 1")
     codes = tables["feature_bank.parquet"][bank["names"]]
     train_codes = tables.get("train_codes.parquet", codes.iloc[split["train"]["user"]])[bank["names"]]
-    items = tables["items.parquet"]
+    items, item_codes = tables["items.parquet"], None
+    if has_items:
+        item_codes = tables["item_bank.parquet"]["code"].to_numpy()
     return SimpleNamespace(
         inputs=inputs, prepared=prepared, split_seed=prepared["split_seed"], split=split, labels=labels,
         users=users, names=bank["names"], code_sizes=bank["codes"], codes=codes.to_numpy(dtype=np.int64),
         train_codes=train_codes.to_numpy(dtype=np.int64), num_items=len(items), items=items,
+        item_codes=item_codes,
+        num_item_codes=read_sidecar(folder, "item_bank.parquet")["codes"] if has_items else 0,
         history=np.bincount(split["train"]["user"], minlength=len(users)),
         described=described_columns(fields, items, users, split["train"]),
         stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"),
@@ -329,8 +338,10 @@ def main(args):
         text += "\nFigures 5 and 6, AUC and logloss by codebook size: figure5.png, figure6.png\n"
     if args.bench:
         profiles = read_artifacts(args, "profiles.pt")[0]["profiles"].flatten(-2).float()
-        facts["serving"] = serving_figures(args, runs[0].num_items, torch.tensor(runs[0].codes),
-                                           [size + 1 for size in runs[0].code_sizes],
+        item_codes = np.empty((runs[0].num_items, 0), int) if runs[0].item_codes is None else \
+            runs[0].item_codes[:, None]
+        sizes = [size + 1 for size in runs[0].code_sizes] + [runs[0].num_item_codes] * item_codes.shape[1]
+        facts["serving"] = serving_figures(args, torch.tensor(runs[0].codes), torch.tensor(item_codes), sizes,
                                            profiles.view(-1, *profiles.shape[-2:])[-1])
         table = "\n".join(serving_table(facts["serving"]))
         print(table)

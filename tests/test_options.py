@@ -25,6 +25,7 @@ OPTIONS = {
         "split-seed": [([1], [], MOVES), ([1], ["--split", "temporal"], REFUSED)]},
     "02_infer_profiles.py": {
         "run-dir": ELSEWHERE, "only-users": ELSEWHERE, "prior": ELSEWHERE, "released": ELSEWHERE,
+        "items": [([], [], SAME), ([], ["--mask", "causal"], REFUSED)], "only-items": ELSEWHERE,
         "seed": [([1], [], MOVES)], "paper": [([], [], MOVES)], "llm": [(["tiny", "--tiny-steps", 2], [], MOVES)],
         "evidence": [(["history"], GRADIENT, MOVES), (["history"], [], REFUSED), (["review"], [], REFUSED)],
         "ratings": [([], [], MOVES)], "folds": [([2], [], MOVES), ([1], [], REFUSED)],
@@ -44,7 +45,7 @@ OPTIONS = {
         "heldout": [([20], [], MOVES)], "dtype": [(["mixed"], [], MOVES), (["bfloat16"], [], MOVES)], "estimate": [([], [], STOPS)],
         "batch-size": [([7], GRADIENT, SAME), ([7], [], REFUSED)], "tokens-per-batch": [([200], [], SAME)]},
     "03_quantize.py": {
-        "run-dir": ELSEWHERE, "apply": ELSEWHERE, "seed": [([1], [], MOVES)], "paper": [([], [], MOVES)],
+        "run-dir": ELSEWHERE, "apply": ELSEWHERE, "item-codes": [([4], [], REFUSED)], "seed": [([1], [], MOVES)], "paper": [([], [], MOVES)],
         "released": [([], [], MOVES)], "codes": [([3, 2], [], MOVES), ([100, 100], [], REFUSED)],
         "whiten": [([], [], MOVES)], "init": [(["released"], [], MOVES)],
         "stability": [([1], [], MOVES)], "epochs": [([3], [], MOVES)], "lr": [([0.1], [], MOVES), ([1e300], [], REFUSED), ([1e29], [], REFUSED), ([0], [], REFUSED)],

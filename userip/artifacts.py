@@ -20,10 +20,13 @@ from userip.checks import find_problem, find_sidecar_problem
 
 MADE_BY = {name: command for command, names in {
     "01_prepare.py": "interactions.parquet items.parquet users.parquet prepare.json",
-    "02_infer_profiles.py": "scores.pt profiles.pt",
+    "02_infer_profiles.py": "scores.pt profiles.pt item_vectors.pt",
     "02_infer_profiles.py --only-users FILE": "new_profiles.pt",
-    "03_quantize.py": "codebook.pt train_codes.parquet feature_bank.parquet",
+    "02_infer_profiles.py --only-items FILE": "new_item_vectors.pt",
+    "03_quantize.py": "codebook.pt train_codes.parquet item_codebook.pt item_bank.parquet "
+                      "feature_bank.parquet",
     "03_quantize.py --apply": "new_codes.parquet",
+    "03_quantize.py --apply items": "new_item_codes.parquet",
     "04_train_ctr.py": "results.parquet results.md",
     "05_case_study.py": "report.html",
 }.items() for name in names.split()}  # artifact -> the command that makes it

@@ -16,6 +16,7 @@ COLUMNS = {
     "users.parquet": {"user": "order", "user_id": "text"},
     "feature_bank.parquet": {"user": "order", "user_id": "text"},
     "train_codes.parquet": {"user": "index", "item": "index"},
+    "item_bank.parquet": {"item": "order", "item_id": "text"},
     "results.parquet": {"model": {"base rate", "means", *MODELS}, "features": "text", "split_seed": "index",
                         "seed": "index", "auc": "number", "logloss": "number",
                         **dict.fromkeys(("lr", "weight_decay", "start"), "maybe number")}}
@@ -34,7 +35,11 @@ TENSORS = {
                     "fold?": "int64 R", "prior?": {str: PART}, "habits?": "float32 NH"},
     "new_profiles.pt": {"names": [str, "P"], "user_id": [str, "U"], "profiles": "float32 UPD",
                         "num_evidence": "int64 UP", "has_evidence": "bool U", "habits?": "float32 UH"},
-    "codebook.pt": {str: PART | {"usage": "int64 k"}}}
+    "codebook.pt": {str: PART | {"usage": "int64 k"}},
+    "item_vectors.pt": {"vectors": "float32 MV"},
+    "new_item_vectors.pt": {"item_id": [str, "U"], "vectors": "float32 UV"},
+    "item_codebook.pt": {"mean": "float32 V", "scale": "float32 V", "landmarks": "float32 LV",
+                         "coefficients": "float64 L", "intercept": "float64 I", "codebook": "float32 KI"}}
 WORDS = {"N": "number of users", "M": "number of items", "R": "number of train rows"}
 WITH_FOLDS = {"profiles": "float32 FNPD", "num_evidence": "int64 FNP", "habits?": "float32 FNH"}
 SIDECAR = {"sha256": str, "inputs": {str: str}, "options": {}, "seed": SEED}
@@ -47,6 +52,7 @@ SIDECARS = {  # more, of which later stages read something
                     "options": {"method?": str, "evidence?": str, "ratings?": bool, "route?": [str]}},
     "feature_bank.parquet": {"names": [str, "P"], "codes": [COUNT, "P"], "has_folds?": bool},
     "train_codes.parquet": {"names": [str]},
+    "item_bank.parquet": {"codes": COUNT},
     "results.parquet": {
         "gains": {str: {"auc_gain": float, "auc_half_interval": float, "share_of_oracle?": float}},
         "options": {"models": [{"means", *MODELS}], "hidden": [COUNT], "dropout": (float, 0, 1 - 1e-15),
@@ -92,8 +98,9 @@ def find_sidecar_problem(name, sidecar):
 def _problem_of_artifact(name, value, sidecar, sizes):
     if name in COLUMNS:
         names = sidecar["names"] if name in ("feature_bank.parquet", "train_codes.parquet") else []
-        codes = sidecar.get("codes", [np.inf] * len(names))
-        problem = _problem_of_frame(value, COLUMNS[name], dict(zip(names, codes)))
+        codes = {"code": sidecar["codes"] - 1} if name == "item_bank.parquet" else \
+            dict(zip(names, sidecar.get("codes", [np.inf] * len(names))))  # of items, none is unknown
+        problem = _problem_of_frame(value, COLUMNS[name], codes)
     elif name in TENSORS:
         has_folds = name == "profiles.pt" and isinstance(value, dict) and "fold" in value
         folds = WITH_FOLDS if has_folds else {}
@@ -239,14 +246,16 @@ def _facts(name, value, sidecar):
     facts = {}
     if name in ("users.parquet", "feature_bank.parquet"):
         facts = {"N": len(value), "user_ids": value["user_id"].tolist()}
-    elif name in ("items.parquet", "train_codes.parquet"):
-        facts = {"M" if name == "items.parquet" else "R": len(value)}
+    elif name in ("items.parquet", "item_bank.parquet"):
+        facts = {"M": len(value), "item_ids": value["item_id"].tolist()}
+    elif name == "train_codes.parquet":
+        facts = {"R": len(value)}
     elif name == "interactions.parquet":
         facts = {letter: int(value[column].max()) + 1 for letter, column in (("N", "user"), ("M", "item"))}
         facts["R"] = int((value["split"] == "train").sum())
     elif name == "codebook.pt":
         facts = {"profiles": list(value), "codes": [len(part["codebook"]) for part in value.values()]}
-    elif name in TENSORS:
+    elif name in ("scores.pt", "profiles.pt", "new_profiles.pt"):
         facts = {"profiles": value["names"]}
     if name == "scores.pt":
         facts["M"] = len(value["tables"][0]) // value["num_verdicts"][0]

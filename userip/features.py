@@ -60,6 +60,11 @@ def bank_columns(run, seed):
             for code, size, train in zip(run.codes.T, run.code_sizes, run.train_codes.T)]
 
 
+def item_bank_columns(run, seed):
+    """The codes of the item bank"""
+    return [Column("item", run.item_codes[None], run.num_item_codes)]
+
+
 def truth_columns(run, seed):
     codes = [pd.factorize(run.users[f"true_{name}"], sort=True)[0] for name in run.names]
     return [Column("user", code[None], int(code.max()) + 1) for code in codes]
@@ -180,7 +185,8 @@ def described_columns(names, items, users, train):
 # run and seed -> list of Column. run: see read_run of stage 4
 PARTS = {"codes": bank_columns, "truth": truth_columns, "cf": cf_columns, "leniency": leniency_columns,
          "leniency16": shrunk_columns("user", 16), "habits16": habits_columns,
-         "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns, "dense-means": dense_means_columns}
+         "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns, "items": item_bank_columns,
+         "dense-means": dense_means_columns}
 FEATURES = ("none", "random", "dense", *PARTS)
 PROFILE_FREE = {"none", "leniency", "leniency16", "habits16", "item-mean", "tfidf",
                 "dense-means"}  # the same for any codebook

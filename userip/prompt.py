@@ -207,8 +207,10 @@ class Prompt:
         theta = soft[:, may_read].to(self.embedding.dtype).reshape(len(soft), len(readable), -1)
         return self._keys(theta, readable, torch.cat([self.fixed, readable]), self.fixed_keys)
 
-    def hidden_cached(self, ids, owner, keys):
-        """The same as hidden_full, from keys = soft_keys(soft, may_read) -> [B, T, D]"""
+    def hidden_cached(self, ids, owner, keys, all_layers=False):
+        """The same as hidden_full, from keys = soft_keys(soft, may_read) -> [B, T, D], or a tuple of these:
+        the embeddings and the states after each layer
+        """
         (batch, num_tokens), parts = ids.shape, [self.fixed_keys]
         if keys:
             parts.append([tuple(part.index_select(0, owner) for part in layer) for layer in keys])
@@ -218,8 +220,9 @@ class Prompt:
         mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=self.device).tril()
         mask = F.pad(mask, (cache.get_seq_length(), 0), value=True).expand(batch, 1, -1, -1)  # [B, 1, T, T']
         position = self.position[-1] + torch.arange(num_tokens, device=self.device)
-        return self.body(inputs_embeds=inputs, attention_mask=mask, position_ids=position[None],
-                         past_key_values=cache, use_cache=False).last_hidden_state
+        output = self.body(inputs_embeds=inputs, attention_mask=mask, position_ids=position[None],
+                           past_key_values=cache, use_cache=False, output_hidden_states=all_layers)
+        return output.hidden_states if all_layers else output.last_hidden_state
 
     # -- the likelihood -----------------------------------------------------------------------------------
 

@@ -95,6 +95,18 @@ def means_without_folds(split, seed, num_users, num_items):
     return *map(np.stack, zip(*means)), fold
 
 
+def residual_means(rows, num_items):
+    """The mean rating of each item, less what its users give on average, and its reliability, n / (n +
+    σ²/τ²), from a frame of rows: float64 [M], [M], 0 without a row
+    """
+    rating, user, item = (rows[name].to_numpy() for name in ("rating", "user", "item"))
+    mean, ratio = variance_ratio(rating.astype(float), user)
+    user_mean, _ = shrunk_sums(rating - mean, user, ratio, user.max() + 1)
+    residual = rating - mean - user_mean[user]
+    item_mean, count = shrunk_sums(residual, item, 0.0, num_items)
+    return item_mean, count / (count + variance_ratio(residual, item)[1])
+
+
 def foretold_means(items, train, seed, num_folds=10):
     """The mean rating of each item that texts of other items foretell [M], and its fold of the items [M]: a
     ridge regression of items' means, less what their users give on average, on TF-IDF of words and pairs of
@@ -106,14 +118,9 @@ def foretold_means(items, train, seed, num_folds=10):
     for left_out in np.unique(fold) if len(items) > 1 else []:
         rows = train[fold[train["item"]] != left_out]
         known, asked = has_rows & (fold != left_out), fold == left_out
-        rating, user, item = (rows[name].to_numpy() for name in ("rating", "user", "item"))
-        mean, ratio = variance_ratio(rating.astype(float), user)
-        user_mean, _ = shrunk_sums(rating - mean, user, ratio, user.max() + 1)
-        residual = rating - mean - user_mean[user]
-        item_mean, count = shrunk_sums(residual, item, 0.0, len(items))
-        weight = (count / (count + variance_ratio(residual, item)[1]))[known]  # of a mean of so many ratings
+        item_mean, weight = (part[known] for part in residual_means(rows, len(items)))
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True)
-        model = Ridge().fit(vectorizer.fit_transform(texts[known]), item_mean[known], weight / weight.mean())
+        model = Ridge().fit(vectorizer.fit_transform(texts[known]), item_mean, weight / weight.mean())
         foretold[asked] = model.predict(vectorizer.transform(texts[asked]))
     return foretold, fold
 

@@ -14,17 +14,22 @@ class FoldedDCN:
 
     By induction x_l = α_l x_0 + β_l with β_l = b_0 + … + b_{l-1}, α_{l+1} = α_l (1 + w_lᵀ x_0) + w_lᵀ β_l. So
     of x_0 the model reads only w_lᵀ x_0 [L], the head's part [1] and the MLP's first layer [H]. These are
-    sums over the fields; the parts of a user and of the user's codes are added in advance.
+    sums over the fields; the parts of a user and of the user's codes are added in advance, and so are those
+    of an item and of the item's codes.
     """
 
-    def __init__(self, net, tables, codes):
-        """net: common.DCN; tables: embeddings [n_f, E] of user, item, code, …; codes int64 [N, P]"""
+    def __init__(self, net, tables, codes, item_codes):
+        """net: common.DCN; tables: embeddings [n_f, E] of user, item, the users' codes, the items' codes;
+        codes int64 [N, P], item_codes int64 [M, P']
+        """
         first, *self.layers = net.mlp.layers
         input_dim = net.weights.shape[1]
         maps = torch.cat([net.weights, net.head.weight[:, :input_dim], first.weight])  # [L + 1 + H, X]
         users, self.items, *code_parts = (table @ part.T for table, part in zip(tables, maps.split(
             [table.shape[1] for table in tables], 1)))
-        self.users = users + sum(part[codes[:, k]] for k, part in enumerate(code_parts))  # [N, L + 1 + H]
+        parts = iter(code_parts)
+        self.users = users + sum(next(parts)[code] for code in codes.T)  # [N, L + 1 + H]
+        self.items = self.items + sum(next(parts)[code] for code in item_codes.T)  # [M, L + 1 + H]
         self.items[:, -len(first.bias):] += first.bias
         biases = torch.cat([torch.zeros(1, input_dim), net.biases.cumsum(0)])  # β_0 … β_L
         self.steps = (net.weights * biases[:-1]).sum(1).tolist()  # w_lᵀ β_l
@@ -44,19 +49,22 @@ class FoldedDCN:
 
 
 @torch.no_grad()
-def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=((1, 1000), (10_000, 60))):
-    """codes int64 [N, P], vectors [N, C] (the profiles), rounds: batch size, number of requests -> {mode of
-    serving: megabytes held, median and p99 seconds per 10,000 rows by batch size}, with random weights
+def serving_figures(args, codes, item_codes, code_sizes, vectors, rounds=((1, 1000), (10_000, 60))):
+    """codes int64 [N, P], item_codes int64 [M, P'], code_sizes [P + P'], vectors [N, C] (the profiles),
+    rounds: batch size, number of requests -> {mode of serving: megabytes held, median and p99 seconds per
+    10,000 rows by batch size}, with random weights
     """
     torch.manual_seed(0)
-    sizes = [len(codes), num_items, *code_sizes]
+    sizes = [len(codes), len(item_codes), *code_sizes]
     tables = [torch.randn(size, args.field_dim) for size in sizes]
     table, first = torch.cat(tables), torch.tensor([0, *sizes[:-1]]).cumsum(0)
     plain, with_bank, with_vectors = (
         build("dcn", num_fields, args.field_dim, args.layers, args.hidden, dims).eval()
         for num_fields, dims in ((2, ()), (len(sizes), ()), (3, [vectors.shape[1]])))
-    bank = codes.to(torch.uint8 if max(code_sizes) < 256 else torch.int32)
-    folded, folded_bank = FoldedDCN(plain, tables[:2], codes), FoldedDCN(with_bank, tables, codes)
+    bank, item_bank = (part.to(torch.uint8 if max(code_sizes) < 256 else torch.int32)
+                       for part in (codes, item_codes))
+    folded = FoldedDCN(plain, tables[:2], codes[:, :0], item_codes[:, :0])
+    folded_bank = FoldedDCN(with_bank, tables, codes, item_codes)
 
     def rows(user, item, *more):
         """user, item [B], more ids [B, P] -> rows of the table [B, F, E]"""
@@ -65,8 +73,8 @@ def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=((1, 100
 
     modes = {  # function of user and item [B] -> logits [B], and the tensors that it holds
         "DCN": (lambda user, item: plain(rows(user, item)), [*tables[:2], *plain.parameters()]),
-        "DCN + bank": (lambda user, item: with_bank(rows(user, item, bank[user])),
-                       [*tables, *with_bank.parameters(), bank]),
+        "DCN + bank": (lambda user, item: with_bank(rows(user, item, bank[user], item_bank[item])),
+                       [*tables, *with_bank.parameters(), bank, item_bank]),
         "DCN + vectors": (lambda user, item: with_vectors(rows(user, item), None, vectors[user]),
                           [*tables[:2], *with_vectors.parameters(), vectors]),
         "DCN, folded": (folded, [folded.users, folded.items]),
@@ -76,7 +84,7 @@ def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=((1, 100
     for size, num_rounds in rounds:
         taken = {name: [] for name in modes}
         for _ in range(num_rounds):
-            user, item = (torch.randint(limit, (size,)) for limit in (len(codes), num_items))
+            user, item = (torch.randint(limit, (size,)) for limit in (len(codes), len(item_codes)))
             for name, (serve, _) in modes.items():
                 started = time.perf_counter()
                 serve(user, item).sigmoid()

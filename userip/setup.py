@@ -10,7 +10,7 @@ import torch.distributed as dist
 from userip.artifacts import fail, read_artifacts
 from userip.evidence import FIELDS, Evidence, join, make_routes, observe, tokenize
 from userip.heldout import heldout_events
-from userip.llm import choose_llm, load_llm, make_tiny_llm, mix, multiplies_bfloat16
+from userip.llm import choose_llm, load_llm, make_tiny_llm, mix, multiplies_bfloat16, tiny_stamp
 from userip.prior import read_codebook
 from userip.progress import Progress, recipe_of
 from userip.prompt import Prompt
@@ -173,8 +173,22 @@ def set_up(args, rank, world):
     generator = torch.Generator().manual_seed(args.seed)
     progress = None if args.estimate else Progress(args, recipe, generator, rank, world)
     return SimpleNamespace(args=args, llm=llm, profiles=profiles, prompt=prompt, observed=observed,
-                           routes=routes, evidence=evidence, size=size, tune=tune, report=report,
+                           routes=routes, evidence=evidence, items=items, size=size, tune=tune, report=report,
                            codebook=codebook, progress=progress, habits=habits)
+
+
+def load_again(args, stored, options):
+    """Tokenizer and Prompt of a run that has ended: stored is profiles.pt, options those in its sidecar"""
+    llm = stored["llm"]
+    if llm == "tiny" and tiny_stamp(args.run_dir) != stored["tiny_llm"]:
+        fail(f"{args.run_dir}/tiny_llm is not the LLM that made profiles.pt: run stage 2 again")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_llm(args, llm, device,
+                                torch.bfloat16 if options["dtype"] == "bfloat16" else torch.float32)
+    if options["dtype"] == "mixed":
+        mix(model)
+    profiles = dict(zip(stored["names"], stored["texts"]))
+    return tokenizer, Prompt((model, tokenizer), profiles, options["task_text"], options["soft_tokens"])
 
 
 def estimate(run, sample_size=512):
