@@ -18,9 +18,10 @@ from tqdm import tqdm
 from common import logloss
 from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
 from userip.evidence import FIELDS, item_pieces, join
-from userip.llm import choose_llm, load_llm, make_tiny_llm
+from userip.llm import choose_llm, load_llm, make_tiny_llm, mix, multiplies_bfloat16
 from userip.options import at_least, stage_parser
 from userip.progress import digest_of_weights
+from userip.setup import SMALL_LLM
 
 INPUTS = ["interactions.parquet", "items.parquet", "users.parquet"]
 SPLITS = "train", "valid", "test"
@@ -35,6 +36,8 @@ def baseline_parser(doc):
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds; seed of the tiny LLM")
     add.training("--seeds", type=at_least(1, at_most=10_000), default=3, help="seeds of what is trained")
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
+    add.machine("--dtype", choices=["auto", "float32", "mixed"], default="auto",
+                help="mixed: products in bfloat16 (auto: for large LLMs on CPUs that have it; CUDA bfloat16)")
     add.machine("--tokens-per-batch", type=at_least(16), default=4096, help="tokens per forward pass")
     return parser, add
 
@@ -82,7 +85,14 @@ def load_baseline_llm(args, data, prompt_texts):
                            for item, label in zip(train["item"], train["label"])], index=train.index)
         make_tiny_llm(folder, rated.groupby(train["user"]).agg(list).tolist(), list(prompt_texts))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_llm(folder, name, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    is_half = args.dtype == "auto" and device == "cuda"
+    model, tokenizer = load_llm(folder, name, device, torch.bfloat16 if is_half else torch.float32)
+    size = sum(weight.numel() for weight in model.parameters())
+    is_auto = args.dtype == "auto" and not is_half and size >= SMALL_LLM and multiplies_bfloat16()
+    if is_auto or args.dtype == "mixed":
+        mix(model)
+    print(f"LLM {name}: {size:,} parameters, {'mixed' if is_auto or args.dtype == 'mixed' else model.dtype} on "
+          f"{device}")
     context = getattr(model.config, "max_position_embeddings", None) or 2048
     return SimpleNamespace(name=name, model=model, tokenizer=tokenizer, device=device, context=context,
                            digest=digest_of_weights(model))
@@ -117,10 +127,10 @@ def code_digests(*files):
 
 
 def tokenize(llm, texts, max_tokens):
-    """The last `max_tokens` tokens of each text behind a BOS, if the LLM has one: list of lists of ids"""
+    """The last `max_tokens` tokens of each text behind a BOS, if the LLM has one: lists of ids, never empty"""
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     ids = llm.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
-    return [start + one[-max(1, max_tokens - len(start)):] for one in ids]
+    return [start + one[-max(1, max_tokens - len(start)):] or [0] for one in ids]
 
 
 def batches(ids, tokens_per_batch):
