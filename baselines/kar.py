@@ -1,16 +1,16 @@
 """Baseline KAR: a LLM's knowledge of users and items as dense fields of a click model.
 
 KAR (Xi et al., "Towards Open-World Recommendation with Knowledge Augmentation from Large Language Models",
-2023) asks a frozen LLM what a user prefers, by their rated history, and what an item is like. An encoder makes
-a vector of each answer, r_u and r_i. A hybrid-expert adaptor, trained with the click model, makes them narrow:
-shared experts read both kinds, own experts read one, and a gate softmax(W r) weighs them. The click model
-reads the result as dense fields beside the ids. The LLM runs offline, the adaptor online or in advance.
+2023) asks a frozen LLM what a user prefers, by their rated history, and what an item is like. An encoder
+makes a vector of each answer, r_u and r_i. A hybrid-expert adaptor, trained with the click model, makes them
+narrow: shared experts read both kinds, own experts read one, and a gate softmax(W r) weighs them. The click
+model reads the result as dense fields beside the ids. The LLM runs offline, the adaptor online or in advance.
 
 As in the paper: generated answers (--text generated), greedy; mean pool as encoding; shared and own experts
 with softmax gates; adaptor and click model trained together on binary cross-entropy.
 What differs: the LLM itself is the encoder; prompts are one sentence; vectors are standardized by users and
-items of train rows; the LLM never sees a train row's own rating (--folds: r_u is made without each fold of the
-rows, and a train row reads the one without its own); the click model is a DCN with stage 4's options.
+items of train rows; a train row's own rating is not in the prompt (--folds: r_u is made without each fold of
+the rows, and a train row reads the one without its own); the click model is a DCN with stage 4's options.
 --text history encodes the prompt itself, without generation.
 
 Three sets of features: `none` (the DCN alone), `random` (the same vectors, dealt to other users and items:
@@ -19,7 +19,7 @@ are restored, test is scored once. A killed run continues.
 
 Reads   interactions.parquet, items.parquet, users.parquet
 Writes  baseline-kar.parquet: per (features, seed) rows (of train), test_rows, auc, logloss, valid figures
-        baselines/tiny_llm/: the LLM, where --llm is tiny; baselines/kar/: finished work
+        baselines/kar/: finished work, and the LLM where --llm is tiny
 
 Example: python baselines/kar.py --llm tiny        (4 minutes on two cores)
   wrote runs/demo/baseline-kar.parquet: 9 rows | none AUC 0.6… | random AUC 0.6… | generated AUC 0.6…
@@ -41,6 +41,7 @@ from torch.nn import functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from common import DCN  # noqa: E402
+from userip.artifacts import fail  # noqa: E402
 from userip.baseline import (SPLITS, WORDS, Finished, baseline_parser, code_digests, figures_of,  # noqa: E402
                              item_texts, load_baseline_llm, pad, pool_in_blocks, read_data, tokenize,
                              write_baseline)
@@ -53,7 +54,7 @@ from userip.serving import time_modes  # noqa: E402
 FIELD_DIM, LAYERS, HIDDEN, DROPOUT, WEIGHT_DECAY, START = 8, 3, (16, 16), 0.2, 3e-3, 0.5
 USER_QUESTION = "Considering category, brand and price, the user prefers"
 ITEM_QUESTION = "The item is"
-OWN_BLOCK = 32  # prompts that are answered side by side
+BLOCK = 32  # prompts that are answered side by side
 BANK_SIZES = 5, 4  # codes of two profiles and "unknown", as stage 3 makes them, for the comparison of costs
 
 
@@ -114,10 +115,10 @@ def knowledge_texts(args, llm, finished, prompts, question):
     if args.text == "history":
         return prompts, 0
     asked = [f"{prompt} {question}" for prompt in prompts]
-    blocks = [asked[first:first + OWN_BLOCK] for first in range(0, len(asked), OWN_BLOCK)]
+    blocks = [asked[first:first + BLOCK] for first in range(0, len(asked), BLOCK)]
     parts = [finished.compute([llm.digest, "answer", llm.device, args.new_tokens, block],
                               lambda: answer(llm, block, args.new_tokens))
-             for block in tqdm(blocks, desc="answer", unit="text", unit_scale=OWN_BLOCK, mininterval=2)]
+             for block in tqdm(blocks, desc="answer", unit="text", unit_scale=BLOCK, mininterval=2)]
     return [text for texts, _ in parts for text in texts], sum(count for _, count in parts)
 
 
@@ -162,7 +163,7 @@ def knowledge(args, llm, data, finished):
 
 
 class HybridExperts(nn.Module):
-    """r_u, r_i [B, D] -> [B, q] each: Σ_e softmax(W r)_e E_e(r), e over the shared and the kind's own experts"""
+    """r_u, r_i [B, D] -> [B, q] each: Σ_e softmax(W r)_e E_e(r) over the shared and the kind's own experts e"""
 
     def __init__(self, dim, num_shared, num_own, expert_dim, hidden=32):
         super().__init__()
@@ -210,8 +211,8 @@ class Reader:
         """vectors: () or r_u [F + 1, N, D], r_i [M, D], fold of each train row [n]"""
         split = {name: data.split[name] for name in SPLITS}
         nothing = {name: np.zeros((len(frame), 0), dtype=np.int64) for name, frame in split.items()}
-        self.ids, self.num_rows, self.unknown = table_rows(split, nothing, [], data.num_users, data.num_items, 0)
-        self.ids = {name: ids.to(device) for name, ids in self.ids.items()}
+        ids, self.num_rows, self.unknown = table_rows(split, nothing, [], data.num_users, data.num_items, 0)
+        self.ids = {name: part.to(device) for name, part in ids.items()}
         self.users, self.items = (part.to(device) for part in vectors[:2]) if vectors else (None, None)
         if vectors:
             fold = dict.fromkeys(SPLITS, len(self.users) - 1) | {"train": torch.from_numpy(vectors[2])}
@@ -261,7 +262,7 @@ def train(args, data, vectors, seed):
     for epoch in range(1, args.epochs + 1):
         model.train()
         order = torch.randperm(len(labels), generator=generator)
-        is_dropped = torch.empty(len(labels), dtype=torch.bool).bernoulli_(args.id_dropout, generator=generator)
+        is_dropped = torch.rand(len(labels), generator=generator) < args.id_dropout
         for rows in order.split(args.batch_size):
             ids, read = reader.read("train", rows)
             if args.id_dropout:
@@ -277,7 +278,7 @@ def train(args, data, vectors, seed):
         if epoch - best_epoch >= args.patience:
             break
     if state is None:
-        raise SystemExit(f"no finite logloss on valid with --lr {args.lr:g}: lower it")
+        fail(f"no finite logloss on valid with --lr {args.lr:g}: lower it")
     model.load_state_dict(state)
     test = figures_of(data.labels["test"], predict(model, reader, "test"))
     row = {"seed": seed, "rows": len(labels), "test_rows": len(data.labels["test"]), **test, **best,
@@ -331,11 +332,12 @@ def serving(args, users, items, rounds=((1, 1000), (10_000, 60))):
 def print_serving(figures):
     """The costs, and the claim that the paper's 52% and 37% are measured beside"""
     for name, row in figures.items():
-        print(f"{name}: {row['median_10000']:.4f} s per 10,000 rows in batches of 10,000, {row['median_1']:.4f} "
-              f"one by one; {row['megabytes']:.2f} MB held")
+        print(f"{name}: {row['median_10000']:.4f} s per 10,000 rows in batches of 10,000, "
+              f"{row['median_1']:.4f} one by one; {row['megabytes']:.2f} MB held")
     bank = figures["DCN + bank"]
     for name in [name for name in figures if "KAR" in name]:
-        time_saved, memory_saved = (1 - bank[key] / figures[name][key] for key in ("median_10000", "megabytes"))
+        time_saved, memory_saved = (1 - bank[key] / figures[name][key]
+                                    for key in ("median_10000", "megabytes"))
         print(f"DCN + bank against {name}: {time_saved:.0%} less time, {memory_saved:.0%} less memory "
               f"(the paper's seconds: 75% less, 1.21 against 4.78; said of it: 52% and 37%)")
 
@@ -348,17 +350,19 @@ def print_serving(figures):
 def main(args):
     start_stage(args)
     data = read_data(args)
-    llm = load_baseline_llm(args, data, [USER_QUESTION, ITEM_QUESTION, "The user disliked:", "The user liked:"])
+    texts = USER_QUESTION, ITEM_QUESTION, "The user disliked:", "The user liked:"
+    llm = load_baseline_llm(args, data, texts, "kar")
     finished = Finished(args, "kar", {})
     users, items, fold, tokens_per_user = knowledge(args, llm, data, finished)
-    print(f"r_u {list(users.shape)}, r_i {list(items.shape)}, {tokens_per_user:,.0f} tokens of the LLM per user")
+    print(f"r_u {[*users.shape]}, r_i {[*items.shape]}, {tokens_per_user:,.0f} tokens of the LLM per user")
     decisive = {key: option for key, option in vars(args).items() if key not in ("run_dir", "seeds")}
     decisive |= data.digests | {"llm": llm.digest, "device": llm.device} | code_digests(
         "baselines/kar.py", "common.py", "userip/baseline.py", "userip/ctr_training.py")
     rows = []
     for features in ("none", "random", args.text):
         for seed in range(args.seed, args.seed + args.seeds):
-            vectors = {"none": (), "random": dealt((users, items, fold), seed)}.get(features, (users, items, fold))
+            vectors = () if features == "none" else (users, items, fold)
+            vectors = dealt(vectors, seed) if features == "random" else vectors
             trained = finished.compute([decisive, features, seed], lambda: train(args, data, vectors, seed))
             rows.append({"features": features} | trained["row"])
             print(f"{features}, seed {seed} | valid auc {rows[-1]['valid_auc']:.4f} logloss "

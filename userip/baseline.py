@@ -1,7 +1,8 @@
 """What the scripts of baselines/ share: options, the split of stage 1, the LLM, finished work, their rows.
 
 Only train rows, and a cold user's support rows for that user, are evidence. Valid rows stop and calibrate,
-test rows are scored once. A baseline trains its tiny LLM in RUN_DIR/baselines, never in that of stage 2.
+test rows are scored once. A baseline trains a tiny LLM of its own in
+RUN_DIR/baselines: stage 2's stays as it is.
 """
 
 import hashlib
@@ -67,34 +68,35 @@ def item_texts(items, fields=FIELDS[:4]):
     return [join(item_pieces(item, fields)).strip() for item in items.itertuples()]
 
 
-def load_baseline_llm(args, data, prompt_texts):
+def load_baseline_llm(args, data, prompt_texts, name=""):
     """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights.
+    name: of the baseline, whose own folder in RUN_DIR/baselines holds its tiny LLM
 
     tiny is pretrained on train rows, "<item> liked." or "disliked.", in random order by user; prompt_texts:
     texts of the baseline's prompts, whose words become tokens, the last one before each user's items.
     """
-    name = args.llm
-    if name == "auto":
-        name, reason = choose_llm()
-        print(f"--llm auto: {name}, because {reason}")
-    folder = SimpleNamespace(run_dir=Path(args.run_dir) / "baselines", tiny_steps=args.tiny_steps,
+    source = args.llm
+    if source == "auto":
+        source, reason = choose_llm()
+        print(f"--llm auto: {source}, because {reason}")
+    folder = SimpleNamespace(run_dir=Path(args.run_dir) / "baselines" / name, tiny_steps=args.tiny_steps,
                              seed=args.seed)
-    if name == "tiny":
+    if source == "tiny":
         texts, train = item_texts(data.items), data.split["train"]
         rated = pd.Series([f" {texts[item].rstrip('.')} {WORDS[label]}."
                            for item, label in zip(train["item"], train["label"])], index=train.index)
         make_tiny_llm(folder, rated.groupby(train["user"]).agg(list).tolist(), list(prompt_texts))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_half = args.dtype == "auto" and device == "cuda"
-    model, tokenizer = load_llm(folder, name, device, torch.bfloat16 if is_half else torch.float32)
+    model, tokenizer = load_llm(folder, source, device, torch.bfloat16 if is_half else torch.float32)
     size = sum(weight.numel() for weight in model.parameters())
-    is_auto = args.dtype == "auto" and not is_half and size >= SMALL_LLM and multiplies_bfloat16()
-    if is_auto or args.dtype == "mixed":
+    is_mixed = args.dtype == "mixed" or (args.dtype == "auto" and not is_half and size >= SMALL_LLM
+                                         and multiplies_bfloat16())
+    if is_mixed:
         mix(model)
-    print(f"LLM {name}: {size:,} parameters, {'mixed' if is_auto or args.dtype == 'mixed' else model.dtype} on "
-          f"{device}")
+    print(f"LLM {source}: {size:,} parameters, {'mixed' if is_mixed else model.dtype} on {device}")
     context = getattr(model.config, "max_position_embeddings", None) or 2048
-    return SimpleNamespace(name=name, model=model, tokenizer=tokenizer, device=device, context=context,
+    return SimpleNamespace(name=source, model=model, tokenizer=tokenizer, device=device, context=context,
                            digest=digest_of_weights(model))
 
 
@@ -127,7 +129,7 @@ def code_digests(*files):
 
 
 def tokenize(llm, texts, max_tokens):
-    """The last `max_tokens` tokens of each text behind a BOS, if the LLM has one: lists of ids, never empty"""
+    """The last `max_tokens` tokens of each text, behind a BOS if the LLM has one: lists of ids, never empty"""
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     ids = llm.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
     return [start + one[-max(1, max_tokens - len(start)):] or [0] for one in ids]
