@@ -163,7 +163,7 @@ def knowledge(args, llm, data, finished):
 
 
 class HybridExperts(nn.Module):
-    """r_u, r_i [B, D] -> [B, q] each: Σ_e softmax(W r)_e E_e(r) over the shared and the kind's own experts e"""
+    """r_u, r_i [B, D] -> [B, q] each: Σ_e softmax(W r)_e E_e(r), e a shared expert or one of the kind"""
 
     def __init__(self, dim, num_shared, num_own, expert_dim, hidden=32):
         super().__init__()

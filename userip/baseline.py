@@ -7,6 +7,7 @@ RUN_DIR/baselines: stage 2's stays as it is.
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,7 +112,7 @@ class Finished:
 
     def compute(self, key, function):
         """What function() returns (tensors and plain values), computed once"""
-        decisive = json.dumps([self.facts, key, torch.__version__], sort_keys=True)
+        decisive = json.dumps([self.facts, key, torch.__version__, version("transformers")], sort_keys=True)
         path = self.folder / f"{hashlib.sha256(decisive.encode()).hexdigest()}.pt"
         if not path.is_file():
             value = function()
@@ -129,7 +130,7 @@ def code_digests(*files):
 
 
 def tokenize(llm, texts, max_tokens):
-    """The last `max_tokens` tokens of each text, behind a BOS if the LLM has one: lists of ids, never empty"""
+    """The last `max_tokens` tokens of each text, behind a BOS if the LLM has one: lists of ids, not empty"""
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     ids = llm.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
     return [start + one[-max(1, max_tokens - len(start)):] or [0] for one in ids]

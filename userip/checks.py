@@ -6,7 +6,7 @@ import torch
 
 from userip.ctr_models import MODELS
 
-BASELINES = "kar", "rella", "pepler", "peapod"  # baselines/NAME.py writes baseline-NAME.parquet
+BASELINES = "kar", "rella", "pepler"  # baselines/NAME.py writes baseline-NAME.parquet
 BASELINE = {  # its columns, beside the model
     "features": "text", "options": "text",
     **dict.fromkeys(("split_seed", "seed", "rows", "test_rows"), "index"),
