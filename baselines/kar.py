@@ -25,30 +25,31 @@ Example: python baselines/kar.py --llm tiny        (4 minutes on two cores)
   wrote runs/demo/baseline-kar.parquet: 9 rows | none AUC 0.6… | random AUC 0.6… | generated AUC 0.6…
 """
 
+# ruff: noqa: E402
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python baselines/kar.py finds userip/
-import userip  # noqa: E402, F401  (first: Ctrl-C ends in one line while the others load)
-import copy  # noqa: E402
-import time  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python baselines/kar.py` finds userip/
+import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
+import copy
+import time
 
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
 
-from common import DCN  # noqa: E402
-from userip.artifacts import fail  # noqa: E402
-from userip.baseline import (SPLITS, WORDS, Finished, baseline_parser, code_digests, figures_of,  # noqa: E402
+from common import DCN
+from userip.artifacts import fail
+from userip.baseline import (SPLITS, WORDS, Finished, baseline_parser, code_digests, figures_of,
                              item_texts, load_baseline_llm, pad, pool_in_blocks, read_data, tokenize,
                              write_baseline)
-from userip.ctr_training import table_rows  # noqa: E402
-from userip.evidence import assign_folds  # noqa: E402
-from userip.options import at_least, run_program, start_stage  # noqa: E402
-from userip.serving import time_modes  # noqa: E402
+from userip.ctr_training import table_rows
+from userip.evidence import assign_folds
+from userip.options import at_least, run_program, start_stage
+from userip.serving import time_modes
 
 # as in stage 4: width of an embedding E, cross layers, MLP, dropout, L2 penalty and start of the embeddings
 FIELD_DIM, LAYERS, HIDDEN, DROPOUT, WEIGHT_DECAY, START = 8, 3, (16, 16), 0.2, 3e-3, 0.5

@@ -27,28 +27,29 @@ Example: python baselines/rella.py --llm tiny        (5 minutes on two cores)
   wrote runs/demo/baseline-rella.parquet: 4 rows | semantic zero-shot AUC 0.5… | semantic lora AUC 0.6…
 """
 
+# ruff: noqa: E402
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python baselines/rella.py finds userip/
-import userip  # noqa: E402, F401  (first: Ctrl-C ends in one line while the others load)
-import itertools  # noqa: E402
-import time  # noqa: E402
-from types import SimpleNamespace  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python baselines/rella.py` finds userip/
+import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
+import itertools
+import time
+from types import SimpleNamespace
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from sklearn.linear_model import LogisticRegression  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
 
-from common import logloss  # noqa: E402
-from userip.artifacts import fail  # noqa: E402
-from userip.baseline import (WORDS, Finished, baseline_parser, batches, capped, code_digests,  # noqa: E402
+from common import logloss
+from userip.artifacts import fail
+from userip.baseline import (WORDS, Finished, baseline_parser, batches, capped, code_digests,
                              figures_of, item_texts, load_baseline_llm, pad, pool_in_blocks, read_data,
                              tokenize, write_baseline)
-from userip.options import at_least, run_program, start_stage  # noqa: E402
+from userip.options import at_least, run_program, start_stage
 
 OPENING, QUESTION = "The user's ratings:", "Will the user like {}? Answer Yes or No:"
 SCORED_BLOCK = 256  # rows whose scores are one finished piece

@@ -98,11 +98,12 @@ def table_of_baselines(baselines):
                 f"{serving['milliseconds']:,.4g}", f"{serving['bytes'] / 2**20:.2f}",
                 f"{serving['tokens_per_user']:,.0f}"]
             lines.append([model, features, f"{len(rows)}", f"{rows['rows'].iloc[0]:,}",
-                          f"{rows['test_rows'].iloc[0]:,}", spread(rows["auc"]), spread(rows["logloss"]), *cost])
+                          f"{rows['test_rows'].iloc[0]:,}", spread(rows["auc"]), spread(rows["logloss"]),
+                          *cost])
     return ["", "## LLM-based baselines", "",
             "By the scripts of baselines/, on the same split. Rows of train that trained, rows of test that "
-            "were scored: compare only what scored all. Serving: milliseconds per 10,000 rows, MB held; tokens "
-            "that the LLM read or wrote per user.", "",
+            "were scored: compare only what scored all. Serving: milliseconds per 10,000 rows, MB held; "
+            "tokens that the LLM read or wrote per user.", "",
             *markdown(["system", "features", "seeds", "train rows", "test rows", "AUC", "logloss",
                        "ms per 10,000", "held (MB)", "tokens per user"], lines), ""] if lines else []
 
