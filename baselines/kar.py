@@ -13,9 +13,9 @@ items of train rows; a train row's own rating is not in the prompt (--folds: r_u
 the rows, and a train row reads the one without its own); the click model is a DCN with stage 4's options.
 --text history encodes the prompt itself, without generation.
 
-Three sets of features: `none` (the DCN alone), `random` (the same vectors, dealt to other users and items:
-the control), and `generated` or `history`. Training stops early on valid logloss, the best epoch's weights
-are restored, test is scored once. A killed run continues.
+Sets of features: `none` (the DCN alone), `random` (the first --text's vectors, dealt to other users and
+items: the control), and `generated` or `history`. Training stops early on valid logloss, the best epoch's
+weights are restored, test is scored once. A killed run continues.
 
 Reads   interactions.parquet, items.parquet, users.parquet
 Writes  baseline-kar.parquet: per (features, seed) rows (of train), test_rows, auc, logloss, valid figures
@@ -32,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python baselines/kar.py` finds userip/
 import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
 import copy
+import itertools
 import time
 
 import numpy as np
@@ -49,7 +50,7 @@ from userip.baseline import (SPLITS, WORDS, Finished, baseline_parser, code_dige
 from userip.ctr_training import table_rows
 from userip.evidence import assign_folds
 from userip.options import at_least, run_program, start_stage
-from userip.serving import time_modes
+from userip.serving import serving_table, time_modes
 
 # as in stage 4: width of an embedding E, cross layers, MLP, dropout, L2 penalty and start of the embeddings
 FIELD_DIM, LAYERS, HIDDEN, DROPOUT, WEIGHT_DECAY, START = 8, 3, (16, 16), 0.2, 3e-3, 0.5
@@ -64,10 +65,10 @@ def parse_args(argv=None):
     add.data("--max-history", type=at_least(1), default=20, help="latest rated items of a user in the prompt")
     add.data("--folds", type=at_least(2, at_most=100), default=5,
              help="r_u is made without each of so many folds of the train rows, too")
-    add.method("--text", choices=["generated", "history"], default="generated",
-               help="encode what the LLM answers, or the prompt itself")
+    add.method("--text", nargs="+", choices=["generated", "history"], default=["generated"],
+               help="encode what the LLM answers, the prompt itself, or each in turn")
     add.method("--new-tokens", type=at_least(1, at_most=1000), default=24, help="of an answer, at most")
-    add.method("--shared-experts", type=at_least(0, at_most=100), default=2, help="that read r_u and r_i")
+    add.method("--shared-experts", type=at_least(1, at_most=100), default=2, help="that read r_u and r_i")
     add.method("--own-experts", type=at_least(1, at_most=100), default=2, help="of r_u, and of r_i")
     add.method("--expert-dim", type=at_least(1, at_most=4096), default=16, help="width of an expert's output")
     add.method("--id-dropout", type=at_least(0, float, 0.99), default=0.0,
@@ -77,7 +78,7 @@ def parse_args(argv=None):
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add.training("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress")
     args = parser.parse_args(argv)
-    if args.text == "history" and args.new_tokens != parser.get_default("new_tokens"):
+    if args.text == ["history"] and args.new_tokens != parser.get_default("new_tokens"):
         parser.error("--new-tokens means nothing with --text history: leave it out")
     return args
 
@@ -111,10 +112,8 @@ def answer(llm, prompts, num_tokens):
     return texts, sum(map(len, ids)) + written.numel()
 
 
-def knowledge_texts(args, llm, finished, prompts, question):
-    """The texts that are encoded, one per prompt, and the tokens that the LLM read or wrote for them"""
-    if args.text == "history":
-        return prompts, 0
+def answers(args, llm, finished, prompts, question):
+    """The LLM's answers, one per prompt, and the tokens that it read or wrote"""
     asked = [f"{prompt} {question}" for prompt in prompts]
     blocks = [asked[first:first + BLOCK] for first in range(0, len(asked), BLOCK)]
     parts = [finished.compute([llm.digest, "answer", llm.device, args.new_tokens, block],
@@ -124,9 +123,9 @@ def knowledge_texts(args, llm, finished, prompts, question):
 
 
 def encode(args, llm, finished, prompts, question):
-    """Texts, some alike, each answered and encoded once: float32 [R, D], number of tokens"""
+    """Prompts, some alike, each answered if there is a question, and encoded once: float32 [R, D], tokens"""
     unique = list(dict.fromkeys(prompts))
-    texts, num_written = knowledge_texts(args, llm, finished, unique, question)
+    texts, num_written = answers(args, llm, finished, unique, question) if question else (unique, 0)
     vectors, num_read = pool_in_blocks(args, llm, finished, texts)
     index = {text: number for number, text in enumerate(unique)}
     return vectors[[index[prompt] for prompt in prompts]], num_written + num_read
@@ -138,22 +137,29 @@ def standardized(vectors, is_fitted):
     return (vectors - fitted.mean(0)) / fitted.std(0, correction=0).clamp(min=1e-6)
 
 
-def knowledge(args, llm, data, finished):
+def in_train(data):
+    """Which users, and which items, have train rows: bool [N], bool [M]"""
+    return [np.bincount(data.split["train"][key], minlength=size) > 0
+            for key, size in (("user", data.num_users), ("item", data.num_items))]
+
+
+def knowledge(args, llm, data, finished, text):
     """r_u float32 [F + 1, N, D], without each fold and, last, with all rows; r_i [M, D]; the fold of each
-    train row int64 [n]; tokens per user
+    train row int64 [n]; tokens per user. text: generated or history
     """
+    user_question, item_question = (USER_QUESTION, ITEM_QUESTION) if text == "generated" else ("", "")
     train, history = data.split["train"], data.history
     fold = pd.Series(assign_folds(train, args.folds, args.seed), index=train.index)
     fold_of_row = fold.reindex(history.index, fill_value=-1)
-    is_warm, is_train_item = (torch.from_numpy(np.bincount(train[key], minlength=size) > 0)
-                              for key, size in (("user", data.num_users), ("item", data.num_items)))
+    is_warm, is_train_item = (torch.from_numpy(mask) for mask in in_train(data))
     prompts = [text for left_out in range(args.folds + 1)
                for text in user_prompts(args, data, history[fold_of_row != left_out])]
-    users, num_tokens = encode(args, llm, finished, prompts, USER_QUESTION)
+    users, num_tokens = encode(args, llm, finished, prompts, user_question)
     users = standardized(users, is_warm.repeat(args.folds + 1)).unflatten(0, (args.folds + 1, -1))
-    items, texts = torch.zeros(data.num_items, users.shape[2]), np.array(item_texts(data.items), dtype=object)
+    texts = np.array(item_texts(data.items), dtype=object)
+    items = torch.zeros(data.num_items, users.shape[2])
     for part in (is_train_item, ~is_train_item):  # other items' texts do not even share a batch with these
-        vectors, count = encode(args, llm, finished, texts[part.numpy()].tolist(), ITEM_QUESTION)
+        vectors, count = encode(args, llm, finished, texts[part.numpy()].tolist(), item_question)
         items[part], num_tokens = vectors, num_tokens + count
     return users, standardized(items, is_train_item), fold.to_numpy(), num_tokens / data.num_users
 
@@ -163,21 +169,32 @@ def knowledge(args, llm, data, finished):
 # ----------------------------------------------------------------------------------------------------------
 
 
+class Experts(nn.Module):
+    """n experts side by side, each a network of one hidden layer: r [B, D] -> [B, n, q]"""
+
+    def __init__(self, num, dim, expert_dim, hidden=32):
+        super().__init__()
+        self.first, self.dropout = nn.Linear(dim, num * hidden), nn.Dropout(DROPOUT)
+        self.second = nn.Parameter(torch.randn(num, hidden, expert_dim) / hidden**0.5)
+
+    def forward(self, r):
+        hidden = self.dropout(self.first(r).relu()).unflatten(1, (len(self.second), -1))  # [B, n, H]
+        return torch.einsum("bnh,nhq->bnq", hidden, self.second)
+
+
 class HybridExperts(nn.Module):
     """r_u, r_i [B, D] -> [B, q] each: Σ_e softmax(W r)_e E_e(r), e a shared expert or one of the kind"""
 
-    def __init__(self, dim, num_shared, num_own, expert_dim, hidden=32):
+    def __init__(self, dim, num_shared, num_own, expert_dim):
         super().__init__()
-        expert = lambda: nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(DROPOUT),
-                                       nn.Linear(hidden, expert_dim))
-        self.shared = nn.ModuleList(expert() for _ in range(num_shared))
-        self.own = nn.ModuleList(nn.ModuleList(expert() for _ in range(num_own)) for _ in range(2))
+        self.shared = Experts(num_shared, dim, expert_dim)
+        self.own = nn.ModuleList(Experts(num_own, dim, expert_dim) for _ in range(2))
         self.gates = nn.ModuleList(nn.Linear(dim, num_shared + num_own, bias=False) for _ in range(2))
 
     def adapt(self, kind, r):
         """kind 0: r_u, 1: r_i"""
         gate = self.gates[kind](r).softmax(1)  # [B, S + O]
-        outputs = torch.stack([expert(r) for expert in (*self.shared, *self.own[kind])], 1)  # [B, S + O, q]
+        outputs = torch.cat([self.shared(r), self.own[kind](r)], 1)  # [B, S + O, q]
         return (gate[:, :, None] * outputs).sum(1)
 
     def forward(self, r_u, r_i):
@@ -216,7 +233,7 @@ class Reader:
         self.ids = {name: part.to(device) for name, part in ids.items()}
         self.users, self.items = (part.to(device) for part in vectors[:2]) if vectors else (None, None)
         if vectors:
-            fold = dict.fromkeys(SPLITS, len(self.users) - 1) | {"train": torch.from_numpy(vectors[2])}
+            fold = dict.fromkeys(SPLITS, len(self.users) - 1) | {"train": torch.tensor(vectors[2])}
             self.index = {name: [torch.tensor(frame[key].to_numpy(), device=device)
                                  for key in ("user", "item")] for name, frame in split.items()}
             self.fold = {name: torch.as_tensor(part, device=device).expand(len(split[name]))
@@ -287,11 +304,16 @@ def train(args, data, vectors, seed):
     return {"row": row, "state": state}
 
 
-def dealt(vectors, seed):
-    """The control: users exchange their r_u, items their r_i"""
+def dealt(data, vectors, seed):
+    """The control: users exchange their r_u, items their r_i, those of train rows among themselves"""
     users, items, fold = vectors
-    rng = np.random.default_rng([seed, 5])
-    return users[:, rng.permutation(users.shape[1])], items[rng.permutation(len(items))], fold
+    rng, orders = np.random.default_rng([seed, 5]), []
+    for is_warm in in_train(data):
+        order = np.arange(len(is_warm))
+        for group in (is_warm, ~is_warm):
+            order[group] = rng.permutation(order[group])
+        orders.append(order)
+    return users[:, orders[0]], items[orders[1]], fold
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -300,7 +322,7 @@ def dealt(vectors, seed):
 
 
 @torch.no_grad()
-def serving(args, users, items, rounds=((1, 1000), (10_000, 60))):
+def serving(args, users, items, rounds=((1, 300), (10_000, 30))):
     """Seconds per 10,000 rows and bytes held of the DCN alone, with a bank of codes, and of KAR with the
     adaptor online and in advance; random weights. users, items: r_u [N, D], r_i [M, D]
     """
@@ -312,8 +334,8 @@ def serving(args, users, items, rounds=((1, 1000), (10_000, 60))):
     plain, banked, adapted = (DCN(width + more, 1, LAYERS, HIDDEN).eval() for more in (
         0, 2 * FIELD_DIM, 2 * args.expert_dim))
     experts = HybridExperts(users.shape[1], args.shared_experts, args.own_experts, args.expert_dim).eval()
-    stored = [torch.cat([experts.adapt(kind, part[first:first + 4096])  # no more vectors at once
-                         for first in range(0, len(part), 4096)]) for kind, part in enumerate((users, items))]
+    stored = [torch.cat([experts.adapt(kind, block) for block in part.split(4096)])
+              for kind, part in enumerate((users, items))]
     held, ids = [user_table, item_table], lambda user, item: (user_table[user], item_table[item])
     join = lambda *parts: torch.cat(parts, 1)
     bank = lambda user: [table[codes[user, k].long()] for k, table in enumerate(code_tables)]
@@ -331,16 +353,14 @@ def serving(args, users, items, rounds=((1, 1000), (10_000, 60))):
 
 
 def print_serving(figures):
-    """The costs, and the claim that the paper's 52% and 37% are measured beside"""
-    for name, row in figures.items():
-        print(f"{name}: {row['median_10000']:.4f} s per 10,000 rows in batches of 10,000, "
-              f"{row['median_1']:.4f} one by one; {row['megabytes']:.2f} MB held")
+    """The costs as in table 6, and what the bank saves, beside what is said of the paper"""
+    print("\n".join(serving_table(figures)))
     bank = figures["DCN + bank"]
     for name in [name for name in figures if "KAR" in name]:
         time_saved, memory_saved = (1 - bank[key] / figures[name][key]
                                     for key in ("median_10000", "megabytes"))
-        print(f"DCN + bank against {name}: {time_saved:.0%} less time, {memory_saved:.0%} less memory "
-              f"(the paper's seconds: 75% less, 1.21 against 4.78; said of it: 52% and 37%)")
+        print(f"DCN + bank against {name}, batches of 10,000: {time_saved:.0%} less time, {memory_saved:.0%} "
+              f"less memory (said of the paper: 52% and 37%; its seconds, 1.21 against 4.78, are 75% less)")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -354,27 +374,30 @@ def main(args):
     texts = USER_QUESTION, ITEM_QUESTION, "The user disliked:", "The user liked:"
     llm = load_baseline_llm(args, data, texts, "kar")
     finished = Finished(args, "kar", {})
-    users, items, fold, tokens_per_user = knowledge(args, llm, data, finished)
-    print(f"r_u {[*users.shape]}, r_i {[*items.shape]}, {tokens_per_user:,.0f} tokens of the LLM per user")
-    decisive = {key: option for key, option in vars(args).items() if key not in ("run_dir", "seeds")}
+    decisive = {key: option for key, option in vars(args).items() if key not in ("run_dir", "seeds", "text")}
     decisive |= data.digests | {"llm": llm.digest, "device": llm.device} | code_digests(
         "baselines/kar.py", "common.py", "userip/baseline.py", "userip/ctr_training.py")
-    rows = []
-    for features in ("none", "random", args.text):
-        for seed in range(args.seed, args.seed + args.seeds):
-            vectors = () if features == "none" else (users, items, fold)
-            vectors = dealt(vectors, seed) if features == "random" else vectors
-            trained = finished.compute([decisive, features, seed], lambda: train(args, data, vectors, seed))
-            rows.append({"features": features} | trained["row"])
-            print(f"{features}, seed {seed} | valid auc {rows[-1]['valid_auc']:.4f} logloss "
-                  f"{rows[-1]['valid_logloss']:.4f} | epoch {rows[-1]['best_epoch']} | "
-                  f"{rows[-1]['seconds']:.1f}s", flush=True)
+    vectors, tokens_per_user, rows = {}, {}, []
+    for text in args.text:
+        *vectors[text], tokens_per_user[text] = knowledge(args, llm, data, finished, text)
+        users, items, _ = vectors[text]
+        print(f"{text}: r_u {[*users.shape]}, r_i {[*items.shape]}, {tokens_per_user[text]:,.0f} tokens of the "
+              f"LLM per user")
+    for features, seed in itertools.product(["none", "random", *args.text],
+                                            range(args.seed, args.seed + args.seeds)):
+        read = () if features == "none" else vectors.get(features) or dealt(data, vectors[args.text[0]], seed)
+        trained = finished.compute([decisive, features, args.text[0], seed],
+                                   lambda: train(args, data, read, seed))
+        rows.append({"features": features} | trained["row"])
+        print(f"{features}, seed {seed} | valid auc {rows[-1]['valid_auc']:.4f} logloss "
+              f"{rows[-1]['valid_logloss']:.4f} | epoch {rows[-1]['best_epoch']} | "
+              f"{rows[-1]['seconds']:.1f}s", flush=True)
     figures = serving(args, users[-1], items)
     print_serving(figures)
     online = figures["DCN + KAR, adaptor online"]
     write_baseline(args, "kar", data, rows, {
         "milliseconds": 1000 * online["median_10000"], "bytes": online["megabytes"] * 2**20,
-        "tokens_per_user": tokens_per_user, "modes": figures})
+        "tokens_per_user": tokens_per_user[args.text[0]], "modes": figures})
 
 
 if __name__ == "__main__":
