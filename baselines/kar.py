@@ -381,8 +381,7 @@ def main(args):
     for text in args.text:
         *vectors[text], tokens_per_user[text] = knowledge(args, llm, data, finished, text)
         users, items, _ = vectors[text]
-        print(f"{text}: r_u {[*users.shape]}, r_i {[*items.shape]}, {tokens_per_user[text]:,.0f} tokens of the "
-              f"LLM per user")
+        print(f"{text}: r_u {[*users.shape]}, {tokens_per_user[text]:,.0f} tokens of the LLM per user")
     for features, seed in itertools.product(["none", "random", *args.text],
                                             range(args.seed, args.seed + args.seeds)):
         read = () if features == "none" else vectors.get(features) or dealt(data, vectors[args.text[0]], seed)
