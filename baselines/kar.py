@@ -52,7 +52,7 @@ from userip.evidence import assign_folds
 from userip.options import at_least, run_program, start_stage
 from userip.serving import serving_table, time_modes
 
-# as in stage 4: width of an embedding E, cross layers, MLP, dropout, L2 penalty and start of the embeddings
+# as in stage 4: width E of embeddings, cross layers, MLP, dropout, L2 penalty and start of the embeddings
 FIELD_DIM, LAYERS, HIDDEN, DROPOUT, WEIGHT_DECAY, START = 8, 3, (16, 16), 0.2, 3e-3, 0.5
 USER_QUESTION = "Considering category, brand and price, the user prefers"
 ITEM_QUESTION = "The item is"
@@ -71,8 +71,7 @@ def parse_args(argv=None):
     add.method("--shared-experts", type=at_least(1, at_most=100), default=2, help="that read r_u and r_i")
     add.method("--own-experts", type=at_least(1, at_most=100), default=2, help="of r_u, and of r_i")
     add.method("--expert-dim", type=at_least(1, at_most=4096), default=16, help="width of an expert's output")
-    add.method("--id-dropout", type=at_least(0, float, 0.99), default=0.0,
-               help="share of train rows whose user id is unknown (cold users)")
+    add.method("--id-dropout", type=at_least(0, float, 0.99), default=0.0, help="share of train rows without id")
     add.training("--lr", type=at_least(1e-12, float), default=0.005, help="learning rate of Adam")
     add.training("--batch-size", type=at_least(1), default=512, help="rows per step")
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
@@ -232,12 +231,12 @@ class Reader:
         ids, self.num_rows, self.unknown = table_rows(split, nothing, [], data.num_users, data.num_items, 0)
         self.ids = {name: part.to(device) for name, part in ids.items()}
         self.users, self.items = (part.to(device) for part in vectors[:2]) if vectors else (None, None)
+        self.index = {name: [torch.tensor(frame[key].to_numpy(), device=device) for key in ("user", "item")]
+                      for name, frame in split.items()}
+        last = len(vectors[0]) - 1 if vectors else 0  # the vectors with all rows
+        self.fold = {name: torch.full((len(frame),), last, device=device) for name, frame in split.items()}
         if vectors:
-            fold = dict.fromkeys(SPLITS, len(self.users) - 1) | {"train": torch.tensor(vectors[2])}
-            self.index = {name: [torch.tensor(frame[key].to_numpy(), device=device)
-                                 for key in ("user", "item")] for name, frame in split.items()}
-            self.fold = {name: torch.as_tensor(part, device=device).expand(len(split[name]))
-                         for name, part in fold.items()}
+            self.fold["train"] = torch.tensor(vectors[2], device=device)
 
     def read(self, name, rows):
         """rows int64 [B] of a split -> ids [B, 2], and r_u, r_i [B, D] if there are any"""
@@ -259,10 +258,9 @@ def predict(model, reader, name):
 def start_model(args, reader, seed):
     """The model before its first step; ids of few rows start near 0, as in `Stack.start`"""
     torch.manual_seed(seed)
-    experts, dim = None, 0
-    if reader.users is not None:
-        dim = args.expert_dim
-        experts = HybridExperts(reader.users.shape[2], args.shared_experts, args.own_experts, dim)
+    dim = 0 if reader.users is None else args.expert_dim
+    sizes = args.shared_experts, args.own_experts, dim
+    experts = HybridExperts(reader.users.shape[2], *sizes) if dim else None
     count = reader.ids["train"].flatten().bincount(minlength=reader.num_rows).cpu()
     return KAR(START * count / (count + 100), experts, dim).to(reader.ids["train"].device)
 
@@ -355,9 +353,8 @@ def serving(args, users, items, rounds=((1, 300), (10_000, 30))):
 def print_serving(figures):
     """The costs as in table 6, and what the bank saves, beside what is said of the paper"""
     print("\n".join(serving_table(figures)))
-    bank = figures["DCN + bank"]
-    for name in [name for name in figures if "KAR" in name]:
-        time_saved, memory_saved = (1 - bank[key] / figures[name][key]
+    for name in list(figures)[2:]:
+        time_saved, memory_saved = (1 - figures["DCN + bank"][key] / figures[name][key]
                                     for key in ("median_10000", "megabytes"))
         print(f"DCN + bank against {name}, batches of 10,000: {time_saved:.0%} less time, {memory_saved:.0%} "
               f"less memory (said of the paper: 52% and 37%; its seconds, 1.21 against 4.78, are 75% less)")
@@ -371,8 +368,8 @@ def print_serving(figures):
 def main(args):
     start_stage(args)
     data = read_data(args)
-    texts = USER_QUESTION, ITEM_QUESTION, "The user disliked:", "The user liked:"
-    llm = load_baseline_llm(args, data, texts, "kar")
+    words = USER_QUESTION, ITEM_QUESTION, "The user disliked:", "The user liked:"
+    llm = load_baseline_llm(args, data, words, "kar")
     finished = Finished(args, "kar", {})
     decisive = {key: option for key, option in vars(args).items() if key not in ("run_dir", "seeds", "text")}
     decisive |= data.digests | {"llm": llm.digest, "device": llm.device} | code_digests(
@@ -395,8 +392,8 @@ def main(args):
     print_serving(figures)
     online = figures["DCN + KAR, adaptor online"]
     write_baseline(args, "kar", data, rows, {
-        "milliseconds": 1000 * online["median_10000"], "bytes": online["megabytes"] * 2**20,
-        "tokens_per_user": tokens_per_user[args.text[0]], "modes": figures})
+        "milliseconds": 1000 * online["median_10000"], "bytes": online["megabytes"] * 2**20, "modes": figures,
+        "tokens_per_user": tokens_per_user[args.text[0]]})
 
 
 if __name__ == "__main__":

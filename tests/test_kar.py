@@ -183,6 +183,16 @@ def test_vectors_that_tell_the_taste_are_learned_and_dealt_ones_are_not():
     assert told["auc"] > 0.8 > dealt["auc"] + 0.1
 
 
+@pytest.mark.parametrize("option", [{"lr": 0.02}, {"batch_size": 64}, {"id_dropout": 0.5}, {"epochs": 1},
+                                    {"shared_experts": 2}, {"own_experts": 1}, {"expert_dim": 2}])
+def test_an_option_of_the_training_moves_what_is_trained(option):
+    data = data_of()
+    vectors = torch.randn(3, data.num_users, 4), torch.randn(20, 4), assign_folds(data.split["train"], 2, 0)
+    rows = [kar.train(options_of(**TRAINING | {"epochs": 2} | options), data, vectors, 0)["row"]
+            for options in ({}, option)]
+    assert rows[0]["valid_logloss"] != rows[1]["valid_logloss"]
+
+
 def test_the_best_epoch_is_restored_and_scores_test(monkeypatch):
     data, args = data_of(), options_of(**TRAINING)
     losses, predict = [], kar.predict

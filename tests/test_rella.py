@@ -179,6 +179,20 @@ def test_a_few_shots_are_learned_and_no_weight_of_the_llm_moves(own_llm):
     assert same_tensors(own_llm.model.state_dict(), frozen)
 
 
+@pytest.mark.parametrize("option", [{"rank": 2}, {"alpha": 4.0}, {"lr": 0.001}, {"batch_size": 1}])
+def test_an_option_of_the_training_moves_what_is_trained(own_llm, option):
+    shots, scores = (rella.encode_prompts(own_llm, PROMPTS), np.array([1, 0])), []
+    for options in ({}, option):
+        args = options_of(**{"lr": 0.05, "batch_size": 2, "rank": 4, "alpha": 16.0} | options)
+        trained = rella.add_lora(own_llm.model, args.rank, args.alpha, seed=0)
+        state = None
+        for _ in range(2):
+            state = rella.train_epoch(args, own_llm, trained, state, shots, 0)
+        scores.append(rella.scores_of(own_llm, PROMPTS, 500)[0])
+        rella.remove_lora(own_llm.model)
+    assert not torch.allclose(*scores, atol=1e-6)
+
+
 # --- evaluate ---------------------------------------------------------------------------------------------
 
 
@@ -229,9 +243,11 @@ def test_poisoned_test_rows_change_nothing_that_was_trained(run, tmp_path):
     other = poisoned(folder, tmp_path / "poisoned")
     run_stage("baselines/rella.py", "--run-dir", other, *options)
     before, after = pieces_with(folder, "rella", "weights"), pieces_with(other, "rella", "weights")
-    assert len(before) == len(after) == 2 and all(same_tensors(*pair) for pair in zip(before, after))
+    assert len(before) == len(after) == 2
+    assert all(same_tensors(*pair) for pair in zip(before, after))
     changed = rows_of(folder, "rella")["auc"] != rows_of(other, "rella")["auc"]
-    assert changed.all() and rows_of(folder, "rella")["valid_auc"].equals(rows_of(other, "rella")["valid_auc"])
+    assert changed.all()
+    assert rows_of(folder, "rella")["valid_auc"].equals(rows_of(other, "rella")["valid_auc"])
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(run, tmp_path, monkeypatch):
@@ -256,8 +272,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(run, tmp_path, monkeypatch):
 def test_end_to_end_and_stage_4_shows_the_rows(small_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(small_run[1], folder)
-    printed = run_process("baselines/rella.py", "--run-dir", folder, "--llm", "tiny", "--tiny-steps", 3, *SMALL,
-                          "--retrieval", "semantic", "latest")
+    printed = run_process("baselines/rella.py", "--run-dir", folder, "--llm", "tiny", "--tiny-steps", 3,
+                          *SMALL, "--retrieval", "semantic", "latest")
     assert "baseline-rella.parquet: 4 rows | semantic zero-shot AUC" in printed
     rows = rows_of(folder, "rella")
     assert rows["rows"].tolist() == [0, 12, 0, 12] and (rows["test_rows"] == 50).all()
