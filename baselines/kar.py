@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add.method("--shared-experts", type=at_least(1, at_most=100), default=2, help="that read r_u and r_i")
     add.method("--own-experts", type=at_least(1, at_most=100), default=2, help="of r_u, and of r_i")
     add.method("--expert-dim", type=at_least(1, at_most=4096), default=16, help="width of an expert's output")
-    add.method("--id-dropout", type=at_least(0, float, 0.99), default=0.0, help="share of train rows without id")
+    add.method("--id-dropout", type=at_least(0, float, 0.99), default=0.0, help="share of rows without user id")
     add.training("--lr", type=at_least(1e-12, float), default=0.005, help="learning rate of Adam")
     add.training("--batch-size", type=at_least(1), default=512, help="rows per step")
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
