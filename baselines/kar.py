@@ -22,7 +22,7 @@ Writes  baseline-kar.parquet: per (features, seed) rows (of train), test_rows, a
         baselines/kar/: finished work, and the LLM where --llm is tiny
 
 Example: python baselines/kar.py --llm tiny        (6 minutes on two cores)
-  wrote runs/demo/baseline-kar.parquet: 9 rows | none AUC 0.6662 … | random AUC 0.6650 … | generated AUC …
+  wrote runs/demo/baseline-kar.parquet: 9 rows | none AUC 0.6662 … | random AUC 0.6650 … | generated …
 """
 
 # ruff: noqa: E402
