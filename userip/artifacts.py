@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from userip.checks import find_problem, find_sidecar_problem
+from userip.checks import BASELINES, find_problem, find_sidecar_problem
 
 MADE_BY = {name: command for command, names in {
     "01_prepare.py": "interactions.parquet items.parquet users.parquet prepare.json",
@@ -26,6 +26,7 @@ MADE_BY = {name: command for command, names in {
     "03_quantize.py --apply": "new_codes.parquet",
     "04_train_ctr.py": "results.parquet results.md",
     "05_case_study.py": "report.html",
+    **{f"baselines/{name}.py": f"baseline-{name}.parquet" for name in BASELINES},
 }.items() for name in names.split()}  # artifact -> the command that makes it
 WARNINGS = []  # what `warn` printed in this process; stage 1 clears it at its start and stores it at its end
 

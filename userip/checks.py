@@ -6,6 +6,11 @@ import torch
 
 from userip.ctr_models import MODELS
 
+BASELINES = "kar", "rella", "pepler", "peapod"  # baselines/NAME.py writes baseline-NAME.parquet
+BASELINE = {  # its columns, beside the model
+    "features": "text", "options": "text",
+    **dict.fromkeys(("split_seed", "seed", "rows", "test_rows"), "index"),
+    **dict.fromkeys(("auc", "logloss", "valid_auc", "valid_logloss", "seconds"), "number")}
 # column -> what it must hold: "number" (finite), "index" (int64, 0 or more), "order" (0, 1, 2, …), "text"
 # (none missing), "maybe text", "maybe number", or a set of values
 COLUMNS = {
@@ -18,7 +23,8 @@ COLUMNS = {
     "train_codes.parquet": {"user": "index", "item": "index"},
     "results.parquet": {"model": {"base rate", "means", *MODELS}, "features": "text", "split_seed": "index",
                         "seed": "index", "auc": "number", "logloss": "number",
-                        **dict.fromkeys(("lr", "weight_decay", "start"), "maybe number")}}
+                        **dict.fromkeys(("lr", "weight_decay", "start"), "maybe number")},
+    **{f"baseline-{name}.parquet": {"model": {name}, **BASELINE} for name in BASELINES}}
 # A schema is a type, (type, least, most), a set of values, "dtype letters" (a tensor, by the letters of
 # common.py; a small letter has a size for each profile), [schema] or [schema, letter] (a list, not empty),
 # {str: schema} (any texts as keys) or {key: schema}, where a "key?" may be missing.
@@ -38,6 +44,7 @@ TENSORS = {
 WORDS = {"N": "number of users", "M": "number of items", "R": "number of train rows"}
 WITH_FOLDS = {"profiles": "float32 FNPD", "num_evidence": "int64 FNP"}
 SIDECAR = {"sha256": str, "inputs": {str: str}, "options": {}, "seed": SEED}
+SERVING = dict.fromkeys(("milliseconds", "bytes", "tokens_per_user"), (float, 0, 1e30))
 SIDECARS = {  # more, of which later stages read something
     "interactions.parquet": {"split_seed?": SEED, "split?": str, "dataset?": str, "interactions?": int,
                              "options": {"threshold?": float}},
@@ -47,6 +54,7 @@ SIDECARS = {  # more, of which later stages read something
                     "options": {"method?": str, "evidence?": str, "ratings?": bool, "route?": [str]}},
     "feature_bank.parquet": {"names": [str, "P"], "codes": [COUNT, "P"], "has_folds?": bool},
     "train_codes.parquet": {"names": [str]},
+    **{f"baseline-{name}.parquet": {"serving": SERVING} for name in BASELINES},
     "results.parquet": {
         "gains": {str: {"auc_gain": float, "auc_half_interval": float, "share_of_oracle?": float}},
         "options": {"models": [{"means", *MODELS}], "hidden": [COUNT], "dropout": (float, 0, 1 - 1e-15),

@@ -34,15 +34,20 @@ def join_processes():
     return rank, world
 
 
-def recipe_of(args, prompt, inputs):
-    """All that decides the numbers of a run: options, digests of inputs and LLM, versions, device."""
+def digest_of_weights(model):
+    """A digest by which two LLMs can be told apart: of a sample of each parameter"""
     digest = hashlib.sha256()
-    for name, weight in prompt.model.named_parameters():  # a sample of each is enough to tell two LLMs apart
+    for name, weight in model.named_parameters():
         sample = weight.flatten()[::max(1, weight.numel() // 1024)].float().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def recipe_of(args, prompt, inputs):
+    """All that decides the numbers of a run: options, digests of inputs and LLM, versions, device."""
     options = {option_name(name): value for name, value in vars(args).items() if name != "run_dir"}
     digests = {name: sha256_of(Path(args.run_dir) / name) for name in inputs}
-    return options | digests | {"LLM": digest.hexdigest(), "torch": torch.__version__,
+    return options | digests | {"LLM": digest_of_weights(prompt.model), "torch": torch.__version__,
                                 "transformers": transformers.__version__, "device": str(prompt.device)}
 
 

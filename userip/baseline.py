@@ -1,0 +1,194 @@
+"""What the scripts of baselines/ share: options, the split of stage 1, the LLM, finished work, their rows.
+
+Only train rows, and a cold user's support rows for that user, are evidence. Valid rows stop and calibrate,
+test rows are scored once. A baseline trains its tiny LLM in RUN_DIR/baselines, never in that of stage 2.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from common import logloss
+from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
+from userip.evidence import FIELDS, item_pieces, join
+from userip.llm import choose_llm, load_llm, make_tiny_llm
+from userip.options import at_least, stage_parser
+from userip.progress import digest_of_weights
+
+INPUTS = ["interactions.parquet", "items.parquet", "users.parquet"]
+SPLITS = "train", "valid", "test"
+WORDS = "disliked", "liked"  # how a label 0 or 1 is said
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def baseline_parser(doc):
+    """The parser of a baseline with the options that all have, and `add`, as `stage_parser`"""
+    parser, add = stage_parser(doc)
+    add.method("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2 or tiny")
+    add.training("--seed", type=at_least(0), default=0, help="first of the seeds; seed of the tiny LLM")
+    add.training("--seeds", type=at_least(1, at_most=10_000), default=3, help="seeds of what is trained")
+    add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
+    add.machine("--tokens-per-batch", type=at_least(16), default=4096, help="tokens per forward pass")
+    return parser, add
+
+
+def read_data(args):
+    """Stage 1's artifacts -> a namespace: interactions, items, users; split, frames by name, and labels int8
+    [n] of train, valid, test; history, the rows that are evidence (train, and cold users' support), by user
+    and time; num_users, num_items, split_seed, digests of the files
+    """
+    interactions, items, users = read_artifacts(args, *INPUTS)
+    split = {name: interactions[interactions["split"] == name] for name in (*SPLITS, "support")}
+    for name in SPLITS:
+        if split[name]["label"].nunique() < 2:
+            fail(f"the {name} rows of {args.run_dir}/interactions.parquet have one label only, so AUC is "
+                 f"undefined: choose another --threshold in stage 1")
+    prepared = read_sidecar(args, "interactions.parquet")
+    return SimpleNamespace(
+        interactions=interactions, items=items, users=users, split=split,
+        labels={name: split[name]["label"].to_numpy(copy=True) for name in SPLITS},
+        history=interactions[interactions["split"].isin(["train", "support"])],
+        num_users=len(users), num_items=len(items), split_seed=prepared.get("split_seed", prepared["seed"]),
+        digests={name: sha256_of(Path(args.run_dir) / name) for name in INPUTS})
+
+
+def item_texts(items, fields=FIELDS[:4]):
+    """Each item in words, such as "Hiking: Rustic Boots One by Frugo for $22.": list of M texts"""
+    return [join(item_pieces(item, fields)).strip() for item in items.itertuples()]
+
+
+def load_baseline_llm(args, data, prompt_texts):
+    """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights.
+
+    tiny is pretrained on train rows, "<item> liked." or "disliked.", in random order by user; prompt_texts:
+    texts of the baseline's prompts, whose words become tokens, the last one before each user's items.
+    """
+    name = args.llm
+    if name == "auto":
+        name, reason = choose_llm()
+        print(f"--llm auto: {name}, because {reason}")
+    folder = SimpleNamespace(run_dir=Path(args.run_dir) / "baselines", tiny_steps=args.tiny_steps,
+                             seed=args.seed)
+    if name == "tiny":
+        texts, train = item_texts(data.items), data.split["train"]
+        rated = pd.Series([f" {texts[item].rstrip('.')} {WORDS[label]}."
+                           for item, label in zip(train["item"], train["label"])], index=train.index)
+        make_tiny_llm(folder, rated.groupby(train["user"]).agg(list).tolist(), list(prompt_texts))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_llm(folder, name, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    context = getattr(model.config, "max_position_embeddings", None) or 2048
+    return SimpleNamespace(name=name, model=model, tokenizer=tokenizer, device=device, context=context,
+                           digest=digest_of_weights(model))
+
+
+class Finished:
+    """Finished pieces of work, RUN_DIR/baselines/NAME/DIGEST.pt: a killed run goes on, and a run with other
+    options reuses what these do not change. A piece is named by the digest of all that decides it: `facts`
+    (the LLM, code, inputs, …) and the key that `compute` is given.
+    """
+
+    def __init__(self, args, name, facts):
+        self.folder, self.facts = Path(args.run_dir) / "baselines" / name, facts
+
+    def compute(self, key, function):
+        """What function() returns (tensors and plain values), computed once"""
+        decisive = json.dumps([self.facts, key, torch.__version__], sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(decisive.encode()).hexdigest()}.pt"
+        if not path.is_file():
+            value = function()
+            with whole_file(path) as file:
+                torch.save(value, file)
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:  # what a damaged pickle raises may be anything
+            fail(f"{path} is no finished piece of a run ({type(error).__name__}): delete it")
+
+
+def code_digests(*files):
+    """Digests of code that decides what is trained: {file: digest}; other code trains again"""
+    return {file: sha256_of(ROOT / file) for file in files}
+
+
+def tokenize(llm, texts, max_tokens):
+    """The last `max_tokens` tokens of each text behind a BOS, if the LLM has one: list of lists of ids"""
+    start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
+    ids = llm.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
+    return [start + one[-max(1, max_tokens - len(start)):] for one in ids]
+
+
+def batches(ids, tokens_per_batch):
+    """Indices of texts in batches of like length, at most so many tokens with pads: list of lists"""
+    parts, part = [], []
+    for index in sorted(range(len(ids)), key=lambda index: -len(ids[index])):  # the first one is the longest
+        if part and len(ids[part[0]]) * (len(part) + 1) > tokens_per_batch:
+            parts, part = [*parts, part], []
+        part.append(index)
+    return parts + [part] * bool(part)
+
+
+def pad(llm, ids, on_left=False):
+    """Lists of ids -> ids int64 [B, T], mask bool [B, T], False at pads (on the right by default)"""
+    length = max(map(len, ids))
+    rows = [[0] * (length - len(one)) + one if on_left else one + [0] * (length - len(one)) for one in ids]
+    count = torch.tensor([len(one) for one in ids])[:, None]
+    position = torch.arange(length)
+    mask = position >= length - count if on_left else position < count
+    return torch.tensor(rows).to(llm.device), mask.to(llm.device)
+
+
+@torch.no_grad()
+def mean_pool(llm, texts, tokens_per_batch, max_tokens=None):
+    """Mean of the LLM's last hidden states over a text's tokens: float32 [R, D], int number of tokens read"""
+    ids = tokenize(llm, texts, min(max_tokens or llm.context, llm.context))
+    pooled = torch.zeros(len(ids), llm.model.config.hidden_size)
+    for part in batches(ids, tokens_per_batch):
+        tokens, mask = pad(llm, [ids[index] for index in part])
+        states = llm.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        pooled[part] = ((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()  # [B, T, D]
+    return pooled, sum(map(len, ids))
+
+
+def pool_in_blocks(args, llm, finished, texts, block_size=512):
+    """mean_pool of many texts, block by block, so that a killed run goes on: [R, D], number of tokens"""
+    blocks = [texts[first:first + block_size] for first in range(0, len(texts), block_size)]
+    pooled = [finished.compute([llm.digest, "mean pool", llm.device, args.tokens_per_batch, block],
+                               lambda: mean_pool(llm, block, args.tokens_per_batch))
+              for block in tqdm(blocks, desc="encode", unit="text", unit_scale=block_size, mininterval=2)]
+    vectors = [part for part, _ in pooled] or [torch.zeros(0, llm.model.config.hidden_size)]
+    return torch.cat(vectors), sum(count for _, count in pooled)
+
+
+def figures_of(labels, probabilities, prefix=""):
+    """{"auc": …, "logloss": …} of probabilities [n], float64"""
+    return {f"{prefix}auc": float(roc_auc_score(labels, probabilities)),
+            f"{prefix}logloss": logloss(labels, probabilities)}
+
+
+def write_baseline(args, name, data, rows, serving):
+    """Write RUN_DIR/baseline-NAME.parquet and print its means. rows: dicts of features, seed, rows (of train
+    that trained), test_rows (that were scored), auc, logloss, valid_auc, valid_logloss, seconds. serving, of
+    one set of features: milliseconds per 10,000 rows, bytes held, tokens_per_user that the LLM read or wrote
+    """
+    options = json.dumps({key: option for key, option in vars(args).items() if key != "run_dir"},
+                         sort_keys=True, default=str)
+    results = pd.DataFrame([{"model": name, "split_seed": data.split_seed} | row for row in rows])
+    means = results.groupby("features", sort=False)[["auc", "logloss"]].mean()
+    print(results.to_string(index=False, float_format="{:.4f}".format))
+    path = write_artifact(args, f"baseline-{name}.parquet", results.assign(options=options), INPUTS,
+                          serving=serving)
+    shown = " | ".join(f"{features} AUC {row.auc:.4f} logloss {row.logloss:.4f}"
+                       for features, row in zip(means.index, means.itertuples()))
+    print(f"wrote {path}: {len(results)} rows | {shown}; `python 04_train_ctr.py` shows them in results.md")
+
+
+def capped(rows, limit, seed):
+    """At most `limit` of n rows, drawn at random, in their order: int64 indices; None: all"""
+    chosen = np.random.default_rng([seed, 7]).permutation(rows)[:limit]
+    return np.sort(chosen)
