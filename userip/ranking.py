@@ -18,7 +18,7 @@ class Targets(NamedTuple):
 
     user: np.ndarray  # int64 [B]
     item: np.ndarray  # int64 [B], the right answer
-    histories: list  # of int64 arrays: the user's own train or support items before the target, in their order
+    histories: list  # of int64 arrays: the user's own train or support items before the target, in order
     sampled: np.ndarray  # int64 [B, 99], items that the user has no row of
 
 
@@ -48,7 +48,8 @@ def leave_one_out(interactions, split, num_items, max_users, seed):
         others = np.setdiff1d(np.arange(num_items), list(all_items[user]))
         others = others if len(others) else np.arange(num_items)
         sampled.append(rng.choice(others, SAMPLED, replace=len(others) < SAMPLED))
-    return Targets(last["user"].to_numpy(), last["item"].to_numpy(), histories, np.reshape(sampled, (-1, SAMPLED)))
+    return Targets(last["user"].to_numpy(), last["item"].to_numpy(), histories,
+                   np.reshape(sampled, (-1, SAMPLED)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -139,7 +140,8 @@ def reference_rows(interactions, targets, num_items):
     all_items = list(own[targets.user])
     for name, fit in REFERENCES.items():
         score = fit(train, num_items)
-        rows.append({"model": name, "task": "sequential",
-                     **ranking_figures(ranks(score(targets.histories), targets.item, all_items))})
-        rows.append({"model": name, "task": "top-n", **ranking_figures(sampled_ranks(score(all_items), targets))})
+        rank = {"sequential": ranks(score(targets.histories), targets.item, all_items),
+                "top-n": sampled_ranks(score(all_items), targets)}
+        rows += [{"model": name, "task": task, "users": len(part), **ranking_figures(part)}
+                 for task, part in rank.items()]
     return rows

@@ -70,7 +70,7 @@ def unique_sentence_ratio(texts):
 
 
 def feature_matching_ratio(texts, features):
-    """FMR (Li et al., 2020): the share of the texts that name the feature of their reference, a list of words"""
+    """FMR (Li et al., 2020): the share of the texts that name the feature (words) of their reference"""
     return float(np.mean([tuple(feature) in ngrams(text, len(feature))
                           for text, feature in zip(texts, features)]))
 

@@ -1,0 +1,501 @@
+"""PeaPOD: personalized soft prompts from a shared pool, before a frozen LLM that ranks items and explains.
+
+As in the paper's abstract (PErsonAlized PrOmpt Distillation), a shared set of prompts is weighted by the
+user's interests, and the weighted sum is the user's soft prompt: θ_u = Σ_m a_m(u) p_m, a = softmax(W v_u).
+Interests v_u are the user's vector of a probabilistic matrix factorization (PMF) of the train ratings. One
+soft prompt serves three tasks, which are trained in turn by the language model loss on train rows:
+  sequential   "[θ_u] The user has bought <item> <item> …": the next item among all; leave one out
+  top-n        "[θ_u] The user likes": the user's items; the target among 99 sampled ones
+  explanation  "[θ_u] <item> The user says": the first sentence of the review, where there are reviews
+--variant neighbours: attention over the PMF vectors of the 20 nearest other users makes three soft tokens.
+--variant shared: one prompt for all users, the control against which a personalized prompt counts.
+Valid rows stop the training. Test rows are ranked once: the last test row of each user.
+
+Differs from the paper: of it only the abstract was at hand. Items are tokens of their own: the mean embedding
+of the title's tokens, a trained offset, and a bias that starts at the log of the item's share; so all items
+are ranked in one forward pass, without generation. Items after a user's soft prompt are the user's train rows
+only. The LLM is frozen and decoder-only. Tasks without a history need no candidates in the prompt.
+A user's profile θ_u costs no gradient steps of its own: RUN_DIR/peapod is a run whose profiles stages 3 and 4
+read as those of stage 2. Train rows read profiles of ratings without their own fold.
+
+Reads   interactions.parquet, items.parquet, users.parquet
+Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr; references have no seed
+        peapod/: the run's interactions, items, users and profiles.pt of the first variant
+        baselines/: the tiny LLM, and finished epochs
+
+Example: python baselines/peapod.py        (4 minutes on two cores)
+  wrote runs/demo/peapod.parquet: 24 rows | sequential NDCG@10 pool 0.0512, shared 0.0499, most popular …
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import userip  # noqa: F401, E402  (first: Ctrl-C ends in one line while the others load)
+import math
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch import nn
+from torch.nn import functional as F
+
+from userip.artifacts import check_finite, write_artifact
+from userip.baseline import (INPUTS, Finished, baseline_parser, capped, code_digests, item_texts,
+                             load_baseline_llm, read_data)
+from userip.evidence import assign_folds
+from userip.explanations import (explanation_rows, first_sentences, generate, item_review_row, text_nll,
+                                 text_tokens)
+from userip.llm import tiny_stamp
+from userip.options import at_least, run_program, start_stage
+from userip.ranking import (leave_one_out, own_rows, ranking_figures, ranks, reference_rows,
+                            sampled_ranks)
+
+SEQUENTIAL, TOP_N, EXPLAIN = "The user has bought", "The user likes", "The user says"
+NUM_NEIGHBOURS, NUM_FOLDS = 20, 5
+CODE = "baselines/peapod.py", "userip/ranking.py", "userip/explanations.py"
+
+
+def parse_args(argv=None):
+    parser, add = baseline_parser(__doc__)
+    add.data("--max-users", type=at_least(1), default=5000, help="users who are ranked, of valid and of test")
+    add.data("--max-texts", type=at_least(1), default=500, help="test rows that are explained")
+    add.data("--max-history", type=at_least(1), default=20, help="items of a user in one prompt")
+    add.method("--variant", nargs="+", choices=PROMPTS, default=["pool", "neighbours", "shared"],
+               help="how a soft prompt is made; the first one's profiles are written")
+    add.method("--pool", type=at_least(2, at_most=10_000), default=10, help="prompts of the pool")
+    add.method("--soft-tokens", type=at_least(1, at_most=1000), default=3, help="soft tokens of a user, S")
+    add.method("--rank", type=at_least(1, at_most=1000), default=16, help="PMF: width of a vector, C")
+    add.method("--penalty", type=at_least(1e-6, float), default=5.0, help="PMF: penalty of vectors, λ")
+    add.training("--epochs", type=at_least(1), default=20, help="passes over the train rows at most")
+    add.training("--patience", type=at_least(1), default=3, help="stop after so many epochs without progress")
+    add.training("--lr", type=at_least(1e-12, float), default=0.01, help="learning rate of AdamW")
+    add.training("--weight-decay", type=at_least(0, float), default=0.1, help="weight decay of AdamW")
+    add.training("--batch-size", type=at_least(1), default=64, help="prompts per step")
+    args = parser.parse_args(argv)
+    args.variant = list(dict.fromkeys(args.variant))
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------
+# interests: PMF of the train ratings
+# ----------------------------------------------------------------------------------------------------------
+
+
+def solve_vectors(rows, by, factors, num, penalty):
+    """The vectors that minimise Σ (r - u·v)² + λ |u|² with the others' factors [M, C] fixed, and the inverse
+    of each one's Hessian. rows: user, item, rating (less the mean) by column; by: user or item -> [num, C],
+    [num, C, C]
+    """
+    other = "item" if by == "user" else "user"
+    pairs = rows[by], rows[other]
+    matrix = lambda values: sparse.csr_matrix((values, pairs), shape=(num, len(factors)))
+    products = (factors[:, :, None] * factors[:, None]).reshape(len(factors), -1)  # [M, C C]
+    hessian = (matrix(np.ones(len(rows))) @ products).reshape(num, factors.shape[1], -1)
+    inverse = np.linalg.inv(hessian + penalty * np.eye(factors.shape[1]))
+    return np.einsum("nij,nj->ni", inverse, matrix(rows["rating"]) @ factors), inverse
+
+
+def factorize(args, data, num_rounds=15):
+    """PMF (Salakhutdinov and Mnih, 2007) by alternating least squares -> namespace of vectors float32
+    [F + 1, N, C], of users without each fold of their train rows and, last, with all; deviation [N, C, C],
+    the Cholesky factor of a vector's posterior covariance; fold int64 [train rows]; nearest int64
+    [F + 1, N, 20], other users by cosine
+
+    Items' factors are of all train rows, users' vectors are solved again without each fold. A support row
+    reaches its own user only.
+    """
+    rng, sizes = np.random.default_rng([args.seed, 8]), (data.num_users, data.num_items)
+    train, support = data.split["train"], data.split["support"]
+    mean = train["rating"].mean()
+    train, support = (rows.assign(rating=rows["rating"].astype(float) - mean) for rows in (train, support))
+    items = 0.1 * rng.standard_normal((data.num_items, args.rank))
+    for _ in range(num_rounds):
+        users, _ = solve_vectors(train, "user", items, sizes[0], args.penalty)
+        items, _ = solve_vectors(train, "item", users, sizes[1], args.penalty)
+    fold = assign_folds(train, NUM_FOLDS, args.seed)
+    kept = [pd.concat([train[fold != left_out], support]) for left_out in range(NUM_FOLDS + 1)]
+    solved = [solve_vectors(rows, "user", items, sizes[0], args.penalty) for rows in kept]
+    vectors, covariance = np.stack([part for part, _ in solved]), solved[-1][1]
+    residual = {name: rows["rating"] - mean * (name == "valid")
+                - (vectors[-1, rows["user"]] * items[rows["item"]]).sum(1)
+                for name, rows in (("train", train), ("valid", data.split["valid"]))}
+    rmse = {name: math.sqrt((part**2).mean()) for name, part in residual.items()}
+    print(f"PMF: RMSE of ratings {rmse['train']:.3f} on train, {rmse['valid']:.3f} on valid rows")
+    is_warm = np.bincount(train["user"], minlength=sizes[0]) > 0
+    scale = vectors[-1, is_warm].std(0).clip(min=1e-9)  # of each direction
+    vectors = torch.tensor(vectors / scale, dtype=torch.float32)
+    deviation = np.linalg.cholesky(covariance) * rmse["train"] / scale[:, None]
+    nearest = torch.stack([nearest_users(part, vectors[-1], torch.tensor(is_warm)) for part in vectors])
+    return SimpleNamespace(vectors=vectors, deviation=torch.tensor(deviation, dtype=torch.float32),
+                           fold=torch.tensor(fold), nearest=nearest)
+
+
+def nearest_users(vectors, others, is_warm, block=1024):
+    """The 20 users with train rows whose vectors others [N, C] are nearest to each of vectors [N, C] by
+    cosine, never the user themself: int64 [N, 20] (fewer if there are fewer users)
+    """
+    others, nearest = F.normalize(others, dim=1), []
+    num = min(NUM_NEIGHBOURS, int(is_warm.sum()) - 1)
+    for users in torch.arange(len(vectors)).split(block):
+        cosine = F.normalize(vectors[users], dim=1) @ others.T  # [n, N]
+        cosine[:, ~is_warm] = -2.0
+        cosine[torch.arange(len(users)), users] = -3.0
+        nearest.append(cosine.topk(num, dim=1).indices)
+    return torch.cat(nearest)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# model: the user's soft prompt, items as tokens, the prompts of the three tasks
+# ----------------------------------------------------------------------------------------------------------
+
+
+class PoolPrompt(nn.Module):
+    """θ_u = Σ_m a_m p_m, a = softmax(W v_u): vectors [B, C] -> soft prompts [B, S D], in units of scale"""
+
+    def __init__(self, rank, num_prompts, num_soft, width):
+        super().__init__()
+        self.interest = nn.Linear(rank, num_prompts)
+        self.prompts = nn.Parameter(torch.randn(num_prompts, num_soft * width))
+
+    def attention(self, vectors):
+        return self.interest(vectors).softmax(1)  # [B, m]
+
+    def forward(self, vectors, neighbours):
+        return self.attention(vectors) @ self.prompts
+
+
+class NeighbourPrompt(nn.Module):
+    """S heads of attention over other users' vectors: [B, C], neighbours [B, 20, C] -> [B, S D]
+
+    The user's own vector asks, but no value is made of it.
+    """
+
+    def __init__(self, rank, num_prompts, num_soft, width):
+        super().__init__()
+        self.query = nn.Linear(rank, num_soft * rank)
+        self.key, self.value = nn.Linear(rank, rank), nn.Linear(rank, width)
+        self.start = nn.Parameter(torch.randn(num_soft, width))
+
+    def attention(self, vectors, neighbours):
+        query = self.query(vectors).view(len(vectors), len(self.start), -1)  # [B, S, C]
+        return (query @ self.key(neighbours).mT / math.sqrt(query.shape[2])).softmax(2)  # [B, S, 20]
+
+    def forward(self, vectors, neighbours):
+        mixed = self.attention(vectors, neighbours) @ self.value(neighbours)  # [B, S, D]
+        return (self.start + mixed).flatten(1)
+
+
+PROMPTS = {"pool": PoolPrompt, "neighbours": NeighbourPrompt, "shared": PoolPrompt}  # shared: a pool of one
+
+
+class PeaPOD(nn.Module):
+    """prompt: one of PROMPTS; item_text [M, D], the mean embedding of a title; share [M] of the train rows"""
+
+    def __init__(self, prompt, item_text, share, scale):
+        super().__init__()
+        self.prompt, self.scale = prompt, scale
+        self.register_buffer("item_text", item_text)
+        self.offset = nn.Parameter(torch.zeros_like(item_text))
+        self.bias = nn.Parameter(share.log())
+
+    def soft(self, run, users, fold=-1):
+        """θ of users [B] -> [B, S D]"""
+        vectors, nearest = run.pmf.vectors, run.pmf.nearest[fold, users]
+        return self.scale * self.prompt(vectors[fold, users], vectors[-1, nearest])
+
+    def items(self):
+        return self.item_text + self.scale * self.offset  # [M, D], both the input and the output embeddings
+
+    def hidden(self, run, soft, task, items):
+        """States that predict each of items [B, T] and the one behind: soft [B, S D] -> [B, T + 1, D]"""
+        prefix = self.prefix(run, soft, task)
+        embeddings = torch.cat([prefix, self.items()[items]], 1)
+        states = run.llm.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        return states[:, prefix.shape[1] - 1:]
+
+    def prefix(self, run, soft, task, items=None):
+        """BOS, soft tokens, maybe one item [B], text of the task: embeddings [B, L, D]"""
+        every = lambda embedding: embedding.expand(len(soft), -1, -1)
+        width = self.item_text.shape[1]
+        parts = [every(run.bos), soft.view(len(soft), soft.shape[1] // width, width)]
+        if items is not None:
+            parts.append(self.items()[items][:, None])
+        return torch.cat([*parts, every(run.task_text[task])], 1)
+
+    def log_probabilities(self, hidden):
+        return (hidden @ self.items().T + self.bias).log_softmax(-1)  # [..., M]
+
+
+def build(args, run, variant, seed):
+    torch.manual_seed(seed)
+    width = run.item_text.shape[1]
+    num_prompts = 1 if variant == "shared" else args.pool
+    prompt = PROMPTS[variant](args.rank, num_prompts, args.soft_tokens, width)
+    return PeaPOD(prompt, run.item_text, run.share, run.scale).to(run.llm.device)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# train
+# ----------------------------------------------------------------------------------------------------------
+
+
+def pad_items(sequences):
+    """Lists of items -> items int64 [B, T], is_item bool [B, T], pads on the right"""
+    rows = [torch.as_tensor(np.asarray(sequence, dtype=np.int64)) for sequence in sequences]
+    items = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return items, torch.arange(items.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def sequential_loss(model, run, index):
+    """-log P of each item of these sequences, in the mean over items"""
+    items, is_item = pad_items([run.sequences[i] for i in index])
+    soft = model.soft(run, run.sequence_user[index])
+    hidden = model.hidden(run, soft, SEQUENTIAL, items.to(run.llm.device))[:, :-1]  # [B, T, D]
+    log_p = model.log_probabilities(hidden[is_item])  # [items, M]
+    return -log_p.gather(1, items[is_item][:, None].to(log_p.device)).mean()
+
+
+def top_n_loss(model, run, index):
+    """-log P of a train item of these users without a history, in the mean over the user's items and users"""
+    users = run.warm[index]
+    hidden = model.hidden(run, model.soft(run, users), TOP_N, torch.zeros(len(users), 0, dtype=torch.long))
+    log_p = model.log_probabilities(hidden[:, 0])  # [B, M]
+    counts = torch.tensor(run.train_matrix[users.numpy()].toarray(), dtype=log_p.dtype, device=log_p.device)
+    return -(counts * log_p).sum(1).div(counts.sum(1)).mean()
+
+
+def explanation_loss(model, run, index):
+    """-log P of each token of these train rows' sentences, in the mean over tokens"""
+    prefix = model.prefix(run, model.soft(run, run.text_user[index]), EXPLAIN, run.text_item[index])
+    ids, is_scored = text_tokens(run.llm, [run.texts[i] for i in index])
+    return text_nll(run.llm, prefix, ids, is_scored).mean()
+
+
+@torch.no_grad()
+def target_nll(model, run, targets, soft, batch_size):
+    """-log P of each target after its history, and without one: soft [B, S D] -> float32 [B, 2]"""
+    parts = []
+    for index in torch.arange(len(targets.user)).split(batch_size):
+        items, is_item = pad_items([targets.histories[i][-run.max_history:] for i in index])
+        last = is_item.sum(1)
+        rows, item = torch.arange(len(index)), torch.tensor(targets.item[index])
+        hidden = model.hidden(run, soft[index], SEQUENTIAL, items)[rows, last]
+        blind = model.hidden(run, soft[index], TOP_N, items[:, :0])[:, 0]
+        parts.append(torch.stack([-model.log_probabilities(part)[rows, item] for part in (hidden, blind)], 1))
+    return torch.cat(parts)
+
+
+def train_epoch(args, run, model, optimizer, generator):
+    """One pass over the sequences, the users and the texts in random order -> mean loss by task"""
+    sizes = {sequential_loss: len(run.sequences), top_n_loss: len(run.warm), explanation_loss: len(run.texts)}
+    steps = [(task, index) for task, size in sizes.items()
+             for index in torch.randperm(size, generator=generator).split(args.batch_size) if size]
+    losses = {}
+    for step in torch.randperm(len(steps), generator=generator):
+        task, index = steps[step]
+        loss = task(model, run, index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.setdefault(task.__name__.removesuffix("_loss"), []).append(loss.item())
+    means = {name: float(np.mean(part)) for name, part in losses.items()}
+    check_finite(torch.tensor(list(means.values())), "the losses", "lower --lr")
+    return means
+
+
+def train(args, run, variant, seed):
+    """Train a model until valid targets are not more likely for --patience epochs -> the best epoch's model
+
+    Each epoch is a finished piece: a killed run goes on behind the last one, with the same bits.
+    """
+    model = build(args, run, variant, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    generator, best = torch.Generator().manual_seed(seed), (math.inf, 0, None)
+
+    def epoch_state():
+        means = train_epoch(args, run, model, optimizer, generator)
+        with torch.no_grad():
+            soft = model.soft(run, torch.tensor(run.valid.user))
+        valid = target_nll(model, run, run.valid, soft, args.batch_size).mean(0).tolist()
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": means,
+                "generator": generator.get_state(), "valid": valid}
+
+    for epoch in range(1, args.epochs + 1):
+        started = time.time()
+        state = run.finished.compute([variant, seed, epoch], epoch_state)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        losses = " ".join(f"{name} {loss:.4f}" for name, loss in state["losses"].items())
+        print(f"{variant} seed {seed} epoch {epoch:02d}/{args.epochs} | {losses} | valid sequential "
+              f"{state['valid'][0]:.4f} top_n {state['valid'][1]:.4f} | {time.time() - started:.1f}s")
+        if sum(state["valid"]) < best[0]:
+            best = sum(state["valid"]), epoch, state["model"]
+        if epoch - best[1] >= args.patience:
+            break
+    model.load_state_dict(best[2])
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# evaluate: ranks of test targets, explanations of test rows, what the soft prompt adds
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(args, run, model, variant, seed):
+    """Rows of figures of the test targets and texts: a list of dicts"""
+    rows, users = [], torch.tensor(run.test.user)
+    scores = {"sequential": [], "top-n": []}
+    for index in torch.arange(len(users)).split(args.batch_size):
+        soft = model.soft(run, users[index])
+        items, is_item = pad_items([run.test.histories[i][-run.max_history:] for i in index])
+        hidden = model.hidden(run, soft, SEQUENTIAL, items)[torch.arange(len(index)), is_item.sum(1)]
+        scores["sequential"].append(model.log_probabilities(hidden).cpu())
+        scores["top-n"].append(model.log_probabilities(
+            model.hidden(run, soft, TOP_N, items[:, :0])[:, 0]).cpu())
+    scores = {name: torch.cat(parts).numpy() for name, parts in scores.items()}
+    rank = {"sequential": ranks(scores["sequential"], run.test.item, run.excluded),
+            "top-n": sampled_ranks(scores["top-n"], run.test)}
+    for task, part in rank.items():
+        rows.append({"model": variant, "task": task, "seed": seed, "users": len(part),
+                     **ranking_figures(part)})
+    if len(run.explained):
+        texts, (users, items) = [], torch.tensor(run.explained[["user", "item"]].to_numpy()).T
+        for index in torch.arange(len(users)).split(args.batch_size):
+            soft = model.soft(run, users[index])
+            texts += generate(run.llm, model.prefix(run, soft, EXPLAIN, items[index]))
+        rows.append(explanation_rows(variant, seed, texts, run.explained, run.sentences))
+    return rows
+
+
+@torch.no_grad()
+def heldout_nll(args, run, model):
+    """Nats per test target (the mean of both tasks) without a soft prompt, with the mean one, another user's
+    and the own -> the facts that the sidecar of profiles.pt has
+    """
+    users = torch.tensor(run.test.user)
+    own = model.soft(run, users)
+    order = torch.randperm(len(users), generator=torch.Generator().manual_seed(args.seed))
+    softs = {"none": own[:, :0], "shared": own.mean(0).expand_as(own), "shuffled": own[order], "own": own}
+    nll = {name: target_nll(model, run, run.test, soft, args.batch_size).mean(1)
+           for name, soft in softs.items()}
+    facts = {name: float(part.mean()) for name, part in nll.items()}
+    for name in ("shared", "shuffled"):
+        difference = nll["own"] - nll[name]
+        half = 1.96 * float(difference.std()) / math.sqrt(len(users)) if len(users) > 1 else 0.0
+        facts[f"own_minus_{name}"] = [float(difference.mean()), half]
+    print("nats per test target: " + "  ".join(f"{name} {facts[name]:.4f}" for name in softs)
+          + "".join(f" | own - {name} {mean:+.4f} ± {half:.4f}" for name in ("shared", "shuffled")
+                    for mean, half in [facts[f"own_minus_{name}"]]))
+    return facts
+
+
+# ----------------------------------------------------------------------------------------------------------
+# profiles for stages 3 and 4; main
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def write_profiles(args, run, data, model):
+    """RUN_DIR/peapod: links to the run's data, and θ of all users as profiles.pt, for 03_quantize.py
+
+    Its noise is the covariance of θ when v_u is drawn from its posterior.
+    """
+    folder = Path(args.run_dir) / "peapod"
+    folder.mkdir(exist_ok=True)
+    for name in INPUTS:
+        for file in (name, f"{name}.json"):
+            (folder / file).unlink(missing_ok=True)
+            (folder / file).symlink_to(Path("..") / file)
+    users, shape = torch.arange(data.num_users), (NUM_FOLDS + 1, data.num_users, 1, -1)
+    theta = torch.stack([model.soft(run, users, fold) for fold in range(NUM_FOLDS + 1)]).cpu()
+    draw = torch.randn(run.pmf.vectors.shape[1:], generator=torch.Generator().manual_seed(args.seed))
+    vectors = run.pmf.vectors[-1] + (run.pmf.deviation @ draw[..., None])[..., 0]  # [N, C]
+    moved = model.scale * model.prompt(vectors, run.pmf.vectors[-1, run.pmf.nearest[-1]]).cpu()
+    own = data.split["train"], data.split["support"]
+    num_own = torch.tensor(sum(np.bincount(rows["user"], minlength=data.num_users) for rows in own))
+    in_fold = [np.bincount(own[0]["user"][run.pmf.fold.numpy() == fold], minlength=data.num_users)
+               for fold in range(NUM_FOLDS)]
+    counts = num_own - torch.tensor(np.array([*in_fold, 0 * in_fold[0]]))  # [F + 1, N]
+    tensors = {"profiles": theta.view(shape), "shared": theta[-1].mean(0)[None], "names": ["peapod"],
+               "noise": torch.cov((moved - theta[-1]).T)[None], "gain": torch.ones(data.num_users, 1),
+               "num_evidence": counts[..., None], "has_evidence": num_own > 0, "fold": run.pmf.fold,
+               "llm": run.llm.name, "texts": [TOP_N], "num_soft": args.soft_tokens,
+               "tiny_llm": tiny_stamp(folder.parent / "baselines") if run.llm.name == "tiny" else ""}
+    options = SimpleNamespace(**vars(args) | {"run_dir": str(folder)})
+    return write_artifact(options, "profiles.pt", tensors, INPUTS[:2], stage="baselines/peapod.py",
+                          heldout_nll=heldout_nll(args, run, model))
+
+
+def set_up(args, data):
+    """What all variants share -> the run, a namespace: llm, pmf, sequences of train items and their users,
+    targets, texts
+    """
+    train, sentences = data.split["train"], first_sentences(args)
+    has_text = sentences[train.index] != ""
+    llm = load_baseline_llm(args, data, [EXPLAIN, TOP_N, SEQUENTIAL],
+                            [f" {text}" for text in sentences[train.index]] if has_text.any() else None)
+    embed = lambda text: llm.model.get_input_embeddings()(torch.tensor(
+        llm.tokenizer(text, add_special_tokens=False)["input_ids"], device=llm.device)).detach()
+    bos = llm.tokenizer.bos_token
+    item_text = torch.stack([embed(f" {text}").mean(0) for text in item_texts(data.items)])  # [M, D]
+    sequences = [(user, items[first:first + args.max_history]) for user, items in
+                 train.groupby("user")["item"].agg(np.array).items()
+                 for first in range(0, len(items), args.max_history)]
+    share = np.bincount(train["item"], minlength=data.num_items) + 0.5
+    valid, test = (leave_one_out(data.interactions, split, data.num_items, args.max_users, args.seed)
+                   for split in ("valid", "test"))
+    own_items = own_rows(data.interactions).groupby("user")["item"].agg(np.array)
+    explained = data.split["test"][(sentences[data.split["test"].index] != "")]
+    kept = capped(len(explained), args.max_texts, args.seed)
+    texts = train[has_text]
+    options = {name: value for name, value in vars(args).items()
+               if name not in ("run_dir", "variant", "seeds", "epochs", "patience", "max_texts")}
+    finished = Finished(args, "peapod", [options, data.digests, llm.digest, code_digests(*CODE)])
+    return SimpleNamespace(
+        llm=llm, pmf=factorize(args, data), finished=finished, max_history=args.max_history,
+        sequences=[items for _, items in sequences],
+        sequence_user=torch.tensor([user for user, _ in sequences]),
+        warm=torch.tensor(np.unique(train["user"])), share=torch.tensor(share / share.sum()).float(),
+        train_matrix=sparse.csr_matrix((np.ones(len(train)), (train["user"], train["item"])),
+                                       shape=(data.num_users, data.num_items)),
+        valid=valid, test=test, excluded=[own_items[user] for user in test.user], sentences=sentences,
+        explained=explained.iloc[kept], texts=sentences[texts.index].tolist(),
+        text_user=torch.tensor(texts["user"].to_numpy()), text_item=torch.tensor(texts["item"].to_numpy()),
+        item_text=item_text, scale=float(item_text.new_tensor(llm.model.get_input_embeddings().weight.float()
+                                                              .square().mean().sqrt())),
+        bos=embed(bos) if bos else item_text[:0],
+        task_text={text: embed(text) for text in (SEQUENTIAL, TOP_N, EXPLAIN)})
+
+
+def main(args):
+    start_stage(args)
+    started = time.time()
+    data = read_data(args)
+    run = set_up(args, data)
+    rows = reference_rows(data.interactions, run.test, data.num_items)
+    if len(run.explained):
+        rows.append(item_review_row(data.split["train"], run.explained, run.sentences))
+    for variant in args.variant:
+        for seed in range(args.seed, args.seed + args.seeds):
+            model = train(args, run, variant, seed)
+            rows += evaluate(args, run, model, variant, seed)
+            if (variant, seed) == (args.variant[0], args.seed):
+                profiles = write_profiles(args, run, data, model)
+    table = pd.DataFrame(rows).assign(split_seed=data.split_seed)
+    means = table.drop(columns="seed").groupby(["task", "model"], sort=False).mean().dropna(axis=1, how="all")
+    print(means.to_string(float_format="{:.4f}".format))
+    path = write_artifact(args, "peapod.parquet", table, INPUTS, seconds=time.time() - started)
+    ndcg = means.loc["sequential", "ndcg@10"].sort_values(ascending=False, kind="stable")
+    print(f"wrote {profiles} for stages 3 and 4, and {path}: {len(table)} rows | sequential NDCG@10 "
+          + ", ".join(f"{name} {value:.4f}" for name, value in ndcg.items()))
+
+
+if __name__ == "__main__":
+    run_program(main, parse_args)
