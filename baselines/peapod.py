@@ -12,9 +12,9 @@ soft prompt serves three tasks, which are trained in turn by the language model 
 Valid rows stop the training. Test rows are ranked once: the last test row of each user.
 
 Differs from the paper: of it only the abstract was at hand. Items are tokens of their own: the mean embedding
-of the title's tokens, a trained offset, and a bias that starts at the log of the item's share; so all items
-are ranked in one forward pass, without generation. Items after a user's soft prompt are the user's train rows
-only. The LLM is frozen and decoder-only. Tasks without a history need no candidates in the prompt.
+of the item's text, a trained offset, and a bias that starts at the log of the item's share, so that all items
+are ranked in one forward pass, without generation; an item without a train row has no text. The LLM is frozen
+and decoder-only. A prompt names no candidates, and of the user's items the last --max-history ones.
 A user's profile θ_u costs no gradient steps of its own: RUN_DIR/peapod is a run whose profiles stages 3 and 4
 read as those of stage 2. Train rows read profiles of ratings without their own fold.
 
@@ -441,10 +441,12 @@ def set_up(args, data):
     has_text = sentences[train.index] != ""
     llm = load_baseline_llm(args, data, [EXPLAIN, TOP_N, SEQUENTIAL],
                             [f" {text}" for text in sentences[train.index]] if has_text.any() else None)
-    embed = lambda text: llm.model.get_input_embeddings()(torch.tensor(
+    embeddings = llm.model.get_input_embeddings()
+    embed = lambda text: embeddings(torch.tensor(
         llm.tokenizer(text, add_special_tokens=False)["input_ids"], device=llm.device)).detach()
     bos = llm.tokenizer.bos_token
     item_text = torch.stack([embed(f" {text}").mean(0) for text in item_texts(data.items)])  # [M, D]
+    item_text[np.bincount(train["item"], minlength=data.num_items) == 0] = 0.0
     sequences = [(user, items[first:first + args.max_history]) for user, items in
                  train.groupby("user")["item"].agg(np.array).items()
                  for first in range(0, len(items), args.max_history)]
@@ -468,8 +470,8 @@ def set_up(args, data):
         valid=valid, test=test, excluded=[own_items[user] for user in test.user], sentences=sentences,
         explained=explained.iloc[kept], texts=sentences[texts.index].tolist(),
         text_user=torch.tensor(texts["user"].to_numpy()), text_item=torch.tensor(texts["item"].to_numpy()),
-        item_text=item_text, scale=float(item_text.new_tensor(llm.model.get_input_embeddings().weight.float()
-                                                              .square().mean().sqrt())),
+        item_text=item_text,
+        scale=float(embeddings.weight.float().square().mean().sqrt()),
         bos=embed(bos) if bos else item_text[:0],
         task_text={text: embed(text) for text in (SEQUENTIAL, TOP_N, EXPLAIN)})
 

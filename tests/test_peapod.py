@@ -1,0 +1,197 @@
+import argparse
+import copy
+import importlib
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import dies, read_raw, run_process, run_stage, write_amazon, write_interactions, write_table
+from userip.artifacts import read_artifacts
+
+peapod = importlib.import_module("baselines.peapod")
+SMALL = ["--llm", "tiny", "--tiny-steps", 4, "--epochs", 2, "--seeds", 1, "--batch-size", 32, "--rank", 4,
+         "--max-history", 8]
+
+
+def run_peapod(run_dir, *options):
+    peapod.main(peapod.parse_args(list(map(str, ["--run-dir", run_dir, *SMALL, *options]))))
+    args = argparse.Namespace(run_dir=str(run_dir / "peapod"))
+    return read_artifacts(args, "profiles.pt")[0]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A run of stage 1 with cold users, and a profile of PeaPOD beside it: read only"""
+    folder = tmp_path_factory.mktemp("peapod")
+    write_table(folder / "raw")
+    run_stage("01_prepare.py", "--dataset", "table", "--raw", folder / "raw", "--run-dir", folder / "run",
+              "--split", "cold-user")
+    rows = pd.read_parquet(folder / "run/interactions.parquet")
+    item = rows["item"][rows["split"] == "test"].iloc[0]  # shall have test rows only
+    rows = rows[(rows["item"] != item) | (rows["split"] == "test")].reset_index(drop=True)
+    write_interactions(argparse.Namespace(run_dir=folder / "run", seed=0), rows)
+    shutil.copytree(folder / "run", folder / "prepared")
+    return folder / "prepared", folder / "run", run_peapod(folder / "run", "--variant", "neighbours", "shared")
+
+
+def small_data(num_users=12, num_items=9, seed=0):
+    """Data with ratings of two groups, as read_data gives it"""
+    rng = np.random.default_rng(seed)
+    rows = pd.DataFrame([(user, item, 5.0 if (user + item) % 2 else 1.0) for user in range(num_users)
+                         for item in rng.choice(num_items, 6, replace=False)],
+                        columns=["user", "item", "rating"])
+    split = np.where(np.arange(len(rows)) % 6 == 5, "valid", "train").astype(object)
+    split[rows["user"] == num_users - 1] = "support"
+    return argparse.Namespace(num_users=num_users, num_items=num_items, split={
+        name: rows[split == name] for name in ("train", "valid", "support")})
+
+
+ARGS = argparse.Namespace(seed=0, rank=3, penalty=2.0)
+
+
+def test_pool_weights_sum_to_one_and_mix_the_pool():
+    torch.manual_seed(0)
+    prompt, vectors = peapod.PoolPrompt(4, 6, 2, 5), 9 * torch.randn(7, 4)
+    weights = prompt.attention(vectors)
+    assert weights.shape == (7, 6) and torch.allclose(weights.sum(1), torch.ones(7)) and (weights >= 0).all()
+    for row in range(7):  # Σ_m a_m p_m with a = softmax(W v)
+        score = torch.exp(prompt.interest.weight @ vectors[row] + prompt.interest.bias)
+        expected = sum(score[m] / score.sum() * prompt.prompts[m] for m in range(6))
+        assert torch.allclose(prompt(vectors, None)[row], expected, atol=1e-5)
+    assert prompt(vectors, None).std(0).max() > 0.1  # users differ
+
+
+def test_shared_is_one_prompt_for_all():
+    prompt = peapod.PROMPTS["shared"](4, 1, 2, 5)
+    assert torch.equal(prompt(torch.randn(7, 4), None), prompt.prompts.expand(7, -1))
+
+
+def test_neighbours_are_the_nearest_other_warm_users():
+    rng = torch.Generator().manual_seed(0)
+    vectors, is_warm = torch.randn(40, 3, generator=rng), torch.arange(40) % 7 > 0
+    nearest = peapod.nearest_users(vectors, vectors, is_warm, block=16)
+    assert nearest.shape == (40, 20)
+    for user in range(40):
+        cosine = [float(torch.cosine_similarity(vectors[user], vectors[other], dim=0)) for other in range(40)]
+        others = [other for other in range(40) if other != user and is_warm[other]]
+        assert nearest[user].tolist() == sorted(others, key=lambda other: -cosine[other])[:20]
+    assert peapod.nearest_users(vectors[:5], vectors[:5], torch.ones(5, dtype=torch.bool)).shape == (5, 4)
+
+
+def test_no_value_of_neighbours_is_the_users_own():
+    """The user's vector only asks: with one neighbour nothing of it is left"""
+    torch.manual_seed(0)
+    prompt, neighbours = peapod.NeighbourPrompt(4, 0, 3, 5), torch.randn(2, 1, 4)
+    assert torch.equal(prompt(torch.randn(2, 4), neighbours), prompt(torch.randn(2, 4), neighbours))
+    neighbours = torch.randn(2, 6, 4)
+    weights = prompt.attention(torch.randn(2, 4), neighbours)
+    assert weights.shape == (2, 3, 6) and torch.allclose(weights.sum(2), torch.ones(2, 3))
+    assert not torch.allclose(prompt(torch.zeros(2, 4), neighbours), prompt(torch.ones(2, 4), neighbours))
+
+
+def test_pmf_solves_the_ridge_regression_of_each_user_without_the_fold():
+    data = small_data()
+    pmf = peapod.factorize(ARGS, data)
+    assert pmf.vectors.shape == (6, 12, 3) and len(pmf.fold) == len(data.split["train"])
+    rows = data.split["train"].assign(rating=lambda rows: rows["rating"] - rows["rating"].mean())
+    items = np.random.default_rng(1).standard_normal((9, 3))
+    vectors, inverse = peapod.solve_vectors(rows, "user", items, 12, 2.0)
+    for user in range(11):
+        x, y = items[rows["item"][rows["user"] == user]], rows["rating"][rows["user"] == user]
+        hessian = x.T @ x + 2.0 * np.eye(3)
+        assert vectors[user] == pytest.approx(np.linalg.solve(hessian, x.T @ y))
+        assert inverse[user] == pytest.approx(np.linalg.inv(hessian))
+    for fold in range(5):  # only a user with rows in the fold has another vector without it
+        users = set(data.split["train"]["user"][pmf.fold.numpy() == fold])
+        moved = (pmf.vectors[fold] - pmf.vectors[-1]).abs().amax(1) > 1e-6
+        assert {user for user in range(12) if moved[user]} <= users
+
+
+def test_a_support_row_moves_its_own_user_only():
+    data = small_data()
+    before, other = peapod.factorize(ARGS, data), copy.deepcopy(data)
+    other.split["support"] = other.split["support"].assign(rating=lambda rows: 6 - rows["rating"])
+    after = peapod.factorize(ARGS, other)
+    assert torch.equal(before.vectors[:, :11], after.vectors[:, :11])
+    assert not torch.equal(before.vectors[:, 11], after.vectors[:, 11])
+    assert 11 not in before.nearest[:, :11]
+
+
+def test_end_to_end_and_stage_3_reads_its_profiles(prepared):
+    _, run_dir, profiles = prepared
+    table = pd.read_parquet(run_dir / "peapod.parquet")
+    assert set(table["model"]) == {"most popular", "item-kNN", "Markov chain", "neighbours", "shared"}
+    assert set(table["task"]) == {"sequential", "top-n"}
+    assert table.filter(regex="@").apply(lambda column: column.between(0, 1)).all(axis=None)
+    assert profiles["profiles"].shape == (6, 60, 1, 3 * 128) and profiles["has_evidence"].all()
+    rows = pd.read_parquet(run_dir / "interactions.parquet")
+    counts = rows[rows["split"].isin(["train", "support"])].groupby("user").size()
+    assert profiles["num_evidence"][-1, :, 0].tolist() == counts.tolist()
+    printed = run_stage("03_quantize.py", "--codes", 3, "--epochs", 2, "--run-dir", run_dir / "peapod")
+    assert "wrote" in printed and len(pd.read_parquet(run_dir / "peapod/train_codes.parquet")) == sum(
+        rows["split"] == "train")
+
+
+def pieces_of(run_dir):
+    """The trained states of all finished epochs, each as bytes: a set"""
+    pieces = [torch.load(path, weights_only=True)["model"] for path in run_dir.glob("baselines/*/*.pt")]
+    return {b"".join(state[key].numpy().tobytes() for key in sorted(state)) for state in pieces}
+
+
+def poison(source, run_dir):
+    """A copy of a run with other ratings and reviews in test rows, and other titles of items only they have"""
+    shutil.copytree(source, run_dir)
+    rows, items = (pd.read_parquet(run_dir / f"{name}.parquet") for name in ("interactions", "items"))
+    is_test = rows["split"] == "test"
+    rows.loc[is_test, "rating"] = 6 - rows["rating"]
+    rows["label"] = (rows["rating"] > 3).astype("int8")
+    if rows["review"].notna().any():
+        rows.loc[is_test, "review"] = "Poison. More of it."
+    only_test = ~items["item"].isin(rows["item"][~is_test])
+    items.loc[only_test, "title"] = "poison"
+    items.to_parquet(run_dir / "items.parquet")
+    write_interactions(argparse.Namespace(run_dir=run_dir, seed=0), rows)
+    return int(only_test.sum())
+
+
+def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):
+    source, run_dir, profiles = prepared
+    assert poison(source, tmp_path / "run") == 1
+    poisoned = run_peapod(tmp_path / "run", "--variant", "neighbours", "shared")
+    for name in ("profiles", "noise", "fold"):
+        assert torch.equal(profiles[name], poisoned[name]), name
+    assert pieces_of(run_dir) == pieces_of(tmp_path / "run") and len(pieces_of(run_dir)) == 4
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path, capsys):
+    source, _, profiles = prepared
+    run_dir = tmp_path / "run"
+    shutil.copytree(source, run_dir)
+    run_peapod(run_dir, "--variant", "neighbours", "--epochs", 1)  # as if killed behind the first epoch
+    first = {path: path.stat().st_mtime_ns for path in run_dir.glob("baselines/peapod/*.pt")}
+    again = run_peapod(run_dir, "--variant", "neighbours")
+    assert {path: path.stat().st_mtime_ns for path in first} == first and len(first) == 1
+    for name in ("profiles", "noise", "shared"):
+        assert torch.equal(profiles[name], again[name]), name
+
+
+def test_reviews_are_explained_by_a_process_of_its_own(tmp_path):
+    write_amazon(tmp_path / "raw", 2023)
+    read_raw(tmp_path, "amazon")
+    printed = run_process("baselines/peapod.py", "--run-dir", tmp_path / "run", *SMALL, "--variant", "pool",
+                          "--max-texts", 5)
+    table = pd.read_parquet(tmp_path / "run/peapod.parquet").set_index(["task", "model"])
+    assert "sequential NDCG@10" in printed
+    figures = table.loc["explanation"]
+    assert figures.index.tolist() == ["item's last review", "pool"]
+    assert figures[["bleu4", "rouge1", "rougeL", "distinct1", "usr"]].apply(
+        lambda column: column.between(0, 1)).all(axis=None)
+    assert 1 <= figures["users"].iloc[0] <= 5
+
+
+def test_a_run_without_stage_1_names_the_command(tmp_path, capsys):
+    args = peapod.parse_args(["--run-dir", str(tmp_path / "nothing")])
+    assert "01_prepare.py" in dies(capsys, peapod.main, args)
