@@ -104,7 +104,7 @@ class PEPLER(nn.Module):
         """user, item [B] -> logits [B]"""
         u, i = self.vectors(user, item)
         if self.head == "mf":
-            return (u * i).sum(1) + self.bias
+            return (u * i).sum(1) / self.scale + self.bias
         return self.out(self.mlp(torch.cat([u, i], 1) / self.scale)).squeeze(1) + self.bias
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from baseline_cases import pieces_of, poison
 from conftest import dies, read_raw, run_process, run_stage, write_amazon, write_interactions, write_table
 from userip.artifacts import read_artifacts
 
@@ -34,7 +35,8 @@ def prepared(tmp_path_factory):
     rows = rows[(rows["item"] != item) | (rows["split"] == "test")].reset_index(drop=True)
     write_interactions(argparse.Namespace(run_dir=folder / "run", seed=0), rows)
     shutil.copytree(folder / "run", folder / "prepared")
-    return folder / "prepared", folder / "run", run_peapod(folder / "run", "--variant", "neighbours", "shared")
+    profiles = run_peapod(folder / "run", "--variant", "neighbours", "shared")
+    return folder / "prepared", folder / "run", profiles
 
 
 def small_data(num_users=12, num_items=9, seed=0):
@@ -133,28 +135,6 @@ def test_end_to_end_and_stage_3_reads_its_profiles(prepared):
     printed = run_stage("03_quantize.py", "--codes", 3, "--epochs", 2, "--run-dir", run_dir / "peapod")
     assert "wrote" in printed and len(pd.read_parquet(run_dir / "peapod/train_codes.parquet")) == sum(
         rows["split"] == "train")
-
-
-def pieces_of(run_dir):
-    """The trained states of all finished epochs, each as bytes: a set"""
-    pieces = [torch.load(path, weights_only=True)["model"] for path in run_dir.glob("baselines/*/*.pt")]
-    return {b"".join(state[key].numpy().tobytes() for key in sorted(state)) for state in pieces}
-
-
-def poison(source, run_dir):
-    """A copy of a run with other ratings and reviews in test rows, and other titles of items only they have"""
-    shutil.copytree(source, run_dir)
-    rows, items = (pd.read_parquet(run_dir / f"{name}.parquet") for name in ("interactions", "items"))
-    is_test = rows["split"] == "test"
-    rows.loc[is_test, "rating"] = 6 - rows["rating"]
-    rows["label"] = (rows["rating"] > 3).astype("int8")
-    if rows["review"].notna().any():
-        rows.loc[is_test, "review"] = "Poison. More of it."
-    only_test = ~items["item"].isin(rows["item"][~is_test])
-    items.loc[only_test, "title"] = "poison"
-    items.to_parquet(run_dir / "items.parquet")
-    write_interactions(argparse.Namespace(run_dir=run_dir, seed=0), rows)
-    return int(only_test.sum())
 
 
 def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):

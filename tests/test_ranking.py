@@ -21,7 +21,8 @@ def test_the_last_row_of_each_user_is_asked_and_earlier_train_rows_are_the_histo
     targets = leave_one_out(SMALL, "test", 200, 10, seed=0)
     assert targets.user.tolist() == [0, 1, 2]  # nothing is known of user 3
     assert targets.item.tolist() == [3, 2, 4]
-    assert [history.tolist() for history in targets.histories] == [[0, 2], [1, 0], [3]]  # no valid, no later row
+    # neither valid nor later rows
+    assert [history.tolist() for history in targets.histories] == [[0, 2], [1, 0], [3]]
     for user, sampled in zip(targets.user, targets.sampled):
         assert len(set(sampled)) == 99 and not set(sampled) & set(SMALL["item"][SMALL["user"] == user])
     assert len(leave_one_out(SMALL, "test", 200, 2, seed=0).user) == 2
@@ -40,7 +41,7 @@ def test_figures_equal_a_naive_loop_over_sorted_items():
         for k in hits:
             hits[k] += target[row] in best[:k]
         for k in gains:
-            gains[k] += sum(1 / math.log2(2 + place) for place, item in enumerate(best[:k]) if item == target[row])
+            gains[k] += sum(1 / math.log2(2 + above) for above in range(k) if best[above] == target[row])
     assert figures == pytest.approx({f"hr@{k}": hits[k] / 50 for k in hits}
                                     | {f"ndcg@{k}": gains[k] / 50 for k in gains})
 
@@ -78,7 +79,7 @@ def test_a_chain_that_is_in_the_data_is_found():
     rng, rows = np.random.default_rng(0), []
     for user in range(200):
         start = int(rng.integers(40))
-        rows += [(user, (start + step) % 40, "train") for step in range(5)] + [(user, (start + 5) % 40, "test")]
+        rows += [(user, (start + step) % 40, "test" if step == 5 else "train") for step in range(6)]
     frame = table(rows)
     targets = leave_one_out(frame, "test", 40, 1000, seed=0)
     figures = {(row["model"], row["task"]): row["hr@1"] for row in reference_rows(frame, targets, 40)}

@@ -7,15 +7,16 @@ from userip.text_metrics import (bleu, distinct, feature_matching_ratio, ngrams,
                                  text_figures, unique_sentence_ratio, words)
 
 # Papineni et al. (2002), section 2: two translations of one sentence, and three references
-CANDIDATE_1 = words("It is a guide to action which ensures that the military always obeys the commands of the "
-                    "party")
+CANDIDATE_1 = words("It is a guide to action which ensures that the military always obeys the commands of "
+                    "the party")
 CANDIDATE_2 = words("It is to insure the troops forever hearing the activity guidebook that party direct")
 REFERENCES = list(map(words, (
     "It is a guide to action that ensures that the military will forever heed Party commands",
     "It is the guiding principle which guarantees the military forces always being under the command of the "
     "Party", "It is the practical guide for the army always to heed the directions of the party")))
 # Lin (2004), section 3.1: ROUGE-2 cannot tell the second from the third, ROUGE-L can
-GUNMAN = list(map(str.split, ("police killed the gunman", "police kill the gunman", "the gunman kill police")))
+GUNMAN = list(map(str.split, ("police killed the gunman", "police kill the gunman",
+                              "the gunman kill police")))
 
 
 def random_texts(seed, num=30, num_words=5):
