@@ -42,22 +42,20 @@ import pandas as pd
 import torch
 from scipy import sparse
 from torch import nn
-from torch.nn import functional as F
 
 from userip.artifacts import check_finite, write_artifact
 from userip.baseline import (INPUTS, Finished, baseline_parser, capped, code_digests, item_texts,
                              load_baseline_llm, read_data)
-from userip.evidence import assign_folds
 from userip.explanations import (explanation_rows, first_sentences, generate, item_review_row, text_nll,
                                  text_tokens)
 from userip.llm import tiny_stamp
-from userip.options import at_least, run_program, start_stage
+from userip.options import at_least, refuse_without_effect, run_program, start_stage
+from userip.pmf import NUM_FOLDS, factorize
 from userip.ranking import (leave_one_out, own_rows, ranking_figures, ranks, reference_rows,
                             sampled_ranks)
 
 SEQUENTIAL, TOP_N, EXPLAIN = "The user has bought", "The user likes", "The user says"
-NUM_NEIGHBOURS, NUM_FOLDS = 20, 5
-CODE = "baselines/peapod.py", "userip/ranking.py", "userip/explanations.py"
+CODE = "baselines/peapod.py", "userip/ranking.py", "userip/explanations.py", "userip/pmf.py"
 
 
 def parse_args(argv=None):
@@ -78,75 +76,11 @@ def parse_args(argv=None):
     add.training("--batch-size", type=at_least(1), default=64, help="prompts per step")
     args = parser.parse_args(argv)
     args.variant = list(dict.fromkeys(args.variant))
+    has_interests = (args.variant != ["shared"], "--variant pool or neighbours")
+    refuse_without_effect(parser, args, {
+        "pool": ("pool" in args.variant, "--variant pool"), "rank": has_interests, "penalty": has_interests,
+        "tiny_steps": (args.llm in ("auto", "tiny"), "--llm tiny")})
     return args
-
-
-# ----------------------------------------------------------------------------------------------------------
-# interests: PMF of the train ratings
-# ----------------------------------------------------------------------------------------------------------
-
-
-def solve_vectors(rows, by, factors, num, penalty):
-    """The vectors that minimise Σ (r - u·v)² + λ |u|² with the others' factors [M, C] fixed, and the inverse
-    of each one's Hessian. rows: user, item, rating (less the mean) by column; by: user or item -> [num, C],
-    [num, C, C]
-    """
-    other = "item" if by == "user" else "user"
-    pairs = rows[by], rows[other]
-    matrix = lambda values: sparse.csr_matrix((values, pairs), shape=(num, len(factors)))
-    products = (factors[:, :, None] * factors[:, None]).reshape(len(factors), -1)  # [M, C C]
-    hessian = (matrix(np.ones(len(rows))) @ products).reshape(num, factors.shape[1], -1)
-    inverse = np.linalg.inv(hessian + penalty * np.eye(factors.shape[1]))
-    return np.einsum("nij,nj->ni", inverse, matrix(rows["rating"]) @ factors), inverse
-
-
-def factorize(args, data, num_rounds=15):
-    """PMF (Salakhutdinov and Mnih, 2007) by alternating least squares -> namespace of vectors float32
-    [F + 1, N, C], of users without each fold of their train rows and, last, with all; deviation [N, C, C],
-    the Cholesky factor of a vector's posterior covariance; fold int64 [train rows]; nearest int64
-    [F + 1, N, 20], other users by cosine
-
-    Items' factors are of all train rows, users' vectors are solved again without each fold. A support row
-    reaches its own user only.
-    """
-    rng, sizes = np.random.default_rng([args.seed, 8]), (data.num_users, data.num_items)
-    train, support = data.split["train"], data.split["support"]
-    mean = train["rating"].mean()
-    train, support = (rows.assign(rating=rows["rating"].astype(float) - mean) for rows in (train, support))
-    items = 0.1 * rng.standard_normal((data.num_items, args.rank))
-    for _ in range(num_rounds):
-        users, _ = solve_vectors(train, "user", items, sizes[0], args.penalty)
-        items, _ = solve_vectors(train, "item", users, sizes[1], args.penalty)
-    fold = assign_folds(train, NUM_FOLDS, args.seed)
-    kept = [pd.concat([train[fold != left_out], support]) for left_out in range(NUM_FOLDS + 1)]
-    solved = [solve_vectors(rows, "user", items, sizes[0], args.penalty) for rows in kept]
-    vectors, covariance = np.stack([part for part, _ in solved]), solved[-1][1]
-    residual = {name: rows["rating"] - mean * (name == "valid")
-                - (vectors[-1, rows["user"]] * items[rows["item"]]).sum(1)
-                for name, rows in (("train", train), ("valid", data.split["valid"]))}
-    rmse = {name: math.sqrt((part**2).mean()) for name, part in residual.items()}
-    print(f"PMF: RMSE of ratings {rmse['train']:.3f} on train, {rmse['valid']:.3f} on valid rows")
-    is_warm = np.bincount(train["user"], minlength=sizes[0]) > 0
-    scale = vectors[-1, is_warm].std(0).clip(min=1e-9)  # of each direction
-    vectors = torch.tensor(vectors / scale, dtype=torch.float32)
-    deviation = np.linalg.cholesky(covariance) * rmse["train"] / scale[:, None]
-    nearest = torch.stack([nearest_users(part, vectors[-1], torch.tensor(is_warm)) for part in vectors])
-    return SimpleNamespace(vectors=vectors, deviation=torch.tensor(deviation, dtype=torch.float32),
-                           fold=torch.tensor(fold), nearest=nearest)
-
-
-def nearest_users(vectors, others, is_warm, block=1024):
-    """The 20 users with train rows whose vectors others [N, C] are nearest to each of vectors [N, C] by
-    cosine, never the user themself: int64 [N, 20] (fewer if there are fewer users)
-    """
-    others, nearest = F.normalize(others, dim=1), []
-    num = min(NUM_NEIGHBOURS, int(is_warm.sum()) - 1)
-    for users in torch.arange(len(vectors)).split(block):
-        cosine = F.normalize(vectors[users], dim=1) @ others.T  # [n, N]
-        cosine[:, ~is_warm] = -2.0
-        cosine[torch.arange(len(users)), users] = -3.0
-        nearest.append(cosine.topk(num, dim=1).indices)
-    return torch.cat(nearest)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -277,17 +211,24 @@ def explanation_loss(model, run, index):
 
 
 @torch.no_grad()
-def target_nll(model, run, targets, soft, batch_size):
-    """-log P of each target after its history, and without one: soft [B, S D] -> float32 [B, 2]"""
-    parts = []
-    for index in torch.arange(len(targets.user)).split(batch_size):
-        items, is_item = pad_items([targets.histories[i][-run.max_history:] for i in index])
-        last = is_item.sum(1)
-        rows, item = torch.arange(len(index)), torch.tensor(targets.item[index])
-        hidden = model.hidden(run, soft[index], SEQUENTIAL, items)[rows, last]
+def target_log_probabilities(args, model, run, targets, soft):
+    """log P of all items after each target's history, and without one: soft [B, S D] -> by blocks of targets
+    their indices [n], both float32 [n, M]
+    """
+    block = max(1, args.tokens_per_batch // (2 * args.max_history))
+    for index in torch.arange(len(targets.user)).split(block):
+        items, is_item = pad_items([targets.histories[i][-args.max_history:] for i in index])
+        last = torch.arange(len(index)), is_item.sum(1)
+        hidden = model.hidden(run, soft[index], SEQUENTIAL, items)[last]
         blind = model.hidden(run, soft[index], TOP_N, items[:, :0])[:, 0]
-        parts.append(torch.stack([-model.log_probabilities(part)[rows, item] for part in (hidden, blind)], 1))
-    return torch.cat(parts)
+        yield index, *(model.log_probabilities(part).cpu() for part in (hidden, blind))
+
+
+def target_nll(args, model, run, targets, soft):
+    """-log P of each target after its history, and without one: float32 [B, 2]"""
+    item = torch.tensor(targets.item)
+    return torch.cat([torch.stack([-log_p.gather(1, item[index, None])[:, 0] for log_p in both], 1)
+                      for index, *both in target_log_probabilities(args, model, run, targets, soft)])
 
 
 def train_epoch(args, run, model, optimizer, generator):
@@ -321,7 +262,7 @@ def train(args, run, variant, seed):
         means = train_epoch(args, run, model, optimizer, generator)
         with torch.no_grad():
             soft = model.soft(run, torch.tensor(run.valid.user))
-        valid = target_nll(model, run, run.valid, soft, args.batch_size).mean(0).tolist()
+        valid = target_nll(args, model, run, run.valid, soft).mean(0).tolist()
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": means,
                 "generator": generator.get_state(), "valid": valid}
 
@@ -350,18 +291,11 @@ def train(args, run, variant, seed):
 @torch.no_grad()
 def evaluate(args, run, model, variant, seed):
     """Rows of figures of the test targets and texts: a list of dicts"""
-    rows, users = [], torch.tensor(run.test.user)
-    scores = {"sequential": [], "top-n": []}
-    for index in torch.arange(len(users)).split(args.batch_size):
-        soft = model.soft(run, users[index])
-        items, is_item = pad_items([run.test.histories[i][-run.max_history:] for i in index])
-        hidden = model.hidden(run, soft, SEQUENTIAL, items)[torch.arange(len(index)), is_item.sum(1)]
-        scores["sequential"].append(model.log_probabilities(hidden).cpu())
-        scores["top-n"].append(model.log_probabilities(
-            model.hidden(run, soft, TOP_N, items[:, :0])[:, 0]).cpu())
-    scores = {name: torch.cat(parts).numpy() for name, parts in scores.items()}
-    rank = {"sequential": ranks(scores["sequential"], run.test.item, run.excluded),
-            "top-n": sampled_ranks(scores["top-n"], run.test)}
+    soft, rows = model.soft(run, torch.tensor(run.test.user)), []
+    both = zip(*target_log_probabilities(args, model, run, run.test, soft))
+    sequential, top_n = (torch.cat(parts).numpy() for parts in list(both)[1:])  # [B, M]
+    rank = {"sequential": ranks(sequential, run.test.item, run.excluded),
+            "top-n": sampled_ranks(top_n, run.test)}
     for task, part in rank.items():
         rows.append({"model": variant, "task": task, "seed": seed, "users": len(part),
                      **ranking_figures(part)})
@@ -383,7 +317,7 @@ def heldout_nll(args, run, model):
     own = model.soft(run, users)
     order = torch.randperm(len(users), generator=torch.Generator().manual_seed(args.seed))
     softs = {"none": own[:, :0], "shared": own.mean(0).expand_as(own), "shuffled": own[order], "own": own}
-    nll = {name: target_nll(model, run, run.test, soft, args.batch_size).mean(1)
+    nll = {name: target_nll(args, model, run, run.test, soft).mean(1)
            for name, soft in softs.items()}
     facts = {name: float(part.mean()) for name, part in nll.items()}
     for name in ("shared", "shuffled"):
@@ -418,14 +352,13 @@ def write_profiles(args, run, data, model):
     draw = torch.randn(run.pmf.vectors.shape[1:], generator=torch.Generator().manual_seed(args.seed))
     vectors = run.pmf.vectors[-1] + (run.pmf.deviation @ draw[..., None])[..., 0]  # [N, C]
     moved = model.scale * model.prompt(vectors, run.pmf.vectors[-1, run.pmf.nearest[-1]]).cpu()
-    own = data.split["train"], data.split["support"]
-    num_own = torch.tensor(sum(np.bincount(rows["user"], minlength=data.num_users) for rows in own))
-    in_fold = [np.bincount(own[0]["user"][run.pmf.fold.numpy() == fold], minlength=data.num_users)
-               for fold in range(NUM_FOLDS)]
-    counts = num_own - torch.tensor(np.array([*in_fold, 0 * in_fold[0]]))  # [F + 1, N]
+    num_own = np.bincount(own_rows(data.interactions)["user"], minlength=data.num_users)
+    in_fold = np.zeros((NUM_FOLDS + 1, data.num_users), dtype=np.int64)
+    np.add.at(in_fold, (run.pmf.fold.numpy(), data.split["train"]["user"].to_numpy()), 1)
     tensors = {"profiles": theta.view(shape), "shared": theta[-1].mean(0)[None], "names": ["peapod"],
                "noise": torch.cov((moved - theta[-1]).T)[None], "gain": torch.ones(data.num_users, 1),
-               "num_evidence": counts[..., None], "has_evidence": num_own > 0, "fold": run.pmf.fold,
+               "num_evidence": torch.tensor(num_own - in_fold)[..., None],
+               "has_evidence": torch.tensor(num_own > 0), "fold": run.pmf.fold,
                "llm": run.llm.name, "texts": [TOP_N], "num_soft": args.soft_tokens,
                "tiny_llm": tiny_stamp(folder.parent / "baselines") if run.llm.name == "tiny" else ""}
     options = SimpleNamespace(**vars(args) | {"run_dir": str(folder)})
@@ -461,7 +394,7 @@ def set_up(args, data):
                if name not in ("run_dir", "variant", "seeds", "epochs", "patience", "max_texts")}
     finished = Finished(args, "peapod", [options, data.digests, llm.digest, code_digests(*CODE)])
     return SimpleNamespace(
-        llm=llm, pmf=factorize(args, data), finished=finished, max_history=args.max_history,
+        llm=llm, pmf=factorize(data, args.rank, args.penalty, args.seed), finished=finished,
         sequences=[items for _, items in sequences],
         sequence_user=torch.tensor([user for user, _ in sequences]),
         warm=torch.tensor(np.unique(train["user"])), share=torch.tensor(share / share.sum()).float(),
