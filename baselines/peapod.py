@@ -46,15 +46,14 @@ from torch import nn
 from userip.artifacts import check_finite, write_artifact
 from userip.baseline import (INPUTS, Finished, baseline_parser, capped, code_digests, item_texts,
                              load_baseline_llm, read_data)
-from userip.explanations import (explanation_rows, first_sentences, generate, item_review_row, text_nll,
-                                 text_tokens)
+from userip.explanations import (EXPLAIN, SEQUENTIAL, TASKS, TOP_N, explanation_rows, first_sentences,
+                                 generate, item_review_row, text_nll, text_tokens)
 from userip.llm import tiny_stamp
 from userip.options import at_least, refuse_without_effect, run_program, start_stage
 from userip.pmf import NUM_FOLDS, factorize
 from userip.ranking import (leave_one_out, own_rows, ranking_figures, ranks, reference_rows,
                             sampled_ranks)
 
-SEQUENTIAL, TOP_N, EXPLAIN = "The user has bought", "The user likes", "The user says"
 CODE = "baselines/peapod.py", "userip/ranking.py", "userip/explanations.py", "userip/pmf.py"
 
 
@@ -372,7 +371,7 @@ def set_up(args, data):
     """
     train, sentences = data.split["train"], first_sentences(args)
     has_text = sentences[train.index] != ""
-    llm = load_baseline_llm(args, data, [EXPLAIN, TOP_N, SEQUENTIAL],
+    llm = load_baseline_llm(args, data, TASKS,
                             [f" {text}" for text in sentences[train.index]] if has_text.any() else None)
     embeddings = llm.model.get_input_embeddings()
     embed = lambda text: embeddings(torch.tensor(
@@ -406,7 +405,7 @@ def set_up(args, data):
         item_text=item_text,
         scale=float(embeddings.weight.float().square().mean().sqrt()),
         bos=embed(bos) if bos else item_text[:0],
-        task_text={text: embed(text) for text in (SEQUENTIAL, TOP_N, EXPLAIN)})
+        task_text={text: embed(text) for text in TASKS})
 
 
 def main(args):

@@ -41,13 +41,12 @@ from common import MLP, logloss
 from userip.artifacts import check_finite, whole_file
 from userip.baseline import (Finished, baseline_parser, capped, code_digests, figures_of, item_texts,
                              load_baseline_llm, read_data, write_baseline)
-from userip.explanations import first_sentences, generate, text_nll, text_tokens
+from userip.explanations import TASKS, first_sentences, generate, text_nll, text_tokens
 from userip.options import at_least, refuse_without_effect, run_program, start_stage
 from userip.text_metrics import text_figures
 
 CODE = "baselines/pepler.py", "userip/explanations.py", "common.py"
 WEIGHT_DECAY = {"mlp": 1.0, "mf": 0.3}  # chosen on valid rows of planted data
-TASK = "The user says"  # what a tiny LLM reads before its texts; PEPLER's prompt has no words
 
 
 def parse_args(argv=None):
@@ -233,7 +232,7 @@ def set_up(args, data):
     train, sentences = data.split["train"], first_sentences(args)
     has_reviews = bool((sentences[train.index] != "").any())
     reviews = [f" {text}" for text in sentences[train.index]] if has_reviews else None
-    llm = load_baseline_llm(args, data, [TASK], reviews)
+    llm = load_baseline_llm(args, data, TASKS, reviews)  # the same tiny LLM as PeaPOD's
     embed = llm.model.get_input_embeddings()
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     items = item_texts(data.items)

@@ -11,6 +11,7 @@ from userip.prompt import HeadNLL
 from userip.text_metrics import text_figures
 
 MAX_TOKENS = 20  # of a sentence, as in the papers
+SEQUENTIAL, TOP_N, EXPLAIN = TASKS = "The user has bought", "The user likes", "The user says"
 
 
 def first_sentences(args):
