@@ -13,7 +13,8 @@ are restored, test is scored once. Seeds and sets of a model train side by side.
 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
 Reads   interactions.parquet, items.parquet, users.parquet, feature_bank.parquet; with folds
-        train_codes.parquet; for `dense` profiles.pt, codebook.pt; for --bench profiles.pt
+        train_codes.parquet; for `dense` profiles.pt, codebook.pt; for --bench profiles.pt;
+        if they are there the rows of baselines/: baseline-kar.parquet and others
 Writes  results.parquet: the base rate's row, then per (model, features, split seed, seed), `means` first:
         rows (of train), auc, logloss, valid figures, what was chosen (not of means), options
         results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
@@ -41,7 +42,7 @@ from sklearn.metrics import roc_auc_score
 from common import logloss, with_interval
 from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
 from userip.ctr_models import MODELS, build
-from userip.ctr_report import draw_figure, summarize
+from userip.ctr_report import draw_figure, read_baselines, summarize, table_of_baselines
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
 from userip.features import (FEATURES, PROFILE_FREE, described_columns, feature_set, parts_of,
                              profile_vectors, set_columns)
@@ -309,6 +310,8 @@ def main(args):
     options = {key: option for key, option in vars(args).items() if key != "run_dir"}
     results = pd.DataFrame(rows).assign(options=json.dumps(options, sort_keys=True))
     text, gains = summarize(options, results, runs)
+    baselines = read_baselines(args)
+    text += "\n".join(table_of_baselines(baselines))
     print(text)
     facts = {"gains": gains}
     if args.codebook_sizes:
@@ -323,7 +326,7 @@ def main(args):
         print(table)
         text += f"\n## Serving\n\n{table}\n"
     facts["seconds"] = time.time() - started
-    write_artifact(args, "results.md", text, runs[0].inputs, **facts)
+    write_artifact(args, "results.md", text, [*runs[0].inputs, *baselines], **facts)
     path = write_artifact(args, "results.parquet", results, runs[0].inputs, **facts)
     line = f"wrote {path}: {len(results)} rows"
     for model, gain in list(gains.items())[:1]:

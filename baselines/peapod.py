@@ -21,7 +21,7 @@ read as those of stage 2. Train rows read profiles of ratings without their own 
 Reads   interactions.parquet, items.parquet, users.parquet
 Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr; references have no seed
         peapod/: the run's interactions, items, users and profiles.pt of the first variant
-        baselines/: the tiny LLM, and finished epochs
+        baselines/: the tiny LLM (PEPLER's and PeaPOD's is one), and finished epochs
 
 Example: python baselines/peapod.py        (4 minutes on two cores)
   wrote runs/demo/peapod.parquet: 24 rows | sequential NDCG@10 pool 0.0512, shared 0.0499, most popular …
@@ -30,7 +30,7 @@ Example: python baselines/peapod.py        (4 minutes on two cores)
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python baselines/peapod.py` finds userip/
 
 import userip  # noqa: F401, E402  (first: Ctrl-C ends in one line while the others load)
 import math
@@ -40,21 +40,23 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 from torch import nn
 
+from common import with_interval
 from userip.artifacts import check_finite, write_artifact
 from userip.baseline import (INPUTS, Finished, baseline_parser, capped, code_digests, item_texts,
                              load_baseline_llm, read_data)
+from userip.epochs import train_epochs
 from userip.explanations import (EXPLAIN, SEQUENTIAL, TASKS, TOP_N, explanation_rows, first_sentences,
                                  generate, item_review_row, text_nll, text_tokens)
+from userip.heldout import interval
 from userip.llm import tiny_stamp
 from userip.options import at_least, refuse_without_effect, run_program, start_stage
 from userip.pmf import NUM_FOLDS, factorize
-from userip.ranking import (leave_one_out, own_rows, ranking_figures, ranks, reference_rows,
-                            sampled_ranks)
+from userip.ranking import (count_matrix, leave_one_out, own_rows, pad_items, ranking_figures, ranks,
+                            reference_rows, sampled_ranks)
 
-CODE = "baselines/peapod.py", "userip/ranking.py", "userip/explanations.py", "userip/pmf.py"
+CODE = "baselines/peapod.py", *(f"userip/{room}.py" for room in ("ranking", "explanations", "pmf", "epochs"))
 
 
 def parse_args(argv=None):
@@ -138,8 +140,12 @@ class PeaPOD(nn.Module):
 
     def soft(self, run, users, fold=-1):
         """θ of users [B] -> [B, S D]"""
-        vectors, nearest = run.pmf.vectors, run.pmf.nearest[fold, users]
-        return self.scale * self.prompt(vectors[fold, users], vectors[-1, nearest])
+        return self.soft_of(run, run.pmf.vectors[fold, users], run.pmf.nearest[fold, users])
+
+    def soft_of(self, run, vectors, nearest):
+        """θ of vectors [B, C] and the nearest users [B, 20] -> [B, S D]"""
+        neighbours = run.pmf.vectors[-1, nearest]  # [B, 20, C]
+        return self.scale * self.prompt(vectors.to(self.bias.device), neighbours.to(self.bias.device))
 
     def items(self):
         return self.item_text + self.scale * self.offset  # [M, D], both the input and the output embeddings
@@ -164,31 +170,16 @@ class PeaPOD(nn.Module):
         return (hidden @ self.items().T + self.bias).log_softmax(-1)  # [..., M]
 
 
-def build(args, run, variant, seed):
-    torch.manual_seed(seed)
-    width = run.item_text.shape[1]
-    num_prompts = 1 if variant == "shared" else args.pool
-    prompt = PROMPTS[variant](args.rank, num_prompts, args.soft_tokens, width)
-    return PeaPOD(prompt, run.item_text, run.share, run.scale).to(run.llm.device)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # train
 # ----------------------------------------------------------------------------------------------------------
-
-
-def pad_items(sequences):
-    """Lists of items -> items int64 [B, T], is_item bool [B, T], pads on the right"""
-    rows = [torch.as_tensor(np.asarray(sequence, dtype=np.int64)) for sequence in sequences]
-    items = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return items, torch.arange(items.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def sequential_loss(model, run, index):
     """-log P of each item of these sequences, in the mean over items"""
     items, is_item = pad_items([run.sequences[i] for i in index])
     soft = model.soft(run, run.sequence_user[index])
-    hidden = model.hidden(run, soft, SEQUENTIAL, items.to(run.llm.device))[:, :-1]  # [B, T, D]
+    hidden = model.hidden(run, soft, SEQUENTIAL, items)[:, :-1]  # [B, T, D]
     log_p = model.log_probabilities(hidden[is_item])  # [items, M]
     return -log_p.gather(1, items[is_item][:, None].to(log_p.device)).mean()
 
@@ -249,37 +240,20 @@ def train_epoch(args, run, model, optimizer, generator):
 
 
 def train(args, run, variant, seed):
-    """Train a model until valid targets are not more likely for --patience epochs -> the best epoch's model
+    """Train a model until the valid targets of both tasks are not more likely -> the best epoch's model"""
+    torch.manual_seed(seed)
+    num_prompts = 1 if variant == "shared" else args.pool
+    prompt = PROMPTS[variant](args.rank, num_prompts, args.soft_tokens, run.item_text.shape[1])
+    model = PeaPOD(prompt, run.item_text, run.share, run.scale).to(run.llm.device)
+    valid_users = torch.tensor(run.valid.user)
 
-    Each epoch is a finished piece: a killed run goes on behind the last one, with the same bits.
-    """
-    model = build(args, run, variant, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    generator, best = torch.Generator().manual_seed(seed), (math.inf, 0, None)
-
-    def epoch_state():
-        means = train_epoch(args, run, model, optimizer, generator)
+    def epoch(optimizer, generator):
+        losses = train_epoch(args, run, model, optimizer, generator)
         with torch.no_grad():
-            soft = model.soft(run, torch.tensor(run.valid.user))
-        valid = target_nll(args, model, run, run.valid, soft).mean(0).tolist()
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": means,
-                "generator": generator.get_state(), "valid": valid}
+            valid = target_nll(args, model, run, run.valid, model.soft(run, valid_users)).mean(0)  # [2]
+        return losses, float(valid.sum())
 
-    for epoch in range(1, args.epochs + 1):
-        started = time.time()
-        state = run.finished.compute([variant, seed, epoch], epoch_state)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        losses = " ".join(f"{name} {loss:.4f}" for name, loss in state["losses"].items())
-        print(f"{variant} seed {seed} epoch {epoch:02d}/{args.epochs} | {losses} | valid sequential "
-              f"{state['valid'][0]:.4f} top_n {state['valid'][1]:.4f} | {time.time() - started:.1f}s")
-        if sum(state["valid"]) < best[0]:
-            best = sum(state["valid"]), epoch, state["model"]
-        if epoch - best[1] >= args.patience:
-            break
-    model.load_state_dict(best[2])
-    return model.eval()
+    return train_epochs(args, run.finished, [variant, seed], model, args.weight_decay, epoch)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -290,19 +264,18 @@ def train(args, run, variant, seed):
 @torch.no_grad()
 def evaluate(args, run, model, variant, seed):
     """Rows of figures of the test targets and texts: a list of dicts"""
-    soft, rows = model.soft(run, torch.tensor(run.test.user)), []
+    soft = model.soft(run, torch.tensor(run.test.user))
     both = zip(*target_log_probabilities(args, model, run, run.test, soft))
     sequential, top_n = (torch.cat(parts).numpy() for parts in list(both)[1:])  # [B, M]
-    rank = {"sequential": ranks(sequential, run.test.item, run.excluded),
+    rank = {"sequential": ranks(sequential, run.test.item, run.test.own),
             "top-n": sampled_ranks(top_n, run.test)}
-    for task, part in rank.items():
-        rows.append({"model": variant, "task": task, "seed": seed, "users": len(part),
-                     **ranking_figures(part)})
+    rows = [{"model": variant, "task": task, "seed": seed, "users": len(part), **ranking_figures(part)}
+            for task, part in rank.items()]
     if len(run.explained):
         texts, (users, items) = [], torch.tensor(run.explained[["user", "item"]].to_numpy()).T
         for index in torch.arange(len(users)).split(args.batch_size):
-            soft = model.soft(run, users[index])
-            texts += generate(run.llm, model.prefix(run, soft, EXPLAIN, items[index]))
+            prefix = model.prefix(run, model.soft(run, users[index]), EXPLAIN, items[index])
+            texts += generate(run.llm, prefix)
         rows.append(explanation_rows(variant, seed, texts, run.explained, run.sentences))
     return rows
 
@@ -316,16 +289,12 @@ def heldout_nll(args, run, model):
     own = model.soft(run, users)
     order = torch.randperm(len(users), generator=torch.Generator().manual_seed(args.seed))
     softs = {"none": own[:, :0], "shared": own.mean(0).expand_as(own), "shuffled": own[order], "own": own}
-    nll = {name: target_nll(args, model, run, run.test, soft).mean(1)
-           for name, soft in softs.items()}
+    nll = {name: target_nll(args, model, run, run.test, soft).mean(1) for name, soft in softs.items()}
     facts = {name: float(part.mean()) for name, part in nll.items()}
     for name in ("shared", "shuffled"):
-        difference = nll["own"] - nll[name]
-        half = 1.96 * float(difference.std()) / math.sqrt(len(users)) if len(users) > 1 else 0.0
-        facts[f"own_minus_{name}"] = [float(difference.mean()), half]
-    print("nats per test target: " + "  ".join(f"{name} {facts[name]:.4f}" for name in softs)
-          + "".join(f" | own - {name} {mean:+.4f} ± {half:.4f}" for name in ("shared", "shuffled")
-                    for mean, half in [facts[f"own_minus_{name}"]]))
+        facts[f"own_minus_{name}"] = [*interval(nll["own"] - nll[name], torch.ones(len(users)))]
+    print("nats per test target: " + "  ".join(f"{name} {facts[name]:.4f}" for name in softs) + "".join(
+        f" | own - {name} {with_interval(*facts[f'own_minus_{name}'])}" for name in ("shared", "shuffled")))
     return facts
 
 
@@ -342,15 +311,14 @@ def write_profiles(args, run, data, model):
     """
     folder = Path(args.run_dir) / "peapod"
     folder.mkdir(exist_ok=True)
-    for name in INPUTS:
-        for file in (name, f"{name}.json"):
-            (folder / file).unlink(missing_ok=True)
-            (folder / file).symlink_to(Path("..") / file)
+    for file in [*INPUTS, *(f"{name}.json" for name in INPUTS)]:
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).symlink_to(Path("..") / file)
     users, shape = torch.arange(data.num_users), (NUM_FOLDS + 1, data.num_users, 1, -1)
     theta = torch.stack([model.soft(run, users, fold) for fold in range(NUM_FOLDS + 1)]).cpu()
     draw = torch.randn(run.pmf.vectors.shape[1:], generator=torch.Generator().manual_seed(args.seed))
     vectors = run.pmf.vectors[-1] + (run.pmf.deviation @ draw[..., None])[..., 0]  # [N, C]
-    moved = model.scale * model.prompt(vectors, run.pmf.vectors[-1, run.pmf.nearest[-1]]).cpu()
+    moved = model.soft_of(run, vectors, run.pmf.nearest[-1]).cpu()
     num_own = np.bincount(own_rows(data.interactions)["user"], minlength=data.num_users)
     in_fold = np.zeros((NUM_FOLDS + 1, data.num_users), dtype=np.int64)
     np.add.at(in_fold, (run.pmf.fold.numpy(), data.split["train"]["user"].to_numpy()), 1)
@@ -359,7 +327,7 @@ def write_profiles(args, run, data, model):
                "num_evidence": torch.tensor(num_own - in_fold)[..., None],
                "has_evidence": torch.tensor(num_own > 0), "fold": run.pmf.fold,
                "llm": run.llm.name, "texts": [TOP_N], "num_soft": args.soft_tokens,
-               "tiny_llm": tiny_stamp(folder.parent / "baselines") if run.llm.name == "tiny" else ""}
+               "tiny_llm": tiny_stamp(folder.parent / "baselines/peapod") if run.llm.name == "tiny" else ""}
     options = SimpleNamespace(**vars(args) | {"run_dir": str(folder)})
     return write_artifact(options, "profiles.pt", tensors, INPUTS[:2], stage="baselines/peapod.py",
                           heldout_nll=heldout_nll(args, run, model))
@@ -371,7 +339,7 @@ def set_up(args, data):
     """
     train, sentences = data.split["train"], first_sentences(args)
     has_text = sentences[train.index] != ""
-    llm = load_baseline_llm(args, data, TASKS,
+    llm = load_baseline_llm(args, data, TASKS, "peapod",
                             [f" {text}" for text in sentences[train.index]] if has_text.any() else None)
     embeddings = llm.model.get_input_embeddings()
     embed = lambda text: embeddings(torch.tensor(
@@ -379,13 +347,12 @@ def set_up(args, data):
     bos = llm.tokenizer.bos_token
     item_text = torch.stack([embed(f" {text}").mean(0) for text in item_texts(data.items)])  # [M, D]
     item_text[np.bincount(train["item"], minlength=data.num_items) == 0] = 0.0
-    sequences = [(user, items[first:first + args.max_history]) for user, items in
-                 train.groupby("user")["item"].agg(np.array).items()
+    sequences = [(user, items[first:first + args.max_history])
+                 for user, items in train.groupby("user")["item"].agg(np.array).items()
                  for first in range(0, len(items), args.max_history)]
     share = np.bincount(train["item"], minlength=data.num_items) + 0.5
     valid, test = (leave_one_out(data.interactions, split, data.num_items, args.max_users, args.seed)
                    for split in ("valid", "test"))
-    own_items = own_rows(data.interactions).groupby("user")["item"].agg(np.array)
     explained = data.split["test"][(sentences[data.split["test"].index] != "")]
     kept = capped(len(explained), args.max_texts, args.seed)
     texts = train[has_text]
@@ -397,15 +364,12 @@ def set_up(args, data):
         sequences=[items for _, items in sequences],
         sequence_user=torch.tensor([user for user, _ in sequences]),
         warm=torch.tensor(np.unique(train["user"])), share=torch.tensor(share / share.sum()).float(),
-        train_matrix=sparse.csr_matrix((np.ones(len(train)), (train["user"], train["item"])),
-                                       shape=(data.num_users, data.num_items)),
-        valid=valid, test=test, excluded=[own_items[user] for user in test.user], sentences=sentences,
+        train_matrix=count_matrix(train["user"], train["item"], (data.num_users, data.num_items)),
+        valid=valid, test=test, sentences=sentences,
         explained=explained.iloc[kept], texts=sentences[texts.index].tolist(),
         text_user=torch.tensor(texts["user"].to_numpy()), text_item=torch.tensor(texts["item"].to_numpy()),
-        item_text=item_text,
-        scale=float(embeddings.weight.float().square().mean().sqrt()),
-        bos=embed(bos) if bos else item_text[:0],
-        task_text={text: embed(text) for text in TASKS})
+        item_text=item_text, scale=float(embeddings.weight.float().square().mean().sqrt()),
+        bos=embed(bos) if bos else item_text[:0], task_text={text: embed(text) for text in TASKS})
 
 
 def main(args):

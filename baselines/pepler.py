@@ -17,7 +17,7 @@ Reads   interactions.parquet, items.parquet, users.parquet
 Writes  baseline-pepler.parquet: features (the head), seed, auc, logloss, valid figures; where there are
         reviews, bleu4, rouge1, rouge2, rougeL, distinct1, distinct2, usr of the explanations
         pepler.csv: user, item, written and generated text of the first head and seed
-        baselines/: the tiny LLM, and finished epochs
+        baselines/: the tiny LLM (PEPLER's and PeaPOD's is one), and finished epochs
 
 Example: python baselines/pepler.py        (3 minutes on two cores)
   wrote runs/demo/baseline-pepler.parquet: 6 rows | mlp AUC 0.6433 logloss 0.6480 | mf AUC …
@@ -26,7 +26,7 @@ Example: python baselines/pepler.py        (3 minutes on two cores)
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python baselines/pepler.py` finds userip/
 
 import userip  # noqa: F401, E402  (first: Ctrl-C ends in one line while the others load)
 import math
@@ -41,11 +41,12 @@ from common import MLP, logloss
 from userip.artifacts import check_finite, whole_file
 from userip.baseline import (Finished, baseline_parser, capped, code_digests, figures_of, item_texts,
                              load_baseline_llm, read_data, write_baseline)
+from userip.epochs import train_epochs
 from userip.explanations import TASKS, first_sentences, generate, text_nll, text_tokens
 from userip.options import at_least, refuse_without_effect, run_program, start_stage
 from userip.text_metrics import text_figures
 
-CODE = "baselines/pepler.py", "userip/explanations.py", "common.py"
+CODE = "baselines/pepler.py", "userip/explanations.py", "userip/epochs.py", "common.py"
 WEIGHT_DECAY = {"mlp": 1.0, "mf": 0.3}  # chosen on valid rows of planted data
 
 
@@ -131,7 +132,7 @@ def batch_loss(args, model, run, rows, num_texts):
 
 
 def train_epoch(args, model, run, optimizer, generator):
-    """One pass over the train rows in random order -> mean losses [2]: recommendation, text"""
+    """One pass over the train rows in random order -> mean losses by name"""
     num_rows = len(run.labels["train"])
     share = min(1.0, args.text_rows / num_rows) if args.text_weight else 0.0
     sums = torch.zeros(2)
@@ -142,7 +143,7 @@ def train_epoch(args, model, run, optimizer, generator):
         optimizer.step()
         sums += parts * len(rows)
     check_finite(sums, "the losses", "lower --lr")
-    return (sums / num_rows).tolist()
+    return dict(zip(("recommendation", "text"), (sums / num_rows).tolist()))
 
 
 @torch.no_grad()
@@ -152,36 +153,17 @@ def probabilities(model, run, split):
 
 
 def train(args, run, head, seed):
-    """Train until the valid logloss does not fall for --patience epochs -> the best epoch's model
-
-    Each epoch is a finished piece: a killed run goes on behind the last one, with the same bits.
-    """
+    """Train until the valid logloss does not fall -> the best epoch's model"""
     torch.manual_seed(seed)
     model = PEPLER(head, run.is_known, run.width, run.scale, args.hidden).to(run.llm.device)
-    decay = WEIGHT_DECAY[head] if args.weight_decay is None else args.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=decay)
-    generator, best = torch.Generator().manual_seed(seed), (math.inf, 0, None)
+    valid_labels = run.labels["valid"].cpu().numpy()
 
-    def epoch_state():
+    def epoch(optimizer, generator):
         losses = train_epoch(args, model, run, optimizer, generator)
-        valid = logloss(run.labels["valid"].cpu().numpy(), probabilities(model, run, "valid"))
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses,
-                "generator": generator.get_state(), "valid": valid}
+        return losses, logloss(valid_labels, probabilities(model, run, "valid"))
 
-    for epoch in range(1, args.epochs + 1):
-        started = time.time()
-        state = run.finished.compute([head, seed, epoch], epoch_state)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        print(f"{head} seed {seed} epoch {epoch:02d}/{args.epochs} | loss {state['losses'][0]:.4f} text "
-              f"{state['losses'][1]:.4f} | valid logloss {state['valid']:.4f} | {time.time() - started:.1f}s")
-        if state["valid"] < best[0]:
-            best = state["valid"], epoch, state["model"]
-        if epoch - best[1] >= args.patience:
-            break
-    model.load_state_dict(best[2])
-    return model.eval()
+    decay = WEIGHT_DECAY[head] if args.weight_decay is None else args.weight_decay
+    return train_epochs(args, run.finished, [head, seed], model, decay, epoch)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -232,7 +214,7 @@ def set_up(args, data):
     train, sentences = data.split["train"], first_sentences(args)
     has_reviews = bool((sentences[train.index] != "").any())
     reviews = [f" {text}" for text in sentences[train.index]] if has_reviews else None
-    llm = load_baseline_llm(args, data, TASKS, reviews)  # the same tiny LLM as PeaPOD's
+    llm = load_baseline_llm(args, data, TASKS, "peapod", reviews)  # one tiny LLM for both
     embed = llm.model.get_input_embeddings()
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     items = item_texts(data.items)

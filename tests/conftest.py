@@ -32,7 +32,7 @@ class Stages(Mapping):
     """File name of a stage -> its module, imported at first use: a broken stage fails its own tests only."""
 
     def __getitem__(self, script):
-        return importlib.import_module(script.removesuffix(".py"))
+        return importlib.import_module(script.removesuffix(".py").replace("/", "."))  # or baselines/NAME.py
 
     def __iter__(self):
         return (f"{name}.py" for name in NAMES.values())

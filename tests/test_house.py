@@ -11,7 +11,8 @@ from conftest import ROOT, STAGES, run_stage
 from userip.evidence import join, make_routes, observe
 
 FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
-         for path in sorted([*ROOT.glob("0*.py"), ROOT / "common.py", *ROOT.glob("userip/*.py")])}
+         for path in sorted([*ROOT.glob("0*.py"), ROOT / "common.py", *ROOT.glob("userip/*.py"),
+                             *ROOT.glob("baselines/*.py")])}
 STAGE_NAMES = set(STAGES)
 
 
@@ -43,7 +44,7 @@ def test_no_stage_is_imported_and_rooms_import_common_and_lower_rooms_only():
 
 
 def test_no_stage_works_at_import_time():
-    for name in STAGE_NAMES:
+    for name in STAGE_NAMES | {name for name in FILES if name.startswith("baselines/")}:
         last = ast.unparse(FILES[name].body[-1])
         assert last.startswith("if __name__ == '__main__':\n    run_program(main, parse_args") and last.count("\n") == 1
 
@@ -80,7 +81,7 @@ def test_functions_and_files_are_short(name):
             assert number <= 6 or reason, f"{node.name}: {parameters}"
 
 
-@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize("script", [*STAGES, *(name for name in FILES if name.startswith("baselines/"))])
 def test_help_fits_on_two_screens_with_options_in_groups(script, capsys):
     with pytest.raises(SystemExit):
         STAGES[script].parse_args(["--help"])
@@ -94,7 +95,7 @@ def test_the_readme_is_of_one_sitting_and_its_tree_is_true():
     assert len(text.splitlines()) <= 250 and len(text.encode()) <= 20_000
     tree = text.split("## What is where")[1].split("```")[1]
     listed = {word for line in tree.splitlines() for word in re.findall(r"^ *([\w./]+\.\w+)", line)}
-    files = {name.removeprefix("userip/") for name in FILES if not name.endswith("__init__.py")}
+    files = {name.removeprefix("userip/").removeprefix("baselines/") for name in FILES if not name.endswith("__init__.py")}
     files |= {path.name for path in ROOT.glob("docs/*.md")}
     assert listed >= files, files - listed
     assert {name for name in listed if name.endswith(".py")} <= files, listed - files

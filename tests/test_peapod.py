@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from baseline_cases import pieces_of, poison
+from baseline_cases import poisoned, trained_states
 from conftest import dies, read_raw, run_process, run_stage, write_amazon, write_interactions, write_table
 from userip.artifacts import read_artifacts
 
@@ -82,11 +82,11 @@ def test_end_to_end_and_stage_3_reads_its_profiles(prepared):
 
 def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):
     source, run_dir, profiles = prepared
-    assert poison(source, tmp_path / "run") == 1
-    poisoned = run_peapod(tmp_path / "run", "--variant", "neighbours", "shared")
+    poisoned(source, tmp_path / "run")
+    again = run_peapod(tmp_path / "run", "--variant", "neighbours", "shared")
     for name in ("profiles", "noise", "fold"):
-        assert torch.equal(profiles[name], poisoned[name]), name
-    assert pieces_of(run_dir) == pieces_of(tmp_path / "run") and len(pieces_of(run_dir)) == 4
+        assert torch.equal(profiles[name], again[name]), name
+    assert trained_states(run_dir) == trained_states(tmp_path / "run") and len(trained_states(run_dir)) == 4
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path, capsys):
@@ -118,3 +118,9 @@ def test_reviews_are_explained_by_a_process_of_its_own(tmp_path):
 def test_a_run_without_stage_1_names_the_command(tmp_path, capsys):
     args = peapod.parse_args(["--run-dir", str(tmp_path / "nothing")])
     assert "01_prepare.py" in dies(capsys, peapod.main, args)
+
+
+def test_options_that_nothing_reads_are_refused(capsys):
+    for options, name in ((["--variant", "shared", "--rank", "5"], "--rank"),
+                          (["--variant", "neighbours", "--pool", "5"], "--pool")):
+        assert f"{name} means nothing without" in dies(capsys, peapod.parse_args, options)

@@ -6,16 +6,17 @@ import pandas as pd
 import pytest
 import torch
 
-from baseline_cases import pieces_of, poison
+from baseline_cases import poisoned, trained_states
 from conftest import dies, read_raw, run_process, write_amazon
 from userip.explanations import generate, text_nll, text_tokens
 
 pepler = importlib.import_module("baselines.pepler")
-SMALL = ["--llm", "tiny", "--tiny-steps", 4, "--epochs", 2, "--seeds", 1, "--text-rows", 20, "--max-texts", 4]
+SMALL = ["--llm", "tiny", "--tiny-steps", 4, "--epochs", 2, "--seeds", 1]
+TEXTS = ["--text-rows", 20, "--max-texts", 4]
 
 
 def run_pepler(run_dir, *options):
-    pepler.main(pepler.parse_args(list(map(str, ["--run-dir", run_dir, *SMALL, *options]))))
+    pepler.main(pepler.parse_args(list(map(str, ["--run-dir", run_dir, *SMALL, *(options or TEXTS)]))))
     return pd.read_parquet(run_dir / "baseline-pepler.parquet")
 
 
@@ -107,32 +108,38 @@ def test_without_text_nothing_is_read_and_the_loss_is_another(prepared, tmp_path
     shutil.copytree(source, tmp_path / "run")
     control = run_pepler(tmp_path / "run", "--text-weight", 0)
     assert control["features"].tolist() == ["mlp without text", "mf without text"] and "bleu4" not in control
-    assert not pieces_of(run_dir) & pieces_of(tmp_path / "run")
+    assert not trained_states(run_dir) & trained_states(tmp_path / "run")
 
 
 def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):
     source, run_dir, _ = prepared
-    assert poison(source, tmp_path / "run") == 1
+    poisoned(source, tmp_path / "run")
     run_pepler(tmp_path / "run")
-    assert pieces_of(run_dir) == pieces_of(tmp_path / "run") and len(pieces_of(run_dir)) == 4
+    assert trained_states(run_dir) == trained_states(tmp_path / "run") and len(trained_states(run_dir)) == 4
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path):
     source, run_dir, rows = prepared
     shutil.copytree(source, tmp_path / "run")
-    run_pepler(tmp_path / "run", "--head", "mlp", "--epochs", 1)  # as if killed behind the first epoch
+    run_pepler(tmp_path / "run", "--head", "mlp", *TEXTS, "--epochs", 1)  # as if killed behind the first epoch
     again = run_pepler(tmp_path / "run")
-    assert pieces_of(run_dir) == pieces_of(tmp_path / "run")
+    assert trained_states(run_dir) == trained_states(tmp_path / "run")
     columns = ["auc", "logloss", "valid_auc", "bleu4", "rougeL"]
     assert again[columns].equals(rows[columns])
 
 
 def test_a_process_of_its_own_writes_the_table(prepared, tmp_path):
     shutil.copytree(prepared[0], tmp_path / "run")
-    printed = run_process("baselines/pepler.py", "--run-dir", tmp_path / "run", *SMALL, "--head", "mf")
+    printed = run_process("baselines/pepler.py", "--run-dir", tmp_path / "run", *SMALL, *TEXTS, "--head", "mf")
     assert "baseline-pepler.parquet: 1 rows" in printed
 
 
 def test_a_run_without_stage_1_names_the_command(tmp_path, capsys):
     args = pepler.parse_args(["--run-dir", str(tmp_path / "nothing")])
     assert "01_prepare.py" in dies(capsys, pepler.main, args)
+
+
+def test_options_that_nothing_reads_are_refused(capsys):
+    for options, name in ((["--text-weight", "0", "--text-rows", "5"], "--text-rows"),
+                          (["--head", "mf", "--hidden", "5"], "--hidden")):
+        assert f"{name} means nothing without" in dies(capsys, pepler.parse_args, options)

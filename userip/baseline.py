@@ -1,11 +1,13 @@
 """What the scripts of baselines/ share: options, the split of stage 1, the LLM, finished work, their rows.
 
 Only train rows, and a cold user's support rows for that user, are evidence. Valid rows stop and calibrate,
-test rows are scored once. A baseline trains its tiny LLM in RUN_DIR/baselines, never in that of stage 2.
+test rows are scored once. A baseline trains a tiny LLM of its own in
+RUN_DIR/baselines: stage 2's stays as it is.
 """
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +20,10 @@ from tqdm import tqdm
 from common import logloss
 from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
 from userip.evidence import FIELDS, item_pieces, join
-from userip.llm import choose_llm, load_llm, make_tiny_llm
+from userip.llm import choose_llm, load_llm, make_tiny_llm, mix, multiplies_bfloat16
 from userip.options import at_least, stage_parser
 from userip.progress import digest_of_weights
+from userip.setup import SMALL_LLM
 
 INPUTS = ["interactions.parquet", "items.parquet", "users.parquet"]
 SPLITS = "train", "valid", "test"
@@ -35,6 +38,8 @@ def baseline_parser(doc):
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds; seed of the tiny LLM")
     add.training("--seeds", type=at_least(1, at_most=10_000), default=3, help="seeds of what is trained")
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
+    add.machine("--dtype", choices=["auto", "float32", "mixed"], default="auto",
+                help="mixed: products in bfloat16 (auto: for large LLMs on CPUs that have it; CUDA bfloat16)")
     add.machine("--tokens-per-batch", type=at_least(16), default=4096, help="tokens per forward pass")
     return parser, add
 
@@ -64,29 +69,38 @@ def item_texts(items, fields=FIELDS[:4]):
     return [join(item_pieces(item, fields)).strip() for item in items.itertuples()]
 
 
-def load_baseline_llm(args, data, prompt_texts, reviews=None):
+def load_baseline_llm(args, data, prompt_texts, name="", reviews=None):
     """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights.
+    name: of the baseline, whose own folder in RUN_DIR/baselines holds its tiny LLM; reviews: of each train
+    row a text that the tiny LLM reads behind it
 
     tiny is pretrained on train rows, "<item> liked." or "disliked.", in random order by user; prompt_texts:
     texts of the baseline's prompts, whose words become tokens, the last one before each user's items;
     reviews: of each train row a text to read behind it.
     """
-    name = args.llm
-    if name == "auto":
-        name, reason = choose_llm()
-        print(f"--llm auto: {name}, because {reason}")
-    folder = SimpleNamespace(run_dir=Path(args.run_dir) / "baselines", tiny_steps=args.tiny_steps,
+    source = args.llm
+    if source == "auto":
+        source, reason = choose_llm()
+        print(f"--llm auto: {source}, because {reason}")
+    folder = SimpleNamespace(run_dir=Path(args.run_dir) / "baselines" / name, tiny_steps=args.tiny_steps,
                              seed=args.seed)
-    if name == "tiny":
+    if source == "tiny":
         texts, train = item_texts(data.items), data.split["train"]
         reviews = reviews or [""] * len(train)
         rated = pd.Series([f" {texts[item].rstrip('.')} {WORDS[label]}.{review}" for item, label, review
                            in zip(train["item"], train["label"], reviews)], index=train.index)
         make_tiny_llm(folder, rated.groupby(train["user"]).agg(list).tolist(), list(prompt_texts))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_llm(folder, name, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    is_half = args.dtype == "auto" and device == "cuda"
+    model, tokenizer = load_llm(folder, source, device, torch.bfloat16 if is_half else torch.float32)
+    size = sum(weight.numel() for weight in model.parameters())
+    is_mixed = args.dtype == "mixed" or (args.dtype == "auto" and not is_half and size >= SMALL_LLM
+                                         and multiplies_bfloat16())
+    if is_mixed:
+        mix(model)
+    print(f"LLM {source}: {size:,} parameters, {'mixed' if is_mixed else model.dtype} on {device}")
     context = getattr(model.config, "max_position_embeddings", None) or 2048
-    return SimpleNamespace(name=name, model=model, tokenizer=tokenizer, device=device, context=context,
+    return SimpleNamespace(name=source, model=model, tokenizer=tokenizer, device=device, context=context,
                            digest=digest_of_weights(model))
 
 
@@ -101,7 +115,7 @@ class Finished:
 
     def compute(self, key, function):
         """What function() returns (tensors and plain values), computed once"""
-        decisive = json.dumps([self.facts, key, torch.__version__], sort_keys=True)
+        decisive = json.dumps([self.facts, key, torch.__version__, version("transformers")], sort_keys=True)
         path = self.folder / f"{hashlib.sha256(decisive.encode()).hexdigest()}.pt"
         if not path.is_file():
             value = function()
@@ -119,10 +133,10 @@ def code_digests(*files):
 
 
 def tokenize(llm, texts, max_tokens):
-    """The last `max_tokens` tokens of each text behind a BOS, if the LLM has one: list of lists of ids"""
+    """The last `max_tokens` tokens of each text, behind a BOS if the LLM has one: lists of ids, not empty"""
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     ids = llm.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
-    return [start + one[-max(1, max_tokens - len(start)):] for one in ids]
+    return [start + one[-max(1, max_tokens - len(start)):] or [0] for one in ids]
 
 
 def batches(ids, tokens_per_batch):

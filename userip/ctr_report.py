@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from common import with_interval
+from userip.artifacts import MADE_BY, read_artifacts, read_sidecar, run_of
+from userip.checks import BASELINES
 from userip.features import parts_of
 from userip.further_runs import command_line
 from userip.report import picture
@@ -70,6 +72,40 @@ def table_of_means(groups, data=None):
         lines.append(line)
     header = ["model", "features", "AUC", "logloss", "RelaImpr AUC (%)", "RelaImpr logloss (%)"]
     return markdown(header + (["paper: AUC", "logloss"] if data else []), lines)
+
+
+def read_baselines(args):
+    """What baselines/ wrote into this run: {file: (frame, what serving costs)}; those of another split are
+    left out, and a line says so
+    """
+    files = [f"baseline-{name}.parquet" for name in BASELINES]
+    found = {}
+    for file in [file for file in files if (Path(args.run_dir) / file).exists()]:
+        sidecar = read_sidecar(args, file)
+        if sidecar.get("run") == run_of(args.run_dir):
+            found[file] = read_artifacts(args, file)[0], sidecar["serving"]
+        else:
+            print(f"left out: {Path(args.run_dir) / file} is of another split; run `python {MADE_BY[file]}`")
+    return found
+
+
+def table_of_baselines(baselines):
+    """The LLM-based systems that the paper compares with, and what they cost: list of lines, maybe empty"""
+    lines, spread = [], lambda figures: f"{figures.mean():.4f} ± {figures.std():.4f}".replace(" ± nan", "")
+    for frame, serving in baselines.values():
+        for (model, features), rows in frame.groupby(["model", "features"], sort=False):
+            cost = ["", "", ""] if features == "none" else [
+                f"{serving['milliseconds']:,.4g}", f"{serving['bytes'] / 2**20:.2f}",
+                f"{serving['tokens_per_user']:,.0f}"]
+            lines.append([model, features, f"{len(rows)}", f"{rows['rows'].iloc[0]:,}",
+                          f"{rows['test_rows'].iloc[0]:,}", spread(rows["auc"]), spread(rows["logloss"]),
+                          *cost])
+    return ["", "## LLM-based baselines", "",
+            "By the scripts of baselines/, on the same split. Rows of train that trained, rows of test that "
+            "were scored: compare only what scored all. Serving: milliseconds per 10,000 rows, MB held; "
+            "tokens that the LLM read or wrote per user.", "",
+            *markdown(["system", "features", "seeds", "train rows", "test rows", "AUC", "logloss",
+                       "ms per 10,000", "held (MB)", "tokens per user"], lines), ""] if lines else []
 
 
 def pairs_of(features):

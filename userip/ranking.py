@@ -6,6 +6,7 @@ rows: frames with columns user, item, sorted by user and time, as in interaction
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import sparse
 from sklearn.preprocessing import normalize
 
@@ -19,6 +20,7 @@ class Targets(NamedTuple):
     user: np.ndarray  # int64 [B]
     item: np.ndarray  # int64 [B], the right answer
     histories: list  # of int64 arrays: the user's own train or support items before the target, in order
+    own: list  # of int64 arrays: all their train or support items
     sampled: np.ndarray  # int64 [B, 99], items that the user has no row of
 
 
@@ -41,15 +43,23 @@ def leave_one_out(interactions, split, num_items, max_users, seed):
         last = last.iloc[np.sort(rng.choice(len(last), max_users, replace=False))]
     items_of = {user: (rows.index.to_numpy(), rows["item"].to_numpy()) for user, rows in own.groupby("user")}
     all_items = interactions.groupby("user")["item"].agg(set)
-    histories, sampled = [], []
+    histories, own_items, sampled = [], [], []
     for row, user in zip(last.index, last["user"]):
         index, items = items_of[user]
+        own_items.append(items)
         histories.append(items[index < row])  # the table is sorted by user and time
         others = np.setdiff1d(np.arange(num_items), list(all_items[user]))
         others = others if len(others) else np.arange(num_items)
         sampled.append(rng.choice(others, SAMPLED, replace=len(others) < SAMPLED))
-    return Targets(last["user"].to_numpy(), last["item"].to_numpy(), histories,
+    return Targets(last["user"].to_numpy(), last["item"].to_numpy(), histories, own_items,
                    np.reshape(sampled, (-1, SAMPLED)))
+
+
+def pad_items(sequences):
+    """Lists of items -> items int64 [B, T], is_item bool [B, T], pads on the right"""
+    rows = [torch.as_tensor(np.asarray(sequence, dtype=np.int64)) for sequence in sequences]
+    items = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return items, torch.arange(items.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -136,12 +146,10 @@ REFERENCES = {"most popular": most_popular, "item-kNN": item_knn, "Markov chain"
 def reference_rows(interactions, targets, num_items):
     """The figures of the references: a list of dicts of model, task and figures"""
     train, rows = interactions[interactions["split"] == "train"], []
-    own = own_rows(interactions).groupby("user")["item"].agg(np.array)
-    all_items = list(own[targets.user])
     for name, fit in REFERENCES.items():
         score = fit(train, num_items)
-        rank = {"sequential": ranks(score(targets.histories), targets.item, all_items),
-                "top-n": sampled_ranks(score(all_items), targets)}
+        rank = {"sequential": ranks(score(targets.histories), targets.item, targets.own),
+                "top-n": sampled_ranks(score(targets.own), targets)}
         rows += [{"model": name, "task": task, "users": len(part), **ranking_figures(part)}
                  for task, part in rank.items()]
     return rows

@@ -71,12 +71,20 @@ def serving_figures(args, num_items, codes, code_sizes, vectors, rounds=((1, 100
                           [*tables[:2], *with_vectors.parameters(), vectors]),
         "DCN, folded": (folded, [folded.users, folded.items]),
         "DCN + bank, folded": (folded_bank, [folded_bank.users, folded_bank.items])}
+    return time_modes(modes, (len(codes), num_items), rounds)
+
+
+@torch.no_grad()
+def time_modes(modes, limits, rounds=((1, 1000), (10_000, 60))):
+    """modes {name: (function of user and item [B] -> logits [B], tensors held)}, numbers of users and items
+    -> figures as `serving_figures`
+    """
     figures = {name: {"megabytes": sum(part.nbytes for part in held) / 2**20}
                for name, (_, held) in modes.items()}
     for size, num_rounds in rounds:
         taken = {name: [] for name in modes}
         for _ in range(num_rounds):
-            user, item = (torch.randint(limit, (size,)) for limit in (len(codes), num_items))
+            user, item = (torch.randint(limit, (size,)) for limit in limits)
             for name, (serve, _) in modes.items():
                 started = time.perf_counter()
                 serve(user, item).sigmoid()
