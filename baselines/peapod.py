@@ -71,6 +71,7 @@ def parse_args(argv=None):
     add.method("--rank", type=at_least(1, at_most=1000), default=16, help="PMF: width of a vector, C")
     add.method("--penalty", type=at_least(1e-6, float), default=5.0, help="PMF: penalty of vectors, λ")
     add.training("--epochs", type=at_least(1), default=20, help="passes over the train rows at most")
+    add.training("--prompts", type=at_least(1), default=5000, help="prompts of each task in an epoch at most")
     add.training("--patience", type=at_least(1), default=3, help="stop after so many epochs without progress")
     add.training("--lr", type=at_least(1e-12, float), default=0.01, help="learning rate of AdamW")
     add.training("--weight-decay", type=at_least(0, float), default=0.1, help="weight decay of AdamW")
@@ -222,10 +223,10 @@ def target_nll(args, model, run, targets, soft):
 
 
 def train_epoch(args, run, model, optimizer, generator):
-    """One pass over the sequences, the users and the texts in random order -> mean loss by task"""
+    """Sequences, users and texts, at most --prompts of each, in random order -> mean loss by task"""
     sizes = {sequential_loss: len(run.sequences), top_n_loss: len(run.warm), explanation_loss: len(run.texts)}
-    steps = [(task, index) for task, size in sizes.items()
-             for index in torch.randperm(size, generator=generator).split(args.batch_size) if size]
+    steps = [(task, index) for task, size in sizes.items() if size
+             for index in torch.randperm(size, generator=generator)[:args.prompts].split(args.batch_size)]
     losses = {}
     for step in torch.randperm(len(steps), generator=generator):
         task, index = steps[step]

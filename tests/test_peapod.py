@@ -101,6 +101,21 @@ def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path, capsys):
         assert torch.equal(profiles[name], again[name]), name
 
 
+def test_an_epoch_has_at_most_so_many_prompts_of_each_task(monkeypatch):
+    seen = {}
+    tasks = {name: lambda model, run, index, name=name: seen.setdefault(name, []).extend(index.tolist())
+             or (model * 0).sum() for name in ("sequential_loss", "top_n_loss", "explanation_loss")}
+    for name, task in tasks.items():
+        task.__name__ = name
+        monkeypatch.setattr(peapod, name, task)
+    run = argparse.Namespace(sequences=range(9), warm=range(4), texts=[])
+    weight = torch.nn.Parameter(torch.zeros(1))
+    losses = peapod.train_epoch(argparse.Namespace(prompts=6, batch_size=4), run, weight,
+                                torch.optim.SGD([weight], lr=0.1), torch.Generator().manual_seed(0))
+    assert losses == {"sequential": 0.0, "top_n": 0.0}
+    assert len(set(seen["sequential_loss"])) == 6 and sorted(seen["top_n_loss"]) == [0, 1, 2, 3]
+
+
 def test_reviews_are_explained_by_a_process_of_its_own(tmp_path):
     write_amazon(tmp_path / "raw", 2023)
     read_raw(tmp_path, "amazon")
