@@ -121,7 +121,7 @@ def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):
 def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path):
     source, run_dir, rows = prepared
     shutil.copytree(source, tmp_path / "run")
-    run_pepler(tmp_path / "run", "--head", "mlp", *TEXTS, "--epochs", 1)  # as if killed behind the first epoch
+    run_pepler(tmp_path / "run", "--head", "mlp", *TEXTS, "--epochs", 1)  # as if killed behind the first
     again = run_pepler(tmp_path / "run")
     assert trained_states(run_dir) == trained_states(tmp_path / "run")
     columns = ["auc", "logloss", "valid_auc", "bleu4", "rougeL"]
@@ -130,7 +130,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path):
 
 def test_a_process_of_its_own_writes_the_table(prepared, tmp_path):
     shutil.copytree(prepared[0], tmp_path / "run")
-    printed = run_process("baselines/pepler.py", "--run-dir", tmp_path / "run", *SMALL, *TEXTS, "--head", "mf")
+    options = [*SMALL, *TEXTS, "--head", "mf"]
+    printed = run_process("baselines/pepler.py", "--run-dir", tmp_path / "run", *options)
     assert "baseline-pepler.parquet: 1 rows" in printed
 
 
