@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add.method("--hidden", type=at_least(1, at_most=100_000), nargs="+", default=[64],
                help="widths of the MLP")
     add.method("--text-weight", type=at_least(0, float), default=0.1, help="weight of the LM loss; 0: none")
-    add.training("--epochs", type=at_least(1), default=30, help="passes over the train rows at most")
+    add.training("--epochs", type=at_least(1), default=100, help="passes over the train rows at most")
     add.training("--patience", type=at_least(1), default=3, help="stop after so many epochs without progress")
     add.training("--lr", type=at_least(1e-12, float), default=0.01, help="learning rate of AdamW")
     add.training("--weight-decay", type=at_least(0, float), help="of AdamW (default: mlp 1.0, mf 0.3)")
