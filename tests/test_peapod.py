@@ -75,6 +75,9 @@ def test_end_to_end_and_stage_3_reads_its_profiles(prepared):
     rows = pd.read_parquet(run_dir / "interactions.parquet")
     counts = rows[rows["split"].isin(["train", "support"])].groupby("user").size()
     assert profiles["num_evidence"][-1, :, 0].tolist() == counts.tolist()
+    in_folds = (profiles["num_evidence"][-1] - profiles["num_evidence"][:-1]).sum(0)[:, 0]
+    assert in_folds.tolist() == rows[rows["split"] == "train"].groupby("user").size().reindex(
+        range(60), fill_value=0).tolist()  # each train row is in one fold
     printed = run_stage("03_quantize.py", "--codes", 3, "--epochs", 2, "--run-dir", run_dir / "peapod")
     assert "wrote" in printed and len(pd.read_parquet(run_dir / "peapod/train_codes.parquet")) == sum(
         rows["split"] == "train")
