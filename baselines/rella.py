@@ -220,13 +220,12 @@ def scores_in_blocks(args, llm, finished, key, prompts):
 
 
 def train_epoch(args, llm, trained, before, shots, seed):
-    """One pass over the shots (ids, labels) from `before`, what the last one returned, or None -> weights and
-    AdamW's averages. The LM loss: cross-entropy of the answer's token over the whole vocabulary.
+    """One pass over the shots (ids, labels) -> weights and AdamW's averages. before: what the last one gave,
+    or None; the LLM holds its weights. LM loss: cross-entropy of the answer's token over all the vocabulary.
     """
     epoch = before["epoch"] + 1 if before else 1
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
     if before:
-        load(trained, before)
         optimizer.load_state_dict(before["optimizer"])
     yes, no, _ = answer_tokens(llm.tokenizer)
     ids, labels = shots
