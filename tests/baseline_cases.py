@@ -30,6 +30,7 @@ def poisoned(run, folder):
     is_test = table["split"] == "test"
     table.loc[is_test, "rating"] = 6 - table.loc[is_test, "rating"]
     table["label"] = (table["rating"] > 3).astype(table["label"].dtype)
+    table.loc[is_test & table["review"].notna(), "review"] = "Poison. More of it."
     only_test = ~items["item"].isin(table.loc[~is_test, "item"])
     assert only_test.any() and is_test.any()
     items.loc[only_test, ["title", "category"]] = "poison poison of quite another length than any other title"
@@ -70,3 +71,9 @@ def options_of(**options):
     """Options that a function reads, with defaults of the shared ones"""
     parser, _ = stage_parser("")
     return argparse.Namespace(**vars(parser.parse_args([])) | {"tokens_per_batch": 500, "seed": 0} | options)
+
+
+def trained_states(run):
+    """The trained states of all finished epochs of PeaPOD or PEPLER, each as bytes: a set"""
+    pieces = [torch.load(path, weights_only=True)["model"] for path in run.glob("baselines/pe*/*.pt")]
+    return {b"".join(state[key].numpy().tobytes() for key in sorted(state)) for state in pieces}

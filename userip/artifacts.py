@@ -29,6 +29,7 @@ MADE_BY = {name: command for command, names in {
     "03_quantize.py --apply items": "new_item_codes.parquet",
     "04_train_ctr.py": "results.parquet results.md",
     "05_case_study.py": "report.html",
+    "baselines/peapod.py": "peapod.parquet",
     **{f"baselines/{name}.py": f"baseline-{name}.parquet" for name in BASELINES},
 }.items() for name in names.split()}  # artifact -> the command that makes it
 WARNINGS = []  # what `warn` printed in this process; stage 1 clears it at its start and stores it at its end

@@ -69,12 +69,14 @@ def item_texts(items, fields=FIELDS[:4]):
     return [join(item_pieces(item, fields)).strip() for item in items.itertuples()]
 
 
-def load_baseline_llm(args, data, prompt_texts, name=""):
+def load_baseline_llm(args, data, prompt_texts, name="", reviews=None):
     """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights.
-    name: of the baseline, whose own folder in RUN_DIR/baselines holds its tiny LLM
+    name: of the baseline, whose own folder in RUN_DIR/baselines holds its tiny LLM; reviews: of each train
+    row a text that the tiny LLM reads behind it
 
     tiny is pretrained on train rows, "<item> liked." or "disliked.", in random order by user; prompt_texts:
-    texts of the baseline's prompts, whose words become tokens, the last one before each user's items.
+    texts of the baseline's prompts, whose words become tokens, the last one before each user's items;
+    reviews: of each train row a text to read behind it.
     """
     source = args.llm
     if source == "auto":
@@ -84,8 +86,9 @@ def load_baseline_llm(args, data, prompt_texts, name=""):
                              seed=args.seed)
     if source == "tiny":
         texts, train = item_texts(data.items), data.split["train"]
-        rated = pd.Series([f" {texts[item].rstrip('.')} {WORDS[label]}."
-                           for item, label in zip(train["item"], train["label"])], index=train.index)
+        reviews = reviews or [""] * len(train)
+        rated = pd.Series([f" {texts[item].rstrip('.')} {WORDS[label]}.{review}" for item, label, review
+                           in zip(train["item"], train["label"], reviews)], index=train.index)
         make_tiny_llm(folder, rated.groupby(train["user"]).agg(list).tolist(), list(prompt_texts))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_half = args.dtype == "auto" and device == "cuda"

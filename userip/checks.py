@@ -25,7 +25,10 @@ COLUMNS = {
     "results.parquet": {"model": {"base rate", "means", *MODELS}, "features": "text", "split_seed": "index",
                         "seed": "index", "auc": "number", "logloss": "number",
                         **dict.fromkeys(("lr", "weight_decay", "start"), "maybe number")},
-    **{f"baseline-{name}.parquet": {"model": {name}, **BASELINE} for name in BASELINES}}
+    **{f"baseline-{name}.parquet": {"model": {name}, **BASELINE} for name in BASELINES},
+    "peapod.parquet": {"model": "text", "task": {"sequential", "top-n", "explanation"}, "users": "index",
+                       "split_seed": "index", "seed": "maybe number",
+                       **dict.fromkeys(("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10"), "maybe number")}}
 # A schema is a type, (type, least, most), a set of values, "dtype letters" (a tensor, by the letters of
 # common.py; a small letter has a size for each profile), [schema] or [schema, letter] (a list, not empty),
 # {str: schema} (any texts as keys) or {key: schema}, where a "key?" may be missing.

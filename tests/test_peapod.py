@@ -1,0 +1,144 @@
+import argparse
+import importlib
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+
+from baseline_cases import poisoned, trained_states
+from conftest import dies, read_raw, run_process, run_stage, write_amazon, write_interactions, write_table
+from userip.artifacts import read_artifacts
+
+peapod = importlib.import_module("baselines.peapod")
+SMALL = ["--llm", "tiny", "--tiny-steps", 4, "--epochs", 2, "--seeds", 1, "--batch-size", 32, "--rank", 4,
+         "--max-history", 8]
+
+
+def run_peapod(run_dir, *options):
+    peapod.main(peapod.parse_args(list(map(str, ["--run-dir", run_dir, *SMALL, *options]))))
+    args = argparse.Namespace(run_dir=str(run_dir / "peapod"))
+    return read_artifacts(args, "profiles.pt")[0]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A run of stage 1 with cold users, and a profile of PeaPOD beside it: read only"""
+    folder = tmp_path_factory.mktemp("peapod")
+    write_table(folder / "raw")
+    run_stage("01_prepare.py", "--dataset", "table", "--raw", folder / "raw", "--run-dir", folder / "run",
+              "--split", "cold-user")
+    rows = pd.read_parquet(folder / "run/interactions.parquet")
+    item = rows["item"][rows["split"] == "test"].iloc[0]  # shall have test rows only
+    rows = rows[(rows["item"] != item) | (rows["split"] == "test")].reset_index(drop=True)
+    write_interactions(argparse.Namespace(run_dir=folder / "run", seed=0), rows)
+    shutil.copytree(folder / "run", folder / "prepared")
+    profiles = run_peapod(folder / "run", "--variant", "neighbours", "shared")
+    return folder / "prepared", folder / "run", profiles
+
+
+def test_pool_weights_sum_to_one_and_mix_the_pool():
+    torch.manual_seed(0)
+    prompt, vectors = peapod.PoolPrompt(4, 6, 2, 5), 9 * torch.randn(7, 4)
+    weights = prompt.attention(vectors)
+    assert weights.shape == (7, 6) and torch.allclose(weights.sum(1), torch.ones(7)) and (weights >= 0).all()
+    for row in range(7):  # Σ_m a_m p_m with a = softmax(W v)
+        score = torch.exp(prompt.interest.weight @ vectors[row] + prompt.interest.bias)
+        expected = sum(score[m] / score.sum() * prompt.prompts[m] for m in range(6))
+        assert torch.allclose(prompt(vectors, None)[row], expected, atol=1e-5)
+    assert prompt(vectors, None).std(0).max() > 0.1  # users differ
+
+
+def test_shared_is_one_prompt_for_all():
+    prompt = peapod.PROMPTS["shared"](4, 1, 2, 5)
+    assert torch.equal(prompt(torch.randn(7, 4), None), prompt.prompts.expand(7, -1))
+
+
+def test_no_value_of_neighbours_is_the_users_own():
+    """The user's vector only asks: with one neighbour nothing of it is left"""
+    torch.manual_seed(0)
+    prompt, neighbours = peapod.NeighbourPrompt(4, 0, 3, 5), torch.randn(2, 1, 4)
+    assert torch.equal(prompt(torch.randn(2, 4), neighbours), prompt(torch.randn(2, 4), neighbours))
+    neighbours = torch.randn(2, 6, 4)
+    weights = prompt.attention(torch.randn(2, 4), neighbours)
+    assert weights.shape == (2, 3, 6) and torch.allclose(weights.sum(2), torch.ones(2, 3))
+    assert not torch.allclose(prompt(torch.zeros(2, 4), neighbours), prompt(torch.ones(2, 4), neighbours))
+
+
+def test_end_to_end_and_stage_3_reads_its_profiles(prepared):
+    _, run_dir, profiles = prepared
+    table = pd.read_parquet(run_dir / "peapod.parquet")
+    assert set(table["model"]) == {"most popular", "item-kNN", "Markov chain", "neighbours", "shared"}
+    assert set(table["task"]) == {"sequential", "top-n"}
+    assert table.filter(regex="@").apply(lambda column: column.between(0, 1)).all(axis=None)
+    assert profiles["profiles"].shape == (6, 60, 1, 3 * 128) and profiles["has_evidence"].all()
+    rows = pd.read_parquet(run_dir / "interactions.parquet")
+    counts = rows[rows["split"].isin(["train", "support"])].groupby("user").size()
+    assert profiles["num_evidence"][-1, :, 0].tolist() == counts.tolist()
+    in_folds = (profiles["num_evidence"][-1] - profiles["num_evidence"][:-1]).sum(0)[:, 0]
+    assert in_folds.tolist() == rows[rows["split"] == "train"].groupby("user").size().reindex(
+        range(60), fill_value=0).tolist()  # each train row is in one fold
+    printed = run_stage("03_quantize.py", "--codes", 3, "--epochs", 2, "--run-dir", run_dir / "peapod")
+    assert "wrote" in printed and len(pd.read_parquet(run_dir / "peapod/train_codes.parquet")) == sum(
+        rows["split"] == "train")
+
+
+def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):
+    source, run_dir, profiles = prepared
+    poisoned(source, tmp_path / "run")
+    again = run_peapod(tmp_path / "run", "--variant", "neighbours", "shared")
+    for name in ("profiles", "noise", "fold"):
+        assert torch.equal(profiles[name], again[name]), name
+    assert trained_states(run_dir) == trained_states(tmp_path / "run") and len(trained_states(run_dir)) == 4
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path, capsys):
+    source, _, profiles = prepared
+    run_dir = tmp_path / "run"
+    shutil.copytree(source, run_dir)
+    run_peapod(run_dir, "--variant", "neighbours", "--epochs", 1)  # as if killed behind the first epoch
+    first = {path: path.stat().st_mtime_ns for path in run_dir.glob("baselines/peapod/*.pt")}
+    again = run_peapod(run_dir, "--variant", "neighbours")
+    assert {path: path.stat().st_mtime_ns for path in first} == first and len(first) == 1
+    for name in ("profiles", "noise", "shared"):
+        assert torch.equal(profiles[name], again[name]), name
+
+
+def test_an_epoch_has_at_most_so_many_prompts_of_each_task(monkeypatch):
+    seen = {}
+    tasks = {name: lambda model, run, index, name=name: seen.setdefault(name, []).extend(index.tolist())
+             or (model * 0).sum() for name in ("sequential_loss", "top_n_loss", "explanation_loss")}
+    for name, task in tasks.items():
+        task.__name__ = name
+        monkeypatch.setattr(peapod, name, task)
+    run = argparse.Namespace(sequences=range(9), warm=range(4), texts=[])
+    weight = torch.nn.Parameter(torch.zeros(1))
+    losses = peapod.train_epoch(argparse.Namespace(prompts=6, batch_size=4), run, weight,
+                                torch.optim.SGD([weight], lr=0.1), torch.Generator().manual_seed(0))
+    assert losses == {"sequential": 0.0, "top_n": 0.0}
+    assert len(set(seen["sequential_loss"])) == 6 and sorted(seen["top_n_loss"]) == [0, 1, 2, 3]
+
+
+def test_reviews_are_explained_by_a_process_of_its_own(tmp_path):
+    write_amazon(tmp_path / "raw", 2023)
+    read_raw(tmp_path, "amazon")
+    printed = run_process("baselines/peapod.py", "--run-dir", tmp_path / "run", *SMALL, "--variant", "pool",
+                          "--max-texts", 5)
+    table = pd.read_parquet(tmp_path / "run/peapod.parquet").set_index(["task", "model"])
+    assert "sequential NDCG@10" in printed
+    figures = table.loc["explanation"]
+    assert figures.index.tolist() == ["item's last review", "pool"]
+    assert figures[["bleu4", "rouge1", "rougeL", "distinct1", "usr"]].apply(
+        lambda column: column.between(0, 1)).all(axis=None)
+    assert 1 <= figures["users"].iloc[0] <= 5
+
+
+def test_a_run_without_stage_1_names_the_command(tmp_path, capsys):
+    args = peapod.parse_args(["--run-dir", str(tmp_path / "nothing")])
+    assert "01_prepare.py" in dies(capsys, peapod.main, args)
+
+
+def test_options_that_nothing_reads_are_refused(capsys):
+    for options, name in ((["--variant", "shared", "--rank", "5"], "--rank"),
+                          (["--variant", "neighbours", "--pool", "5"], "--pool")):
+        assert f"{name} means nothing without" in dies(capsys, peapod.parse_args, options)

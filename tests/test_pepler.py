@@ -1,0 +1,147 @@
+import importlib
+import shutil
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from baseline_cases import poisoned, trained_states
+from conftest import dies, read_raw, run_process, write_amazon
+from userip.explanations import generate, text_nll, text_tokens
+
+pepler = importlib.import_module("baselines.pepler")
+SMALL = ["--llm", "tiny", "--tiny-steps", 4, "--epochs", 2, "--seeds", 1]
+TEXTS = ["--text-rows", 20, "--max-texts", 4]
+
+
+def run_pepler(run_dir, *options):
+    pepler.main(pepler.parse_args(list(map(str, ["--run-dir", run_dir, *SMALL, *(options or TEXTS)]))))
+    return pd.read_parquet(run_dir / "baseline-pepler.parquet")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A run of stage 1 with reviews, and PEPLER's beside it: (run of stage 1, run, rows); read only"""
+    folder = tmp_path_factory.mktemp("pepler")
+    write_amazon(folder / "raw", 2023)
+    read_raw(folder, "amazon", "--split", "cold-item")
+    shutil.copytree(folder / "run", folder / "prepared")
+    return folder / "prepared", folder / "run", run_pepler(folder / "run")
+
+
+def model_of(head, num_users=5, num_items=4):
+    torch.manual_seed(0)
+    known = torch.arange(num_users) < 4, torch.arange(num_items) < 3  # the last ones have no train row
+    return pepler.PEPLER(head, known, 6, 0.1, [8])
+
+
+def test_the_rating_head_is_matrix_factorization_when_asked():
+    model, user, item = model_of("mf"), torch.tensor([0, 3, 1]), torch.tensor([2, 0, 1])
+    expected = [0.1 * sum(model.user[u, d] * model.item[i, d] for d in range(6)) for u, i in zip(user, item)]
+    assert model(user, item).tolist() == pytest.approx(torch.stack(expected).tolist())
+    assert {name for name, _ in model.named_parameters()} == {"user", "item", "bias"}
+
+
+def test_the_mlp_reads_both_vectors():
+    model, pair = model_of("mlp"), (torch.tensor([0, 1]), torch.tensor([2, 2]))
+    before = model(*pair)
+    with torch.no_grad():
+        model.user[1] += 1.0
+    moved = model(*pair)
+    assert moved[0] == before[0] and moved[1] != before[1]
+
+
+def test_who_has_no_train_row_has_the_mean_of_the_others():
+    model = model_of("mf")
+    u, i = model.vectors(torch.tensor([4]), torch.tensor([3]))
+    assert torch.allclose(u[0], 0.1 * model.user[:4].mean(0))
+    assert torch.allclose(i[0], 0.1 * model.item[:3].mean(0))
+
+
+def llm_of(llm):
+    return SimpleNamespace(model=llm[0], tokenizer=llm[1], device=llm[0].device)
+
+
+def test_the_prompt_is_user_and_item_and_the_loss_that_of_the_llm(llm):
+    """The NLL of each token equals the LLM's own logits, whatever text is padded beside it"""
+    model, llm = model_of("mf"), llm_of(llm)
+    embed = llm.model.get_input_embeddings()
+    model = pepler.PEPLER("mf", (torch.ones(5).bool(), torch.ones(4).bool()), embed.embedding_dim, 0.1, [8])
+    bos, user, item = embed(torch.tensor([0])), torch.tensor([0, 1]), torch.tensor([2, 3])
+    prefix = model.prefix(bos, user, item)
+    assert torch.equal(prefix[1, 1:], torch.cat(model.vectors(user[1:], item[1:])))
+    ids, is_scored = text_tokens(llm, ["red racer", "iron skillet, a job or a sport"])
+    nll = text_nll(llm, prefix, ids, is_scored).split(is_scored.sum(1).tolist())
+    for row in range(2):
+        text = ids[row, is_scored[row]]
+        assert text[-1] == llm.tokenizer.eos_token_id
+        logits = llm.model(inputs_embeds=torch.cat([prefix[row], embed(text)])[None]).logits[0]
+        expected = -logits.log_softmax(1)[2:-1].gather(1, text[:, None])[:, 0]
+        assert torch.allclose(nll[row], expected, atol=1e-4)
+
+
+def test_generation_takes_the_likeliest_token_each_time(llm):
+    llm = llm_of(llm)
+    embed = llm.model.get_input_embeddings()
+    prefix = embed(torch.tensor([[5, 9, 2], [7, 7, 3]]))
+    ids = prefix.new_zeros(2, 0, dtype=torch.long)
+    for _ in range(20):
+        logits = llm.model(inputs_embeds=torch.cat([prefix, embed(ids)], 1)).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(1, keepdim=True)], 1)
+    eos = llm.tokenizer.eos_token_id
+    cut = [row[:row.index(eos)] if eos in row else row for row in ids.tolist()]
+    texts = [llm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut]
+    assert generate(llm, prefix) == texts
+
+
+def test_both_losses_move_the_vectors_and_the_llm_stays(prepared):
+    _, run_dir, rows = prepared
+    assert rows["features"].tolist() == ["mlp", "mf"] and rows["auc"].between(0, 1).all()
+    assert rows[["bleu4", "rouge1", "distinct1", "usr"]].apply(lambda one: one.between(0, 1)).all(axis=None)
+    texts = pd.read_csv(run_dir / "pepler.csv")
+    assert texts.columns.tolist() == ["user", "item", "written", "generated"] and len(texts) == 4
+
+
+def test_without_text_nothing_is_read_and_the_loss_is_another(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(pepler, "text_nll", None)  # whoever calls it fails
+    source, run_dir, rows = prepared
+    shutil.copytree(source, tmp_path / "run")
+    control = run_pepler(tmp_path / "run", "--text-weight", 0)
+    assert control["features"].tolist() == ["mlp without text", "mf without text"] and "bleu4" not in control
+    assert not trained_states(run_dir) & trained_states(tmp_path / "run")
+
+
+def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):
+    source, run_dir, _ = prepared
+    poisoned(source, tmp_path / "run")
+    run_pepler(tmp_path / "run")
+    assert trained_states(run_dir) == trained_states(tmp_path / "run") and len(trained_states(run_dir)) == 4
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path):
+    source, run_dir, rows = prepared
+    shutil.copytree(source, tmp_path / "run")
+    run_pepler(tmp_path / "run", "--head", "mlp", *TEXTS, "--epochs", 1)  # as if killed behind the first
+    again = run_pepler(tmp_path / "run")
+    assert trained_states(run_dir) == trained_states(tmp_path / "run")
+    columns = ["auc", "logloss", "valid_auc", "bleu4", "rougeL"]
+    assert again[columns].equals(rows[columns])
+
+
+def test_a_process_of_its_own_writes_the_table(prepared, tmp_path):
+    shutil.copytree(prepared[0], tmp_path / "run")
+    options = [*SMALL, *TEXTS, "--head", "mf"]
+    printed = run_process("baselines/pepler.py", "--run-dir", tmp_path / "run", *options)
+    assert "baseline-pepler.parquet: 1 rows" in printed
+
+
+def test_a_run_without_stage_1_names_the_command(tmp_path, capsys):
+    args = pepler.parse_args(["--run-dir", str(tmp_path / "nothing")])
+    assert "01_prepare.py" in dies(capsys, pepler.main, args)
+
+
+def test_options_that_nothing_reads_are_refused(capsys):
+    for options, name in ((["--text-weight", "0", "--text-rows", "5"], "--text-rows"),
+                          (["--head", "mf", "--hidden", "5"], "--hidden")):
+        assert f"{name} means nothing without" in dies(capsys, pepler.parse_args, options)

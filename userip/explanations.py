@@ -1,0 +1,61 @@
+"""Explanations: first sentences of reviews, their likelihood and generation behind soft tokens, figures."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from userip.prompt import HeadNLL
+from userip.text_metrics import text_figures
+
+MAX_TOKENS = 20  # of a sentence, as in the papers
+SEQUENTIAL, TOP_N, EXPLAIN = TASKS = "The user has bought", "The user likes", "The user says"
+
+
+def first_sentences(args):
+    """The first sentence of each row's review: a Series of texts, "" where there is none"""
+    reviews = pd.read_parquet(Path(args.run_dir) / "interactions.parquet", columns=["review"])["review"]
+    return reviews.fillna("").astype(str).map(lambda text: re.split(r"(?<=[.!?])\s", text.strip())[0])
+
+
+def text_tokens(llm, texts):
+    """Texts -> ids int64 [R, T], scored bool [R, T]: behind a space, at most MAX_TOKENS, then an EOS"""
+    ids = llm.tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor(one[:MAX_TOKENS] + [llm.tokenizer.eos_token_id]) for one in ids]
+    is_scored = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return pad_sequence(rows, batch_first=True), pad_sequence(is_scored, batch_first=True)
+
+
+def text_nll(llm, prefix, ids, is_scored):
+    """-log P of each scored token behind embeddings prefix [B, L, D]: ids, is_scored [B, T] -> [tokens]"""
+    ids, is_scored = ids.to(llm.device), is_scored.to(llm.device)
+    embeddings = torch.cat([prefix, llm.model.get_input_embeddings()(ids[:, :-1])], 1)  # [B, L + T - 1, D]
+    hidden = llm.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    hidden = hidden[:, prefix.shape[1] - 1:]  # [B, T, D], each predicts the next token
+    return HeadNLL.apply(hidden[is_scored], llm.model.get_output_embeddings(), ids[is_scored])
+
+
+@torch.no_grad()
+def generate(llm, prefix):
+    """Greedy texts behind embeddings prefix [B, L, D]: a list of B texts"""
+    eos = llm.tokenizer.eos_token_id
+    mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+    ids = llm.model.generate(inputs_embeds=prefix, attention_mask=mask, max_new_tokens=MAX_TOKENS,
+                             do_sample=False, pad_token_id=eos, eos_token_id=eos)
+    return [text.strip() for text in llm.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def explanation_rows(model, seed, texts, rows, sentences):
+    """A row of figures of the texts generated for rows (a frame), beside the written ones"""
+    return {"model": model, "task": "explanation", "seed": seed, "users": len(rows),
+            **text_figures(texts, sentences[rows.index])}
+
+
+def item_review_row(train, rows, sentences):
+    """The reference without a LLM: the item's latest train sentence; where it has none, the latest of all"""
+    written = train[sentences[train.index] != ""].sort_values("timestamp", kind="stable")
+    latest = sentences[written.index].groupby(written["item"]).last()
+    texts = rows["item"].map(latest).fillna(sentences[written.index].iloc[-1])
+    return explanation_rows("item's last review", None, texts, rows, sentences)
