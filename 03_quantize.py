@@ -41,8 +41,8 @@ from userip.artifacts import check_finite, fail, read_artifacts, read_sidecar, w
 from userip.item_bank import apply_to_items, write_item_bank
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             refuse_without_effect, run_program, stage_parser, start_stage)
-from userip.profiles import (compare_with_truth, describe_codes, probe_auc, read_profiles, read_rows,
-                             theta_of)
+from userip.profiles import (compare_with_truth, describe_codes, probe_auc, probe_labels, read_profiles,
+                             read_rows, theta_of)
 
 PAPER = {"whiten": False, "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
 RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight": 0.0, "beta": 0.0, "lr": 0.01}
@@ -341,19 +341,8 @@ def move_codewords(profile, prior, max_rounds=100):
 
 
 def probe_profiles(args, profiles, users):
-    """AUC with which the 32 leading directions predict gender and age, where users.parquet has them
-    (MovieLens) -> sidecar facts
-    """
-    labels, aucs = {}, {}
-    if "gender" in users:
-        gender = users["gender"].astype(str).where(users["gender"].notna())
-        if gender.nunique() > 2:
-            print(f"gender has {gender.nunique()} codes, not two: no probe")
-        else:
-            labels["gender"] = (gender == gender.max()).where(gender.notna())
-    if "age" in users:  # of a range such as 25-34 its lower end
-        age = users["age"].astype(str).str.extract(r"(\d+)")[0].astype(float)
-        labels["age_over_30"] = (age > 30).where(age.notna())
+    """AUC with which the 32 leading directions predict gender and age (MovieLens) -> sidecar facts"""
+    labels, aucs = probe_labels(users), {}
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
     for profile in profiles if labels else []:
         theta = profile.theta[-1, is_probed, :profile.theta_dim]  # without rating habits

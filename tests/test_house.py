@@ -94,7 +94,8 @@ def test_the_readme_is_of_one_sitting_and_its_tree_is_true():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 250 and len(text.encode()) <= 20_000
     tree = text.split("## What is where")[1].split("```")[1]
-    listed = {word for line in tree.splitlines() for word in re.findall(r"^ *([\w./]+\.\w+)", line)}
+    listed = {word for line in tree.splitlines() for word in re.findall(r"[\w./]+\.py\b|^ *[\w./]+\.\w+", line)}
+    listed = {word.strip() for word in listed}
     files = {name.removeprefix("userip/").removeprefix("baselines/") for name in FILES
              if not name.endswith("__init__.py")}
     assert listed >= files, files - listed

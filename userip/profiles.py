@@ -108,6 +108,21 @@ def compare_with_truth(bank, names, users, bayes_ari):
     return facts
 
 
+def probe_labels(users):
+    """What users.parquet knows of gender and age: {name: Series [N] of bool, missing where it is unknown}"""
+    labels = {}
+    if "gender" in users:
+        gender = users["gender"].astype(str).where(users["gender"].notna())
+        if gender.nunique() > 2:
+            print(f"gender has {gender.nunique()} codes, not two: no probe")
+        else:
+            labels["gender"] = (gender == gender.max()).where(gender.notna())
+    if "age" in users:  # of a range such as 25-34 its lower end
+        age = users["age"].astype(str).str.extract(r"(\d+)")[0].astype(float)
+        labels["age_over_30"] = (age > 30).where(age.notna())
+    return labels
+
+
 def probe_auc(features, labels):
     """AUC of a logistic regression on features [N, C] over 5 folds, mean of three random ways to fold"""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
