@@ -345,10 +345,10 @@ def probe_profiles(args, profiles, users):
     labels, aucs = probe_labels(users), {}
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
     for profile in profiles if labels else []:
-        theta = profile.theta[-1, is_probed, :profile.theta_dim]  # without rating habits
-        features.append(theta - theta.mean(0))
-        if args.whiten:
-            features[-1] @= whiten(features[-1], profile.gain[is_probed], profile.noise)[0][:, :32]
+        theta, gain = profile.theta[-1, is_probed, :profile.theta_dim], profile.gain[is_probed]  # no habits
+        deviation = theta - theta.mean(0)  # times gain: the noise has variance 1, however many texts a user has
+        features.append(gain[:, None] * (deviation @ whiten(deviation, gain, profile.noise)[0][:, :32])
+                        if args.whiten else deviation)
     for name, label in labels.items():
         label = label[is_probed.numpy()].reset_index(drop=True).dropna().astype(bool)
         if min(label.sum(), len(label) - label.sum()) < 5:
