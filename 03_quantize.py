@@ -346,7 +346,7 @@ def probe_profiles(args, profiles, users):
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
     for profile in profiles if labels else []:
         theta, gain = profile.theta[-1, is_probed, :profile.theta_dim], profile.gain[is_probed]  # no habits
-        deviation = theta - theta.mean(0)  # times gain: noise has variance 1 whatever a user's number of texts
+        deviation = theta - theta.mean(0)  # times gain: noise has variance 1 for any number of texts
         features.append(gain[:, None] * (deviation @ whiten(deviation, gain, profile.noise)[0][:, :32])
                         if args.whiten else deviation)
     for name, label in labels.items():
