@@ -124,7 +124,8 @@ def main():
     codes = torch.stack([torch.randint(size, (USERS,), generator=generator) for size in (4, 3)], 1)
     vectors = torch.randn(USERS, 2 * 128, generator=generator)
     options = SimpleNamespace(**SETTINGS)
-    serving = serving_figures(options, ITEMS, codes, [5, 4], vectors)
+    item_codes = torch.randint(8, (ITEMS, 1), generator=generator)
+    serving = serving_figures(options, codes, item_codes, [5, 4, 8], vectors)
     print("\n".join(serving_table(serving)))
     medians = {name: row["median_10000"] for name, row in serving.items()}
     print(json.dumps({"dcn_rows_per_second": round(alone[1024]),
