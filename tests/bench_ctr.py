@@ -122,9 +122,9 @@ def main():
 
     generator = torch.Generator().manual_seed(0)
     codes = torch.stack([torch.randint(size, (USERS,), generator=generator) for size in (4, 3)], 1)
-    item_codes = torch.randint(8, (ITEMS, 1), generator=generator)
     vectors = torch.randn(USERS, 2 * 128, generator=generator)
     options = SimpleNamespace(**SETTINGS)
+    item_codes = torch.randint(8, (ITEMS, 1), generator=generator)
     serving = serving_figures(options, codes, item_codes, [5, 4, 8], vectors)
     print("\n".join(serving_table(serving)))
     medians = {name: row["median_10000"] for name, row in serving.items()}
