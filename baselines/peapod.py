@@ -23,7 +23,7 @@ Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … us
         peapod/: the run's interactions, items, users and profiles.pt of the first variant
         baselines/: the tiny LLM (PEPLER's and PeaPOD's is one), and finished epochs
 
-Example: python baselines/peapod.py        (about 12 minutes on two cores)
+Example: python baselines/peapod.py        (about 12 minutes on two cores, estimated)
   wrote … and runs/demo/peapod.parquet: 24 rows | sequential NDCG@10 item-kNN 0.0450, pool 0.0436, shared …
 """
 

@@ -19,7 +19,7 @@ Writes  baseline-pepler.parquet: features (the head), seed, auc, logloss, valid 
         pepler.csv: user, item, written and generated text of the first head and seed
         baselines/: the tiny LLM (PEPLER's and PeaPOD's is one), and finished epochs
 
-Example: python baselines/pepler.py        (about 12 minutes on two cores)
+Example: python baselines/pepler.py        (about 12 minutes on two cores, estimated)
   wrote runs/demo/baseline-pepler.parquet: 6 rows | mlp AUC 0.6561 logloss 0.6313 | mf AUC …
 """
 
