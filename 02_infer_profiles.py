@@ -252,10 +252,10 @@ def fit_shared(run, max_histories=4096):
 def choose_length(run, soft, step, shortest=0.05, longest=1.0):
     """The step lengths [P] under which held-out rows are likeliest: step [R, P, S D]
 
-    The rows' NLL is measured at lengths 0 (θ̄), 0.5 and 1; a parabola through these gives the best length. None
-    beyond 1: with SmolLM2 it foretold a gain at 1.5, where rows were less likely than at θ̄. If no length makes
-    the rows likelier by more than the standard error, the shortest is as good as θ̄. (Codes do not depend on the
-    length.)
+    The rows' NLL is measured at lengths 0 (θ̄), 0.5 and 1; a parabola through these gives the best length.
+    None beyond 1: there it foretold a gain with SmolLM2 where rows were less likely than at θ̄. If no length
+    makes the rows likelier by more than the standard error, the shortest is as good as θ̄. (Codes do not
+    depend on the length.)
     """
     user, run.prompt.purpose = run.tune.user, "step lengths"
     base, half, full = (heldout_nll(run, thetas, run.tune)[0]
