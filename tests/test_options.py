@@ -84,6 +84,14 @@ def test_the_table_has_every_option(script, capsys):
     assert {line.split()[0].strip(",")[2:] for line in lines if line.startswith("  --")} == set(OPTIONS[script])
 
 
+def test_help_names_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        STAGES["03_quantize.py"].parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "learning rate of Adam (default: 0.003)" in text and "(default: False)" not in text
+    assert text.count("default: 4 3") == 1 and "(default: None)" not in text
+
+
 @pytest.mark.parametrize("script, words, option", [
     ("01_prepare.py", ["--raw", ""], "--raw"), ("02_infer_profiles.py", ["--llm", ""], "--llm"),
     ("02_infer_profiles.py", ["--llm= "], "--llm"), ("02_infer_profiles.py", ["--only-users", ""], "--only-users"),

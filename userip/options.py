@@ -18,9 +18,20 @@ import torch
 from userip.artifacts import fail, lock
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is; behind an option's text its default, where that is a number, a word or words"""
+
+    def _get_help_string(self, action):
+        default, text = action.default, action.help or ""
+        if default in (None, argparse.SUPPRESS) or isinstance(default, bool) or "default" in text:
+            return text
+        words = map(str, default if isinstance(default, (list, tuple)) else [default])
+        return f"{text} (default: {' '.join(words)})"
+
+
 def stage_parser(doc):
     """A parser whose --help is the stage's docstring, and `add`: add_argument of each group of options."""
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=32)
+    formatter = functools.partial(HelpFormatter, width=110, max_help_position=32)
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False,
                                      usage="%(prog)s [options]")
     parser.error = lambda message: fail(f"{message}; see --help")  # one line, without the usage block

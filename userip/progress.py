@@ -136,9 +136,12 @@ class Progress:
 
     def compute_blocks(self, name, blocks, unit, function):
         """function(block) for each block of indices, dealt to the processes; read as name-0, name-1, …"""
-        for index in tqdm(range(self.rank, len(blocks), self.world), desc=name, unit=unit,
-                          unit_scale=len(blocks[0]), mininterval=2):
+        own = range(self.rank, len(blocks), self.world)
+        bar = tqdm(total=sum(len(blocks[index]) for index in own), desc=name, unit=unit, mininterval=2)
+        for index in own:
             self._write(f"{name}-{index}", lambda: function(blocks[index]))
+            bar.update(len(blocks[index]))
+        bar.close()
         self._wait()
 
     def clear(self):
