@@ -153,7 +153,7 @@ def check_evidence(parser, args):
     if args.method == "score" and args.evidence == "history":
         parser.error("--evidence history needs --method gradient: a history's score is no sum over items")
     if args.ratings and args.prior:
-        parser.error("--prior goes without --ratings: half of what codes of ratings hold is in no soft token")
+        parser.error("--prior cannot go with --ratings: codes of ratings read rating habits, not θ alone")
     if args.ratings and args.evidence == "review":
         parser.error("--ratings go with items: leave out --evidence review")
     if args.ratings and args.profiles == DEFAULT_PROFILES and args.route is None:

@@ -17,7 +17,7 @@ Writes  codebook.pt: per profile name codebook float32 [K, C], transform float32
         usage int64 [K] (users with train rows); of ratings D + H instead of D, H rating habits
         feature_bank.parquet: user, user_id, one int column per profile name; K = no evidence of this user
         train_codes.parquet: with folds, the code of each train row without its own fold, in the rows' order
-        item_bank.parquet: after `02 --items` item, item_id, code; item_codebook.pt: what new items' need
+        item_bank.parquet: after `02 --items` item, item_id, code; item_codebook.pt: for new items
         new_codes.parquet, new_item_codes.parquet: with --apply, user_id or item_id and the codes
 
 Example: python 03_quantize.py        (30 seconds)

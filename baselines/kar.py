@@ -8,10 +8,10 @@ model reads the result as dense fields beside the ids. The LLM runs offline, the
 
 As in the paper: generated answers (--text generated), greedy; mean pool as encoding; shared and own experts
 with softmax gates; adaptor and click model trained together on binary cross-entropy.
-What differs: the LLM itself is the encoder; prompts are one sentence; vectors are standardized by users and
-items of train rows; a train row's own rating is not in the prompt (--folds: r_u is made without each fold of
-the rows, and a train row reads the one without its own); the click model is a DCN with stage 4's options.
---text history encodes the prompt itself, without generation.
+What differs from the paper: the LLM itself is the encoder; prompts are one sentence; vectors are
+standardized by users and items of train rows; a train row's own rating is not in the prompt (--folds: r_u is
+made without each fold of the rows, and a train row reads the one without its own); the click model is a DCN
+with stage 4's options. --text history encodes the prompt itself, without generation.
 
 Sets of features: `none` (the DCN alone), `random` (the first --text's vectors, dealt to other users and
 items: the control), and `generated` or `history`. Training stops early on valid logloss, the best epoch's

@@ -1,4 +1,4 @@
-"""PeaPOD: personalized soft prompts from a shared pool, before a frozen LLM that ranks items and explains.
+"""Baseline PeaPOD: a user's soft prompt from a shared pool, before a frozen LLM that ranks and explains.
 
 As in the paper's abstract (PErsonAlized PrOmpt Distillation), a shared set of prompts is weighted by the
 user's interests, and the weighted sum is the user's soft prompt: θ_u = Σ_m a_m(u) p_m, a = softmax(W v_u).
@@ -11,10 +11,10 @@ soft prompt serves three tasks, which are trained in turn by the language model 
 --variant shared: one prompt for all users, the control against which a personalized prompt counts.
 Valid rows stop the training. Test rows are ranked once: the last test row of each user.
 
-Differs from the paper: of it only the abstract was at hand. Items are tokens of their own: the mean embedding
-of the item's text, a trained offset, and a bias that starts at the log of the item's share, so that all items
-are ranked in one forward pass, without generation; an item without a train row has no text. The LLM is frozen
-and decoder-only. A prompt names no candidates, and of the user's items the last --max-history ones.
+What differs from the paper: of it only the abstract was at hand. Items are tokens of their own: the mean
+embedding of the item's text, a trained offset, and a bias that starts at the log of the item's share, so
+that all items are ranked in one forward pass, without generation; an item without a train row has no text.
+The LLM is frozen and decoder-only. A prompt names no candidates, and the user's last --max-history items.
 A user's profile θ_u costs no gradient steps of its own: RUN_DIR/peapod is a run whose profiles stages 3 and 4
 read as those of stage 2. Train rows read profiles of ratings without their own fold.
 

@@ -1,4 +1,4 @@
-"""PEPLER: a user and an item as one soft token each, before a review that a frozen LLM reads; a rating head.
+"""Baseline PEPLER: a user and an item as one soft token each before a review; a frozen LLM; a rating head.
 
 As in the paper (Li, Zhang and Chen, Personalized Prompt Learning for Explainable Recommendation, 2023, with
 continuous prompts), the sequence is [u] [i] and the words that explain the recommendation. The vectors u and
@@ -7,11 +7,11 @@ is foretold from the same two vectors, by --head mf, <u, i>, or --head mlp, MLP(
 sentence of the review; where the data have no reviews, the item's text. Explanations of test rows are
 generated greedily. Valid rows stop the training (logloss), test rows are scored once.
 
-Differs from the paper: the recommendation loss is binary cross-entropy on the label, not the squared error of
-the rating, since CTR models are compared here. The LLM stays frozen; the paper tunes it, too, once u and i
-have settled. Only --text-rows rows an epoch have a language model loss, all rows the other loss. A user or
-an item without a train row has the mean vector of the others. --text-weight 0 is the control: the same
-head and vectors, no LLM.
+What differs from the paper: the recommendation loss is binary cross-entropy on the label, not the squared
+error of the rating, since CTR models are compared here. The LLM stays frozen; the paper tunes it, too, once
+u and i have settled. Only --text-rows rows an epoch have a language model loss, all rows the other loss. A
+user or an item without a train row has the mean vector of the others. --text-weight 0 is the control: the
+same head and vectors, no LLM.
 
 Reads   interactions.parquet, items.parquet, users.parquet
 Writes  baseline-pepler.parquet: features (the head), seed, auc, logloss, valid figures; where there are

@@ -9,10 +9,10 @@ et al., 2022) of the query and value projections.
 
 As in the paper: items' vectors are means of the LLM's last hidden states, compared by cosine; the two logits;
 LoRA of rank 8 on q and v, trained by the LM loss of the answer's token.
-What differs: vectors are centred instead of reduced by PCA; shots are told retrieved histories only, not
-the latest ones as well; histories are train rows (a cold user's support rows) without the target's own row,
-not what came before it; probabilities are calibrated on valid rows (Platt: two numbers). LoRA is 30 lines
-here, because the package peft would be one more dependency for them.
+What differs from the paper: vectors are centred instead of reduced by PCA; shots are told retrieved
+histories only, not the latest ones as well; histories are train rows (a cold user's support rows) without
+the target's own row, not what came before it; probabilities are calibrated on valid rows (Platt: two
+numbers). LoRA is 30 lines here, because the package peft would be one more dependency for them.
 The tiny LLM never saw Yes or No answer a question: its zero-shot scores are close to chance.
 
 Training stops early on valid logloss. At most --test-rows test rows are scored, drawn at random (column

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from conftest import run_stage, write_table
+from conftest import run_stage, save_llm, write_table
 from userip.artifacts import write_artifact
 from userip.options import stage_parser
 
@@ -19,6 +19,14 @@ def prepared_run(folder, split="random"):
     run_stage("01_prepare.py", "--dataset", "table", "--raw", folder / "raw", "--run-dir", folder / "run",
               "--split", split)
     return folder / "run"
+
+
+def finished_run(folder, script, kind, options):
+    """Stage 1, with cold items, and a baseline with a saved LLM of this kind: (run directory, options)"""
+    options = "--llm", save_llm(folder / "llm", kind), *options
+    folder = prepared_run(folder, "cold-item")
+    run_stage(script, "--run-dir", folder, *options)
+    return folder, options
 
 
 def poisoned(run, folder):

@@ -337,7 +337,7 @@ def test_the_score_method_finds_a_planted_hobby(tmp_path):
     (["--only-users", "x.csv", "--seed", "3"], "--seed"),
     (["--paper", "--released"], "different recipes"), (["--folds", "1"], "--folds"),
     (["--ratings", "--evidence", "review"], "--ratings"),
-    (["--ratings", "--prior", "codebook.pt"], "--prior goes without --ratings"),
+    (["--ratings", "--prior", "codebook.pt"], "--prior cannot go with --ratings"),
     (["--ratings", "--route", "title", "price"], "rating"),
     (["--route", "title", "rating"], "--ratings"), (["--only-users", "x.csv", "--steps", "3"], "--steps")])
 def test_options_that_make_no_sense_are_refused(options, complaint, capsys):

@@ -15,8 +15,8 @@ from llm_cases import ITEMS, prompt_of
 from test_checks import overwrite
 from userip import item_bank
 from userip.artifacts import read_artifacts
-from userip.evidence import item_pieces, join
-from userip.item_bank import (FIELDS, codewords, fit_ridge, foretell, hidden_states, item_texts, nearest, similarity,
+from userip.evidence import item_pieces, item_texts, join
+from userip.item_bank import (codewords, fit_ridge, foretell, hidden_states, nearest, similarity,
                               weighted_correlation)
 
 SMALL_ITEMS = {"02_infer_profiles.py": [*SMALL["02_infer_profiles.py"][4:], "--items"],  # without a tiny LLM
@@ -34,7 +34,7 @@ def test_an_items_vector_is_the_mean_of_the_states_that_the_llm_has_behind_the_w
     layers = [int(depth * model.config.num_hidden_layers) for depth in (0, 0.5, 1)]
     shift = 1 if tokenizer.tokenize("a")[0].startswith("▁") else 0
     for vector, item in zip(vectors, ITEMS.iloc[index.tolist()].itertuples()):
-        text = join(item_pieces(item, FIELDS))
+        text = join(item_pieces(item, ("category", "title", "brand")))
         assert item.title in text and "$" not in text
         ids = torch.tensor([tokenizer(text[shift:], add_special_tokens=False).input_ids])
         embeddings, mask, position = prompt.inputs(soft[None], ids, torch.ones(1, 2, dtype=torch.bool))

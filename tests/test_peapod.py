@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from baseline_cases import poisoned, trained_states
-from conftest import dies, read_raw, run_process, run_stage, write_amazon, write_interactions, write_table
+from conftest import read_raw, run_process, run_stage, write_amazon, write_interactions, write_table
 from userip.artifacts import read_artifacts
 
 peapod = importlib.import_module("baselines.peapod")
@@ -131,14 +131,3 @@ def test_reviews_are_explained_by_a_process_of_its_own(tmp_path):
     assert figures[["bleu4", "rouge1", "rougeL", "distinct1", "usr"]].apply(
         lambda column: column.between(0, 1)).all(axis=None)
     assert 1 <= figures["users"].iloc[0] <= 5
-
-
-def test_a_run_without_stage_1_names_the_command(tmp_path, capsys):
-    args = peapod.parse_args(["--run-dir", str(tmp_path / "nothing")])
-    assert "01_prepare.py" in dies(capsys, peapod.main, args)
-
-
-def test_options_that_nothing_reads_are_refused(capsys):
-    for options, name in ((["--variant", "shared", "--rank", "5"], "--rank"),
-                          (["--variant", "neighbours", "--pool", "5"], "--pool")):
-        assert f"{name} means nothing without" in dies(capsys, peapod.parse_args, options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from baseline_cases import poisoned, trained_states
-from conftest import dies, read_raw, run_process, write_amazon
+from conftest import read_raw, run_process, write_amazon
 from userip.explanations import generate, text_nll, text_tokens
 
 pepler = importlib.import_module("baselines.pepler")
@@ -134,14 +134,3 @@ def test_a_process_of_its_own_writes_the_table(prepared, tmp_path):
     options = [*SMALL, *TEXTS, "--head", "mf"]
     printed = run_process("baselines/pepler.py", "--run-dir", tmp_path / "run", *options)
     assert "baseline-pepler.parquet: 1 rows" in printed
-
-
-def test_a_run_without_stage_1_names_the_command(tmp_path, capsys):
-    args = pepler.parse_args(["--run-dir", str(tmp_path / "nothing")])
-    assert "01_prepare.py" in dies(capsys, pepler.main, args)
-
-
-def test_options_that_nothing_reads_are_refused(capsys):
-    for options, name in ((["--text-weight", "0", "--text-rows", "5"], "--text-rows"),
-                          (["--head", "mf", "--hidden", "5"], "--hidden")):
-        assert f"{name} means nothing without" in dies(capsys, pepler.parse_args, options)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from baseline_cases import (naive_auc, naive_logloss, options_of, pieces_with, poisoned, prepared_run,
+from baseline_cases import (finished_run, naive_auc, naive_logloss, options_of, pieces_with, poisoned,
                             rows_of, same_tensors)
 from baselines import rella
-from conftest import run_process, run_stage, save_llm
+from conftest import run_process, run_stage
 from userip import baseline
 from userip.llm import load_llm
 
@@ -26,11 +26,7 @@ PROMPTS = ["The user's ratings: red racer 1 liked. Will the user like a job? Ans
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Stage 1 and ReLLa with a saved LLM: (run directory, options). Read only."""
-    folder = tmp_path_factory.mktemp("rella")
-    options = "--llm", save_llm(folder / "llm", "gpt2"), *SMALL
-    folder = prepared_run(folder, "cold-item")
-    run_stage("baselines/rella.py", "--run-dir", folder, *options)
-    return folder, options
+    return finished_run(tmp_path_factory.mktemp("rella"), "baselines/rella.py", "gpt2", SMALL)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """What the scripts of baselines/ share: options, the split of stage 1, the LLM, finished work, their rows.
 
-Only train rows, and a cold user's support rows for that user, are evidence. Valid rows stop and calibrate,
-test rows are scored once. A baseline trains a tiny LLM of its own in
-RUN_DIR/baselines: stage 2's stays as it is.
+Only train rows, and a cold user's support rows for that user, are evidence. Valid rows stop the training and
+calibrate; test rows are scored once. A baseline's tiny LLM lies in RUN_DIR/baselines, apart from stage 2's.
 """
 
 import hashlib
@@ -71,8 +70,7 @@ def item_texts(items, fields=FIELDS[:4]):
 
 def load_baseline_llm(args, data, prompt_texts, name="", reviews=None):
     """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights.
-    name: of the baseline, whose own folder in RUN_DIR/baselines holds its tiny LLM; reviews: of each train
-    row a text that the tiny LLM reads behind it
+    name: the folder in RUN_DIR/baselines that holds the tiny LLM.
 
     tiny is pretrained on train rows, "<item> liked." or "disliked.", in random order by user; prompt_texts:
     texts of the baseline's prompts, whose words become tokens, the last one before each user's items;

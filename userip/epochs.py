@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from userip.artifacts import fail
+
 
 def train_epochs(args, finished, key, model, weight_decay, epoch):
     """Train the model by AdamW until the valid loss does not fall for args.patience epochs; it then has the
@@ -34,5 +36,7 @@ def train_epochs(args, finished, key, model, weight_decay, epoch):
             best = state["valid"], number, state["model"]
         if number - best[1] >= args.patience:
             break
+    if best[2] is None:
+        fail(f"{key[0]} diverged with --lr {args.lr:g}: no finite loss on valid rows; lower it")
     model.load_state_dict(best[2])
     return model.eval()

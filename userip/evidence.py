@@ -207,6 +207,15 @@ def make_routes(args, interactions, items, observed, names):
     return routes
 
 
+def item_texts(prompt, tokenizer, items):
+    """For the item bank: items, a frame -> Texts, one of each item's category, title and brand"""
+    pieces = [item_pieces(item, ("category", "title", "brand")) for item in items.itertuples()]
+    texts = tokenize(tokenizer, pieces)
+    prompt.check_context(texts.length, lambda index: f"the text {join(pieces[index])[:60]!r}",
+                         "shorten it or take a LLM with a longer context")
+    return texts
+
+
 class Evidence:
     """The events of N users, read by blocks of users as a list of (route, text, user): text int64 [R] of that
     route is evidence of user int64 [R].

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 from common import VectorQuantizer, usage_of
 from userip.artifacts import fail, read_artifacts, read_sidecar, write_artifact
 from userip.cleaning import clean_items
-from userip.evidence import item_pieces, join, tokenize
+from userip.evidence import item_texts
 from userip.new_users import LIMITS
 from userip.rating_means import foretold_means, residual_means
 from userip.score import BLOCK
 from userip.tables import read_frame
 
-FIELDS = ("category", "title", "brand")
 DEPTHS = (1 / 15, 1 / 4, 1 / 2, 4 / 5)  # of the LLM's layers: words alone, in context, what they mean
 STEEPNESS, RIDGE = 2.0, 2.0  # of the kernel; noise of a mean of many ratings, by the kernel's variance
 MOST_LANDMARKS = 4096  # items that the regression is fitted to: it costs their number cubed
@@ -57,15 +56,6 @@ def hidden_states(prompt, texts, soft, index, max_tokens):
         means = [(states[layer][:, 1:].float() * weight).sum(1) for layer in layers]  # of [B, D]
         vectors[batch] = torch.cat(means, 1).cpu()
     return vectors
-
-
-def item_texts(prompt, tokenizer, items):
-    """items: a frame -> Texts, one of each item's category, title and brand"""
-    pieces = [item_pieces(item, FIELDS) for item in items.itertuples()]
-    texts = tokenize(tokenizer, pieces)
-    prompt.check_context(texts.length, lambda index: f"the text {join(pieces[index])[:60]!r}",
-                         "shorten it or take a LLM with a longer context")
-    return texts
 
 
 def infer_items(run, soft):
@@ -124,6 +114,13 @@ def fit_ridge(kernel, target, weight):
     return torch.cholesky_solve((target - intercept)[:, None], factor)[:, 0], intercept
 
 
+def predict(vectors, fitted):
+    """What a regression foretells of items: vectors [R, V] -> float64 [R]. In blocks: no [R, L] is held."""
+    kernel_parts = [fitted[name] for name in ("landmarks", "mean", "scale")]
+    return torch.cat([similarity(block, *kernel_parts).double() @ fitted["coefficients"] + fitted["intercept"]
+                      for block in vectors.split(BLOCK)])
+
+
 def codewords(values, num_codes):
     """The middle quantiles of values [R]: float32 [K, 1], from the worst to the best items"""
     values = values if len(values) else torch.zeros(1, dtype=torch.float64)
@@ -151,24 +148,23 @@ def foretell(vectors, train, seed, num_codes):
     landmarks = order[:MOST_LANDMARKS].sort().values  # the items with the most rows
     scale, mean = torch.std_mean(vectors[landmarks], 0, correction=0)
     scale = torch.where(scale > 1e-6 * scale.max(), scale, 1e30)  # what is the same everywhere says nothing
-    kernel = similarity(vectors, vectors[landmarks], mean, scale)  # [M, L]
+    kernel = similarity(vectors[landmarks], vectors[landmarks], mean, scale)  # [L, L]
 
     def fit(left_out):
-        rows = train[fold.numpy()[train["item"]] != left_out]
-        known = landmarks[fold[landmarks] != left_out]
+        rows, is_known = train[fold.numpy()[train["item"]] != left_out], fold[landmarks] != left_out
+        known = landmarks[is_known]
         target, weight = (torch.from_numpy(part)[known] for part in residual_means(rows, num_items))
-        return *fit_ridge(kernel[known][:, fold[landmarks] != left_out], target, weight), known
+        coefficients, intercept = fit_ridge(kernel[is_known][:, is_known], target, weight)
+        return {"mean": mean, "scale": scale, "landmarks": vectors[known], "coefficients": coefficients,
+                "intercept": intercept[None]}
 
     values, codes = torch.zeros(num_items, dtype=torch.float64), torch.zeros(num_items, dtype=torch.long)
     for left_out in fold.unique().tolist():
         own = fold == left_out
         if (is_warm & ~own).any():
-            coefficients, intercept, _ = fit(left_out)
-            values[own] = kernel[own][:, fold[landmarks] != left_out].double() @ coefficients + intercept
+            values[own] = predict(vectors[own], fit(left_out))
         codes[own] = nearest(values[own], codewords(values[own & is_warm], num_codes))
-    coefficients, intercept, known = fit(-1)
-    fitted = {"mean": mean, "scale": scale, "landmarks": vectors[known], "coefficients": coefficients,
-              "intercept": intercept[None], "codebook": codewords(values[is_warm], num_codes)}
+    fitted = fit(-1) | {"codebook": codewords(values[is_warm], num_codes)}
     return SimpleNamespace(values=values, codes=codes, fitted=fitted, is_warm=is_warm)
 
 
@@ -204,9 +200,7 @@ def write_item_bank(args, interactions, num_codes):
 def apply_to_items(args):
     """Codes for the new items of `02 --only-items`"""
     new, fitted = read_artifacts(args, "new_item_vectors.pt", "item_codebook.pt")
-    kernel = similarity(new["vectors"], *(fitted[name] for name in ("landmarks", "mean", "scale")))
-    values = kernel.double() @ fitted["coefficients"] + fitted["intercept"]
-    codes = nearest(values, fitted["codebook"]).numpy()
+    codes = nearest(predict(new["vectors"], fitted), fitted["codebook"]).numpy()
     path = write_artifact(args, "new_item_codes.parquet",
                           pd.DataFrame({"item_id": new["item_id"], "code": codes}),
                           ["new_item_vectors.pt", "item_codebook.pt"], items=len(codes))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from userip.artifacts import fail, read_artifacts
-from userip.evidence import FIELDS, Evidence, join, make_routes, observe, tokenize
+from userip.evidence import FIELDS, Evidence, item_texts, join, make_routes, observe, tokenize
 from userip.heldout import heldout_events
 from userip.llm import choose_llm, load_llm, make_tiny_llm, mix, multiplies_bfloat16, tiny_stamp
 from userip.prior import read_codebook
@@ -214,16 +214,19 @@ def estimate(run, sample_size=512):
         sample_seconds += time.time() - started
     steps = args.shared_steps + (args.map_steps or 0)
     fitting = int(size.tokens * (steps * BATCH + size.weight_texts))
-    # forward passes, a third of the cost: three lengths of a step, four sets of profiles
+    # forward passes, a third of the cost: three lengths of a step, four sets of profiles, the item bank
     num_tune = len(run.tune.user) * (args.method == "score")
     measuring = int(size.tokens * (3 * num_tune + 4 * len(run.report.user)))
+    if args.items:
+        measuring += int(item_texts(prompt, evidence.tokenizer, run.items).length.sum())
     seconds = (tokens + fitting + measuring / 3) * sample_seconds / max(1, sample_tokens)
     flops = (tokens + fitting + measuring / 3) * flops_per_token(prompt)
     weights = sum(weight.numel() * weight.element_size() for weight in prompt.model.parameters())
     profiles = 4 * (args.folds + 1) * evidence.num_users * soft.numel()
     gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
+    more = " and of the item bank" * args.items
     print(f"estimate: {evidence.num_users:,} users, {len(evidence.events.user):,} rows, {tokens:,} tokens of "
-          f"evidence ({scope}), {fitting:,} to fit what users share, {measuring:,} of held-out rows\n"
+          f"evidence ({scope}), {fitting:,} to fit what users share, {measuring:,} of held-out rows{more}\n"
           f"  {flops:.3g} FLOPs, {seconds:,.0f} s on {prompt.device}, as {sample_tokens:,} tokens took\n"
           f"  memory: weights {gib(weights)}, a batch of {args.tokens_per_batch:,} tokens "
           f"{gib(args.tokens_per_batch * bytes_per_token(prompt))}; disk: profiles.pt {gib(profiles)}")
