@@ -17,11 +17,14 @@ def test_the_estimate_tells_tokens_flops_memory_and_time_and_writes_nothing(smal
     for word in ("60 users", "tokens", "FLOPs", f" s on {device}", "memory: weights", "disk: profiles.pt"):
         assert word in printed, word
     assert sorted(path.name for path in run.iterdir()) in (before, sorted([*before, ".lock"]))
+    count = lambda text, unit=" tokens of evidence": float(text.split(unit)[0].split()[-1].replace(",", ""))
     if "gradient" in options:
-        count = lambda text: float(text.split(" tokens of evidence")[0].split()[-1].replace(",", ""))
         more = run_stage("02_infer_profiles.py", "--run-dir", run, *small(*options), "--steps", 6,
                          "--estimate")
         assert count(more) == pytest.approx(3 * count(printed), rel=1e-3)
+    else:
+        more = run_stage("02_infer_profiles.py", "--run-dir", run, *small(*options), "--items", "--estimate")
+        assert count(more, " of held-out") > count(printed, " of held-out") and "of the item bank" in more
 
 
 def test_all_else_costs_at_most_three_catalogues(tmp_path, monkeypatch):
