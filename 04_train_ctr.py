@@ -27,6 +27,7 @@ Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
 """
 
 import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
+import argparse
 import hashlib
 import itertools
 import json
@@ -82,6 +83,8 @@ def parse_args(argv=None):
     add.method("--hidden", type=at_least(1, at_most=100_000), nargs="+", default=[16, 16],
                help="widths of an MLP, if any")
     add.method("--dropout", type=at_least(0, float), default=0.2, help="in the MLP, in AFM's attention")
+    add.method("--with-means", action="store_true",
+               help="let valid choose, for each model and set, if it reads the two shrunk means, too")
     add.method("--id-dropout", type=at_least(0, float), default=0.0,
                help="share of train rows whose user id (split cold-item: item id) is unknown")
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds")
@@ -102,7 +105,7 @@ def parse_args(argv=None):
     has_mlp = args.bench or not {*args.models} <= {"ffm", "afm", "autoint"}
     has_layers = args.bench or {*args.models} & {"dcn", "dcnv2", "autoint"}
     refuse_without_effect(parser, args, {
-        **dict.fromkeys(("features", "fields", "codebook_sizes", "tune"),
+        **dict.fromkeys(("features", "fields", "codebook_sizes", "tune", "with_means"),
                         (args.models != ["means"], "a model beside means in --models")),
         "hidden": (has_mlp, "a model with a MLP in --models"),
         "dropout": (has_mlp or "afm" in args.models, "a model with a MLP or afm in --models"),
@@ -251,7 +254,8 @@ def train_group(args, name, run, features, seeds):
 
 def group_key(args, run, model, features, seeds):
     """A digest of what decides the figures of a group: options, inputs, its rows, the code that trains it."""
-    ignored = {"run_dir", "models", "features", "seed", "seeds", "splits", "codebook_sizes", "bench", "paper"}
+    ignored = {"run_dir", "models", "features", "seed", "seeds", "splits", "codebook_sizes", "bench", "paper",
+               "with_means"}
     options = {key: option for key, option in vars(args).items() if key not in ignored | set(CHOICES)}
     parts = [parts_of(feature, args.features) for feature in features]
     # what reads no profile is the same for any codebook
@@ -265,7 +269,7 @@ def group_key(args, run, model, features, seeds):
 
 def train_run(args, run, models, features, seeds):
     """All rows of one run, the base rate and `means` first: list of dicts. Finished ones are read, the others
-    trained.
+    trained. --with-means trains each set with `dense-means`, too, and keeps what has the lower valid logloss.
     """
     facts = {"split_seed": run.split_seed, "rows": len(run.labels["train"])}
     rows = [{"model": "base rate", "features": "none", **facts, "seed": 0, "auc": 0.5,
@@ -273,6 +277,10 @@ def train_run(args, run, models, features, seeds):
     rows += [{"model": "means", "features": "none", **facts, "seed": seed}
              | dict.fromkeys(CHOICES, float("nan"))  # nothing is chosen for it
              | means_model(run.split, run.labels, seed, len(run.users), run.num_items) for seed in seeds]
+    asked = features
+    if args.with_means:
+        features = list(dict.fromkeys([*asked, *map(joined_with_means, asked)]))
+        args = argparse.Namespace(**vars(args) | {"features": features})
     # by fields beside the ids, sparse, numbers or vectors; feature sets of one shape train in one stack
     shape = lambda feature: "z" if feature == "dense" else str([
         column.size > 0 for column in set_columns(parts_of(feature, args.features), run, seeds[0])])
@@ -293,7 +301,32 @@ def train_run(args, run, models, features, seeds):
                 file.write(json.dumps(finished).encode())
         print(pd.DataFrame(finished).to_string(index=False, float_format="{:.4f}".format), flush=True)
         rows += finished
-    return rows
+    return choose_means(rows, asked) if args.with_means else rows
+
+
+def joined_with_means(feature):
+    """The set and `dense-means`; the set itself if it holds these, or vectors, which nothing joins"""
+    if feature == "dense" or "dense-means" in feature.split("+"):
+        return feature
+    return "dense-means" if feature == "none" else f"{feature}+dense-means"
+
+
+def choose_means(rows, features):
+    """Of each model and feature set, the rows (dicts) with or without the two means: those whose valid
+    logloss is lower in the mean over seeds. They bear the set's name; with_means says which they are.
+    """
+    frame = pd.DataFrame(rows)
+    losses = frame.groupby(["model", "features"], sort=False)["valid_logloss"].mean()
+    chosen = [row | {"with_means": False} for row in rows if row["model"] not in MODELS]
+    models = [name for name in frame["model"].unique() if name in MODELS]
+    for model, feature in itertools.product(models, features):
+        both = feature, joined_with_means(feature)
+        best = min(both, key=lambda name: losses[model, name])
+        print(f"{model} with {feature}: valid logloss {losses[model, both[0]]:.4f}, with the means "
+              f"{losses[model, both[1]]:.4f}")
+        chosen += [row | {"features": feature, "with_means": best != feature} for row in rows
+                   if (row["model"], row["features"]) == (model, best)]
+    return chosen
 
 
 def codebook_figures(args, run, seeds):

@@ -127,6 +127,35 @@ def test_only_groups_that_are_missing_are_trained(tmp_path, monkeypatch, capsys)
     assert trained == [1, 1, 2, 1]
 
 
+def test_with_means_reads_the_two_means_where_valid_says_so(tmp_path):
+    run, seeds, features = small_run_of(), range(2), ["codes+tfidf", "random+random", "none"]
+    rows = lambda features, *more: pd.DataFrame(ctr.train_run(
+        settings("--run-dir", tmp_path, "--epochs", 1, *more), run, ["dcn"], features, seeds)).set_index("features")
+    alone = rows([*features, *map(ctr.joined_with_means, features)])
+    chosen = rows(features, "--with-means")
+    assert not chosen.loc["none", "with_means"][:3].any()  # the base rate and `means`
+    for feature in features:
+        # the seeds' means decide, as they would among sets that were asked for by name
+        losses = {name: alone.loc[name].query("model == 'dcn'")["valid_logloss"].mean()
+                  for name in (feature, ctr.joined_with_means(feature))}
+        best, part = min(losses, key=losses.get), chosen.loc[feature].query("model == 'dcn'")
+        assert (part["with_means"] == (best != feature)).all()
+        assert np.allclose(part["auc"], alone.loc[best].query("model == 'dcn'")["auc"], atol=1e-4)
+    assert [ctr.joined_with_means(name) for name in ("dense", "dense-means", "codes+dense-means", "none")] == [
+        "dense", "dense-means", "codes+dense-means", "dense-means"]
+
+
+def test_the_choice_of_means_follows_valid_and_not_test():
+    row = lambda feature, seed, valid, auc: {"model": "dcn", "features": feature, "seed": seed,
+                                             "valid_logloss": valid, "auc": auc}
+    rows = [{"model": "base rate", "features": "none", "auc": 0.5}, row("codes", 0, 0.5, 0.6), row("codes", 1, 0.5, 0.6),
+            row("codes+dense-means", 0, 0.3, 0.1), row("codes+dense-means", 1, 0.6, 0.1)]
+    assert [(row["features"], row["auc"], row["with_means"]) for row in ctr.choose_means(rows, ["codes"])] == [
+        ("none", 0.5, False), ("codes", 0.1, True), ("codes", 0.1, True)]
+    rows[-1]["valid_logloss"] = 0.8
+    assert [row["auc"] for row in ctr.choose_means(rows, ["codes"])] == [0.5, 0.6, 0.6]
+
+
 def test_random_codes_keep_sizes_and_usage_and_change_with_the_seed():
     run = small_run_of()
     run.split["test"] = pd.DataFrame({"user": range(300)})

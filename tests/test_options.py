@@ -60,6 +60,7 @@ OPTIONS = {
         "field-dim": [([4], [], MOVES)], "layers": [([1], [], MOVES), ([1], ["--models", "pnn"], REFUSED)],
         "hidden": [([8], [], MOVES), ([8], ["--models", "ffm"], REFUSED)],
         "dropout": [([0.5], [], MOVES), ([0.5], ["--models", "ffm"], REFUSED), ([1.5], [], REFUSED)],
+        "with-means": [([], [], MOVES), ([], ["--models", "means"], REFUSED)],
         "id-dropout": [([0.3], [], MOVES)], "lr": [([0.1], [], MOVES), ([1e300], [], REFUSED)],
         "weight-decay": [([0.1], [], MOVES), ([1e29], [], REFUSED)], "start": [([0.1], [], MOVES), ([1e29], [], REFUSED)], "batch-size": [([50], [], MOVES)],
         "epochs": [([3], [], MOVES)], "patience": [([1], ["--epochs", 6, "--lr", 0.3], MOVES)],
