@@ -6,17 +6,18 @@ dealt to users at random, the control against which a gain counts; `cf`, k-means
 quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `habits16`, 16 levels of
 the rating habits that codes of ratings read, without a LLM; `dense`, profiles not quantized (table 3). Of the
 item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that other items' texts foretell;
-`items`, the item bank, where a LLM reads these texts. `dense-means`: the shrunk means of user and item, as
-two numbers instead of levels. A train row reads what was made without its fold. Sets join by +. Within a +,
-each `random` deals the part of its position in the first set listed with as many parts and no `random` (if
-none: codes, then tfidf). The model `means`, a logistic regression on the two shrunk means, reads no ids.
+`items`, the item bank, where a LLM reads these texts; `taste`, the users' code that an item's own score
+points to. `dense-means`: the shrunk means of user and item, as two numbers instead of levels. A train row
+reads what was made without its fold. Sets join by +. Within a +, each `random` deals the part of its position
+in the first set listed with as many parts and no `random` (if none: codes, then tfidf). The model `means`, a
+logistic regression on the two shrunk means, reads no ids.
 Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's weights
 are restored, test is scored once. Seeds and sets of a model train side by side. With --splits, stages 1 to 3
 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
 Reads   interactions.parquet, items.parquet, users.parquet, feature_bank.parquet; with folds
-        train_codes.parquet; for `dense` profiles.pt, codebook.pt; for `items` item_bank.parquet; for --bench
-        profiles.pt; if they are there the rows of baselines/: baseline-kar.parquet and others
+        train_codes.parquet; for `dense` profiles.pt, codebook.pt, for `taste` scores.pt, too; for `items`
+        item_bank.parquet; for --bench profiles.pt; if they are there baseline-kar.parquet and others
 Writes  results.parquet: the base rate's row, then per (model, features, split seed, seed), `means` first:
         rows (of train), auc, logloss, valid figures, what was chosen (not of means), options
         results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
@@ -44,6 +45,7 @@ from sklearn.metrics import roc_auc_score
 
 from common import logloss, with_interval
 from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
+from userip.checks import reads_ratings
 from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, read_baselines, summarize, table_of_baselines
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
@@ -136,7 +138,11 @@ def read_run(run_dir, features, fields=()):
     defaults = {"split_seed": prepared["seed"], "split": "random", "dataset": "table", "interactions": 0}
     prepared = defaults | prepared  # an interactions.parquet of another tool says less
     inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet", "items.parquet"]
-    inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features)
+    if has_taste := "taste" in "+".join(features).split("+"):
+        options = read_sidecar(folder, "profiles.pt")["options"]
+        if all(reads_ratings(options, len(bank["names"]))) or options.get("method", "score") != "score":
+            fail(f"--features taste: {run_dir} needs a profile that is not of ratings, by 02 --method score")
+    inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features or has_taste) + ["scores.pt"] * has_taste
     inputs += ["train_codes.parquet"] * bool(bank.get("has_folds"))
     if has_items := "items" in "+".join(features).split("+"):
         if not read_sidecar(folder, "profiles.pt")["options"].get("items"):
@@ -164,7 +170,7 @@ def read_run(run_dir, features, fields=()):
         num_item_codes=read_sidecar(folder, "item_bank.parquet")["codes"] if has_items else 0,
         history=np.bincount(split["train"]["user"], minlength=len(users)),
         described=described_columns(fields, items, users, split["train"]),
-        stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"),
+        stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"), scores=tables.get("scores.pt"),
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
 
 

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import adjusted_rand_score
 
 from conftest import dies
 from ctr_data import small_run_of, small_split
 from userip.features import (PARTS, cf_columns, described_columns, feature_set, leniency_columns, parts_of,
-                             set_columns)
+                             set_columns, taste_columns)
 from userip.rating_means import means_without_folds
 
 
@@ -191,3 +192,25 @@ def test_cf_finds_who_likes_the_same_items_and_folds_cold_users_in():
     codes = cf_columns(run, 0)[0].codes[-1]
     assert adjusted_rand_score(np.arange(198) % 2, codes[:198]) > 0.95
     assert (codes[198:] == 2).all()  # neither train nor support rows
+
+
+def test_taste_is_the_users_codeword_to_which_an_items_own_score_points():
+    """Items and users in one space: an item of one direction gets the code of users who had such items."""
+    torch.manual_seed(0)
+    side = torch.tensor([1.0, -1.0] * 10)  # of 20 items along the only direction
+    tables, lift = side[:, None] * 3 + torch.randn(20, 1) / 100, torch.tensor([[0.6, 0.8]])  # [M, C], [C, D]
+    part = {"transform": torch.tensor([[0.6], [0.8]]), "mean": torch.zeros(2),
+            "codebook": torch.tensor([[-0.9], [0.9], [0.0]])}
+    is_known = torch.arange(20) != 5
+    of_ratings = {"transform": torch.zeros(6, 1), "codebook": torch.zeros(2, 1)}  # D + H wide
+    run = SimpleNamespace(
+        names=["hobby", "judgement"], codebook={"hobby": part, "judgement": of_ratings},
+        scores={"tables": [tables, torch.zeros(40, 1)], "lift": torch.stack([lift, lift]),
+                "told": [is_known, torch.ones(40, dtype=torch.bool)]})
+    (column,) = taste_columns(run, 0)
+    assert column.key == "item" and column.size == 4
+    expected = [1 if value > 0 else 0 for value in side]
+    expected[5] = 3
+    assert column.codes[-1].tolist() == expected
+    dealt = column.dealt(3).codes[-1]
+    assert sorted(dealt) == sorted(expected) and dealt.tolist() != expected

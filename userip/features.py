@@ -65,6 +65,23 @@ def item_bank_columns(run, seed):
     return [Column("item", run.item_codes[None], run.num_item_codes)]
 
 
+def taste_columns(run, seed):
+    """For each profile, the users' code that an item's own score points to: user and item then have codes of
+    one space, which a model can cross. The codeword nearest to the item's step from θ̄, at the scale of the
+    users' profiles (1, by stage 3); K of an item that no user of train or support rows had. Codes of ratings
+    are of the users' rating habits, where items have no place.
+    """
+    columns = []
+    for k, (name, is_known) in enumerate(zip(run.names, run.scores["told"])):
+        part, lift = run.codebook[name], run.scores["lift"][k]
+        if len(part["transform"]) == lift.shape[1]:
+            z = run.scores["tables"][k] @ (lift @ part["transform"])  # [M, C]
+            z = (z - z[is_known].mean(0)) / z[is_known].std().clamp(min=1e-12)
+            codes, size = torch.cdist(z, part["codebook"]).argmin(1), len(part["codebook"])
+            columns.append(Column("item", torch.where(is_known, codes, size)[None].numpy(), size + 1))
+    return columns
+
+
 def truth_columns(run, seed):
     codes = [pd.factorize(run.users[f"true_{name}"], sort=True)[0] for name in run.names]
     return [Column("user", code[None], int(code.max()) + 1) for code in codes]
@@ -186,7 +203,7 @@ def described_columns(names, items, users, train):
 PARTS = {"codes": bank_columns, "truth": truth_columns, "cf": cf_columns, "leniency": leniency_columns,
          "leniency16": shrunk_columns("user", 16), "habits16": habits_columns,
          "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns, "items": item_bank_columns,
-         "dense-means": dense_means_columns}
+         "taste": taste_columns, "dense-means": dense_means_columns}
 FEATURES = ("none", "random", "dense", *PARTS)
 PROFILE_FREE = {"none", "leniency", "leniency16", "habits16", "item-mean", "tfidf",
                 "dense-means"}  # the same for any codebook
