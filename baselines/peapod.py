@@ -12,11 +12,11 @@ soft prompt serves three tasks, which are trained in turn by the language model 
 Valid rows stop the training. Test rows are ranked once: the last test row of each user.
 
 What differs from the paper: of it only the abstract was at hand. Items are tokens of their own: the mean
-embedding of the item's text, a trained offset, and a bias that starts at the log of the item's share, so
-that all items are ranked in one forward pass, without generation; an item without a train row has no text.
-The LLM is frozen and decoder-only. A prompt names no candidates, and the user's last --max-history items.
-A user's profile θ_u costs no gradient steps of its own: RUN_DIR/peapod is a run whose profiles stages 3 and 4
-read as those of stage 2. Train rows read profiles of ratings without their own fold.
+embedding of the item's text, a trained offset, and a bias, so that all items are ranked in one forward pass,
+without generation; an item without a train row has no text. Training starts at `most popular`, and weight
+decay pulls back to it. The LLM is frozen and decoder-only. A prompt names no candidates, and the user's last
+--max-history items. RUN_DIR/peapod is a run whose profiles stages 3 and 4 read as those of stage 2. Train
+rows read profiles of ratings without their own fold.
 
 Reads   interactions.parquet, items.parquet, users.parquet
 Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr; references have no seed
@@ -106,9 +106,8 @@ class PoolPrompt(nn.Module):
 
 
 class NeighbourPrompt(nn.Module):
-    """S heads of attention over other users' vectors: [B, C], neighbours [B, 20, C] -> [B, S D]
-
-    The user's own vector asks, but no value is made of it.
+    """S heads of attention over other users' vectors: [B, C], neighbours [B, 20, C] -> [B, S D]. The user's own
+    vector asks, but no value is made of it.
     """
 
     def __init__(self, rank, num_prompts, num_soft, width):
@@ -137,7 +136,9 @@ class PeaPOD(nn.Module):
         self.prompt, self.scale = prompt, scale
         self.register_buffer("item_text", item_text)
         self.offset = nn.Parameter(torch.zeros_like(item_text))
-        self.bias = nn.Parameter(share.log())
+        self.register_buffer("popularity", share.log())
+        self.bias = nn.Parameter(torch.zeros_like(share))
+        self.gain = nn.Parameter(torch.zeros(()))  # of what the LLM says: at the start nothing
 
     def soft(self, run, users, fold=-1):
         """θ of users [B] -> [B, S D]"""
@@ -168,7 +169,8 @@ class PeaPOD(nn.Module):
         return torch.cat([*parts, every(run.task_text[task])], 1)
 
     def log_probabilities(self, hidden):
-        return (hidden @ self.items().T + self.bias).log_softmax(-1)  # [..., M]
+        told = self.gain * hidden @ self.items().T  # [..., M]
+        return (told + self.popularity + self.bias).log_softmax(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -203,8 +205,8 @@ def explanation_loss(model, run, index):
 
 @torch.no_grad()
 def target_log_probabilities(args, model, run, targets, soft):
-    """log P of all items after each target's history, and without one: soft [B, S D] -> by blocks of targets
-    their indices [n], both float32 [n, M]
+    """soft [B, S D] -> by blocks of targets: indices [n], log P of all items after each one's history, and
+    without one, float32 [n, M]
     """
     block = max(1, args.tokens_per_batch // (2 * args.max_history))
     for index in torch.arange(len(targets.user)).split(block):
@@ -283,9 +285,7 @@ def evaluate(args, run, model, variant, seed):
 
 @torch.no_grad()
 def heldout_nll(args, run, model):
-    """Nats per test target (the mean of both tasks) without a soft prompt, with the mean one, another user's
-    and the own -> the facts that the sidecar of profiles.pt has
-    """
+    """Nats per test target (mean of both tasks) by soft prompt: none, the mean one, another user's, the own"""
     users = torch.tensor(run.test.user)
     own = model.soft(run, users)
     order = torch.randperm(len(users), generator=torch.Generator().manual_seed(args.seed))
@@ -375,10 +375,10 @@ def set_up(args, data):
 
 def main(args):
     start_stage(args)
-    started = time.time()
-    data = read_data(args)
+    started, data = time.time(), read_data(args)
     run = set_up(args, data)
     rows = reference_rows(data.interactions, run.test, data.num_items)
+    print(f"valid targets by popularity alone: {-float(run.share.log()[run.valid.item].mean()):.4f} nats each")
     if len(run.explained):
         rows.append(item_review_row(data.split["train"], run.explained, run.sentences))
     for variant in args.variant:

@@ -54,6 +54,20 @@ def test_shared_is_one_prompt_for_all():
     assert torch.equal(prompt(torch.randn(7, 4), None), prompt.prompts.expand(7, -1))
 
 
+def test_training_starts_at_most_popular_and_weight_decay_pulls_back_to_it():
+    share = torch.tensor([0.5, 0.3, 0.2])
+    model = peapod.PeaPOD(peapod.PROMPTS["pool"](4, 6, 2, 5), torch.randn(3, 5), share, 1.0)
+    for shrunk in (1.0, 0.0):  # as weight decay does with all that is trained
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight *= shrunk
+        log_p = model.log_probabilities(torch.randn(2, 7, 5))  # whatever the LLM's states are
+        assert torch.allclose(log_p.exp(), share.expand(2, 7, 3), atol=1e-6)
+    with torch.no_grad():
+        model.gain += 1
+    assert not torch.allclose(model.log_probabilities(torch.randn(2, 5)).exp(), share.expand(2, 3))
+
+
 def test_no_value_of_neighbours_is_the_users_own():
     """The user's vector only asks: with one neighbour nothing of it is left"""
     torch.manual_seed(0)
