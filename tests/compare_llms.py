@@ -113,8 +113,8 @@ def climb(args, data, folder, llm, first):
         vectors = svd_of_texts(pd.read_parquet(folder / "items.parquet"), ["title", "category", "brand"])
         write_artifact(SimpleNamespace(run_dir=folder, seed=0), "item_vectors.pt", {"vectors": vectors.float()},
                        ["profiles.pt", "items.parquet"])
-    run("03_quantize.py", folder, "--stability", 1 if args.evidence == "titles" else 0)
     is_cold = json.loads((data / "interactions.parquet.json").read_text())["options"]["split"] != "random"
+    run("03_quantize.py", folder, "--stability", int(args.evidence == "titles" and not is_cold))
     run("04_train_ctr.py", folder, "--models", *args.models, "--features", *FEATURES[args.evidence], "--seeds", 3,
         *["--id-dropout", 0.3] * is_cold)
 
