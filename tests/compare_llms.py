@@ -58,7 +58,7 @@ def link(names, source, folder):
 def svd_of_texts(items, fields, size=128):
     """Rows of the truncated SVD of TF-IDF of these fields' words: float64 [M, at most `size`]"""
     fields = [field for field in fields if items[field].notna().any()] or ["title", "category"]
-    texts = "text " + items[fields].astype(str).replace("nan", "").agg(" ".join, axis=1)
+    texts = "text " + items[fields].astype(object).fillna("").astype(str).agg(" ".join, axis=1)
     matrix = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
     size = min(size, min(matrix.shape) - 1)
     return torch.from_numpy(TruncatedSVD(size, random_state=0).fit_transform(matrix)).double()
