@@ -45,8 +45,8 @@ from tqdm import tqdm
 from common import DCN
 from userip.artifacts import fail
 from userip.baseline import (SPLITS, WORDS, Finished, baseline_parser, code_digests, figures_of,
-                             item_texts, load_baseline_llm, pad, pool_in_blocks, read_data, tokenize,
-                             write_baseline)
+                             item_texts, load_baseline_llm, pad, pool_in_blocks, read_data,
+                             refuse_beyond_context, refuse_unread, tokenize, write_baseline)
 from userip.ctr_training import table_rows
 from userip.evidence import assign_folds
 from userip.options import at_least, run_program, start_stage
@@ -77,8 +77,8 @@ def parse_args(argv=None):
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
     add.training("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress")
     args = parser.parse_args(argv)
-    if args.text == ["history"] and args.new_tokens != parser.get_default("new_tokens"):
-        parser.error("--new-tokens means nothing with --text history: leave it out")
+    args.text = list(dict.fromkeys(args.text))
+    refuse_unread(parser, args, {"new_tokens": ("generated" in args.text, "--text generated")})
     return args
 
 
@@ -282,8 +282,7 @@ def train(args, data, vectors, seed):
         for rows in order.split(args.batch_size):
             ids, read = reader.read("train", rows)
             if args.id_dropout:
-                ids = torch.stack([ids[:, 0].masked_fill(is_dropped[rows].to(device), reader.unknown),
-                                   ids[:, 1]], 1)
+                ids[is_dropped[rows].to(device), 0] = reader.unknown  # of a copy
             loss = F.binary_cross_entropy_with_logits(model(ids, *read), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -370,6 +369,7 @@ def main(args):
     start_stage(args)
     data = read_data(args)
     llm = load_baseline_llm(args, data, [USER_QUESTION, ITEM_QUESTION, "The user liked:"], "kar")
+    refuse_beyond_context(llm, [USER_QUESTION], args.new_tokens, f"--new-tokens {args.new_tokens}")
     finished = Finished(args, "kar", {})
     decisive = {key: option for key, option in vars(args).items() if key not in ("run_dir", "seeds", "text")}
     decisive |= data.digests | {"llm": llm.digest, "device": llm.device} | code_digests(

@@ -45,13 +45,13 @@ from torch import nn
 from common import with_interval
 from userip.artifacts import check_finite, write_artifact
 from userip.baseline import (INPUTS, Finished, baseline_parser, capped, code_digests, item_texts,
-                             load_baseline_llm, read_data)
+                             load_baseline_llm, read_data, refuse_beyond_context, refuse_unread)
 from userip.epochs import train_epochs
-from userip.explanations import (EXPLAIN, SEQUENTIAL, TASKS, TOP_N, explanation_rows, first_sentences,
-                                 generate, item_review_row, text_nll, text_tokens)
+from userip.explanations import (EXPLAIN, MAX_TOKENS, SEQUENTIAL, TASKS, TOP_N, explanation_rows,
+                                 first_sentences, generate, item_review_row, text_nll, text_tokens)
 from userip.heldout import interval
 from userip.llm import tiny_stamp
-from userip.options import at_least, refuse_without_effect, run_program, start_stage
+from userip.options import at_least, run_program, start_stage
 from userip.pmf import NUM_FOLDS, factorize
 from userip.ranking import (count_matrix, leave_one_out, own_rows, pad_items, ranking_figures, ranks,
                             reference_rows, sampled_ranks)
@@ -79,9 +79,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.variant = list(dict.fromkeys(args.variant))
     has_interests = (args.variant != ["shared"], "--variant pool or neighbours")
-    refuse_without_effect(parser, args, {
-        "pool": ("pool" in args.variant, "--variant pool"), "rank": has_interests, "penalty": has_interests,
-        "tiny_steps": (args.llm in ("auto", "tiny"), "--llm tiny")})
+    refuse_unread(parser, args, {
+        "pool": ("pool" in args.variant, "--variant pool"), "rank": has_interests, "penalty": has_interests})
     return args
 
 
@@ -342,6 +341,8 @@ def set_up(args, data):
     has_text = sentences[train.index] != ""
     llm = load_baseline_llm(args, data, TASKS, "peapod",
                             [f" {text}" for text in sentences[train.index]] if has_text.any() else None)
+    refuse_beyond_context(llm, TASKS, args.soft_tokens + args.max_history + MAX_TOKENS,
+                          f"--soft-tokens {args.soft_tokens}, --max-history {args.max_history}")
     embeddings = llm.model.get_input_embeddings()
     embed = lambda text: embeddings(torch.tensor(
         llm.tokenizer(text, add_special_tokens=False)["input_ids"], device=llm.device)).detach()
@@ -354,8 +355,7 @@ def set_up(args, data):
     share = np.bincount(train["item"], minlength=data.num_items) + 0.5
     valid, test = (leave_one_out(data.interactions, split, data.num_items, args.max_users, args.seed)
                    for split in ("valid", "test"))
-    explained = data.split["test"][(sentences[data.split["test"].index] != "")]
-    kept = capped(len(explained), args.max_texts, args.seed)
+    explained = data.split["test"][(sentences[data.split["test"].index] != "") & has_text.any()]
     texts = train[has_text]
     options = {name: value for name, value in vars(args).items()
                if name not in ("run_dir", "variant", "seeds", "epochs", "patience", "max_texts")}
@@ -366,8 +366,8 @@ def set_up(args, data):
         sequence_user=torch.tensor([user for user, _ in sequences]),
         warm=torch.tensor(np.unique(train["user"])), share=torch.tensor(share / share.sum()).float(),
         train_matrix=count_matrix(train["user"], train["item"], (data.num_users, data.num_items)),
-        valid=valid, test=test, sentences=sentences,
-        explained=explained.iloc[kept], texts=sentences[texts.index].tolist(),
+        valid=valid, test=test, sentences=sentences, texts=sentences[texts.index].tolist(),
+        explained=explained.iloc[capped(len(explained), args.max_texts, args.seed)],
         text_user=torch.tensor(texts["user"].to_numpy()), text_item=torch.tensor(texts["item"].to_numpy()),
         item_text=item_text, scale=float(embeddings.weight.float().square().mean().sqrt()),
         bos=embed(bos) if bos else item_text[:0], task_text={text: embed(text) for text in TASKS})

@@ -40,10 +40,10 @@ from torch.nn import functional as F
 from common import MLP, logloss
 from userip.artifacts import check_finite, whole_file
 from userip.baseline import (Finished, baseline_parser, capped, code_digests, figures_of, item_texts,
-                             load_baseline_llm, read_data, write_baseline)
+                             load_baseline_llm, read_data, refuse_unread, write_baseline)
 from userip.epochs import train_epochs
 from userip.explanations import TASKS, first_sentences, generate, text_nll, text_tokens
-from userip.options import at_least, refuse_without_effect, run_program, start_stage
+from userip.options import at_least, run_program, start_stage
 from userip.text_metrics import text_figures
 
 CODE = "baselines/pepler.py", "userip/explanations.py", "userip/epochs.py", "common.py"
@@ -67,9 +67,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.head = list(dict.fromkeys(args.head))
     has_text = (args.text_weight > 0, "--text-weight above 0")
-    refuse_without_effect(parser, args, {
-        "hidden": ("mlp" in args.head, "--head mlp"), "text_rows": has_text, "max_texts": has_text,
-        "tiny_steps": (args.llm in ("auto", "tiny"), "--llm tiny")})
+    refuse_unread(parser, args, {
+        "hidden": ("mlp" in args.head, "--head mlp"), "text_rows": has_text, "max_texts": has_text})
     return args
 
 

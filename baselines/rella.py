@@ -48,7 +48,7 @@ from common import logloss
 from userip.artifacts import fail
 from userip.baseline import (WORDS, Finished, baseline_parser, batches, capped, code_digests,
                              figures_of, item_texts, load_baseline_llm, pad, pool_in_blocks, read_data,
-                             tokenize, write_baseline)
+                             refuse_unread, tokenize, write_baseline)
 from userip.options import at_least, run_program, start_stage
 
 OPENING, QUESTION = "The user's ratings:", "Will the user like {}? Answer Yes or No:"
@@ -70,7 +70,12 @@ def parse_args(argv=None):
     add.training("--batch-size", type=at_least(1), default=32, help="shots per step")
     add.training("--epochs", type=at_least(1), default=5, help="passes over the shots at most")
     add.training("--patience", type=at_least(1), default=2, help="stop after so many epochs without progress")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.retrieval = list(dict.fromkeys(args.retrieval))
+    has_shots = args.shots > 0, "--shots above 0"
+    refuse_unread(parser, args, dict.fromkeys(
+        ("rank", "alpha", "seeds", "lr", "batch_size", "epochs", "patience"), has_shots))
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,12 @@ def test_the_papers_relative_improvements_come_out():
         assert ctr_report.rela_impr_logloss(ours[name][1], reference[name][1]) == pytest.approx(loss, abs=0.025)
 
 
+def test_a_reference_worse_than_chance_gives_a_dash_and_not_nan():
+    frames = [pd.DataFrame({"auc": [auc], "logloss": [0.6]}) for auc in (0.48, 0.6)]
+    lines = ctr_report.table_of_means(dict(zip([("dcn", "none"), ("dcn", "codes")], frames)))
+    assert lines[-1] == "| dcn | codes | 0.6000 | 0.6000 | – | +0.00 |"
+
+
 def test_the_paired_interval_is_that_of_a_paired_t_test():
     first, second = np.random.default_rng(0).normal(size=(2, 6))
     mean, half, p = ctr_report.paired_interval(first - second)

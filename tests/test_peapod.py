@@ -2,6 +2,7 @@ import argparse
 import importlib
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -131,6 +132,15 @@ def test_an_epoch_has_at_most_so_many_prompts_of_each_task(monkeypatch):
                                 torch.optim.SGD([weight], lr=0.1), torch.Generator().manual_seed(0))
     assert losses == {"sequential": 0.0, "top_n": 0.0}
     assert len(set(seen["sequential_loss"])) == 6 and sorted(seen["top_n_loss"]) == [0, 1, 2, 3]
+
+
+def test_without_a_train_review_nothing_is_explained(prepared, tmp_path):
+    shutil.copytree(prepared[0], tmp_path / "run")
+    rows = pd.read_parquet(tmp_path / "run/interactions.parquet")
+    rows["review"] = np.where(rows["split"] == "test", "Good. More.", None)
+    write_interactions(argparse.Namespace(run_dir=tmp_path / "run", seed=0), rows)
+    run_peapod(tmp_path / "run", "--variant", "pool")
+    assert "explanation" not in set(pd.read_parquet(tmp_path / "run/peapod.parquet")["task"])
 
 
 def test_reviews_are_explained_by_a_process_of_its_own(tmp_path):

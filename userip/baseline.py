@@ -20,7 +20,7 @@ from common import logloss
 from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
 from userip.evidence import FIELDS, item_pieces, join
 from userip.llm import choose_llm, load_llm, make_tiny_llm, mix, multiplies_bfloat16
-from userip.options import at_least, stage_parser
+from userip.options import at_least, refuse_without_effect, stage_parser
 from userip.progress import digest_of_weights
 from userip.setup import SMALL_LLM
 
@@ -41,6 +41,12 @@ def baseline_parser(doc):
                 help="mixed: products in bfloat16 (auto: for large LLMs on CPUs that have it; CUDA bfloat16)")
     add.machine("--tokens-per-batch", type=at_least(16), default=4096, help="tokens per forward pass")
     return parser, add
+
+
+def refuse_unread(parser, args, conditions):
+    """`refuse_without_effect`, and what no baseline reads: --tiny-steps of another LLM"""
+    has_tiny = args.llm in ("auto", "tiny"), "--llm tiny"
+    refuse_without_effect(parser, args, {**conditions, "tiny_steps": has_tiny})
 
 
 def read_data(args):
@@ -135,6 +141,14 @@ def tokenize(llm, texts, max_tokens):
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     ids = llm.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
     return [start + one[-max(1, max_tokens - len(start)):] or [0] for one in ids]
+
+
+def refuse_beyond_context(llm, texts, num_more, options):
+    """The longest of these texts and so many tokens more, which the options ask for, must fit into the LLM"""
+    num_tokens = max(map(len, tokenize(llm, texts, llm.context))) + num_more
+    if num_tokens > llm.context:
+        fail(f"{options}: a prompt may then need {num_tokens:,} tokens, but the LLM reads {llm.context:,} at "
+             f"most: take less")
 
 
 def batches(ids, tokens_per_batch):

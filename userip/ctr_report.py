@@ -68,7 +68,7 @@ def table_of_means(groups, data=None):
     for key, frame in groups.items():
         reference, line = groups.get((key[0], "none")), [*key, spread(frame["auc"]), spread(frame["logloss"])]
         line += ["", ""] if reference is None or reference is frame else [
-            f"{rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f}",
+            f"{rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f}".replace("+nan", "–"),
             f"{rela_impr_logloss(frame['logloss'].mean(), reference['logloss'].mean()):+.2f}"]
         if data:
             line += [f"{figure:.4f}".replace("nan", "") for figure in paper.reindex([(data, *key)]).iloc[0]]
