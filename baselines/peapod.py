@@ -105,8 +105,9 @@ class PoolPrompt(nn.Module):
 
 
 class NeighbourPrompt(nn.Module):
-    """S heads of attention over other users' vectors: [B, C], neighbours [B, 20, C] -> [B, S D]. The user's own
-    vector asks, but no value is made of it.
+    """S heads of attention over other users' vectors: [B, C], neighbours [B, 20, C] -> [B, S D]
+
+    The user's own vector asks, but no value is made of it.
     """
 
     def __init__(self, rank, num_prompts, num_soft, width):
@@ -168,8 +169,7 @@ class PeaPOD(nn.Module):
         return torch.cat([*parts, every(run.task_text[task])], 1)
 
     def log_probabilities(self, hidden):
-        told = self.gain * hidden @ self.items().T  # [..., M]
-        return (told + self.popularity + self.bias).log_softmax(-1)
+        return (self.gain * hidden @ self.items().T + self.popularity + self.bias).log_softmax(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def evaluate(args, run, model, variant, seed):
 
 @torch.no_grad()
 def heldout_nll(args, run, model):
-    """Nats per test target (mean of both tasks) by soft prompt: none, the mean one, another user's, the own"""
+    """Nats per test target (mean of both tasks) by soft prompt: none, mean, another user's and the own"""
     users = torch.tensor(run.test.user)
     own = model.soft(run, users)
     order = torch.randperm(len(users), generator=torch.Generator().manual_seed(args.seed))
@@ -378,7 +378,7 @@ def main(args):
     started, data = time.time(), read_data(args)
     run = set_up(args, data)
     rows = reference_rows(data.interactions, run.test, data.num_items)
-    print(f"valid targets by popularity alone: {-float(run.share.log()[run.valid.item].mean()):.4f} nats each")
+    print(f"valid targets by popularity: {-float(run.share.log()[run.valid.item].mean()):.4f} nats each")
     if len(run.explained):
         rows.append(item_review_row(data.split["train"], run.explained, run.sentences))
     for variant in args.variant:
