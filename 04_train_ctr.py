@@ -361,6 +361,7 @@ def main(args):
     runs = [read_run(args.run_dir, args.features or [], args.fields)]
     features = check_features(args, runs[0])
     check_further_runs(args, runs[0].prepared["split"])
+    baselines = read_baselines(args)
     for split_seed in range(runs[0].split_seed + 1, runs[0].split_seed + args.splits):
         folder = further_run(args, f"split-{split_seed}", "01_prepare.py", {"split_seed": split_seed})
         runs.append(read_run(folder, features, args.fields))
@@ -370,7 +371,6 @@ def main(args):
     options = {key: option for key, option in vars(args).items() if key != "run_dir"}
     results = pd.DataFrame(rows).assign(options=json.dumps(options, sort_keys=True))
     text, gains = summarize(options, results, runs)
-    baselines = read_baselines(args)
     text += "\n".join(table_of_baselines(baselines))
     print(text)
     facts = {"gains": gains}

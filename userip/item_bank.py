@@ -194,7 +194,8 @@ def write_item_bank(args, interactions, num_codes):
     path = write_artifact(args, "item_bank.parquet", bank, [*inputs, "item_codebook.pt"], **facts)
     print(f"wrote {path}: {len(bank):,} items, {int((~found.is_warm).sum()):,} of them without train rows | "
           f"correlation with items' mean ratings, out of fold: {correlation:.3f}, by words alone "
-          f"{of_words:.3f} | perplexity {perplexity:.2f} of {num_codes}")
+          f"{of_words:.3f} | perplexity {perplexity:.2f} of {num_codes}"
+          + "  <- below K/2: items hardly differ" * (perplexity < num_codes / 2))
 
 
 def apply_to_items(args):
