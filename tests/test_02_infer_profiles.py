@@ -359,6 +359,7 @@ def test_mixed_products_give_nearly_the_profiles_of_single_precision(small_run, 
     stored = [infer_run(small_run, tmp_path / dtype, "--llm", llm_folder, "--dtype", dtype)
               for dtype in ("float32", "mixed")]
     assert "with products in bfloat16, scores of" in stored[1][0] and "mixed on cpu" in stored[1][0]
+    assert "has read: check of bfloat16 " in stored[1][0]  # both passes, none of them nameless
     exact, mixed = (figures["heldout_nll"] for _, _, figures in stored)
     for key in ("none", "shared", "own"):
         assert 0 < abs(exact[key] - mixed[key]) < 1e-2, key

@@ -59,6 +59,7 @@ def mixed_if_it_agrees(args, prompt, make_prompt, routes, num_sample=64):
         samples.append((route, index[torch.randperm(len(index), generator=generator)[:num_sample]]))
     exact, restore = sample_scores(prompt), mix(prompt.model)
     mixed = make_prompt()
+    mixed.purpose = prompt.purpose
     difference = max(float((one - two).square().sum() / (one - one.mean(0)).square().sum().clamp(min=1e-30))
                      for one, two in zip(exact, sample_scores(mixed)))
     is_taken = args.dtype == "mixed" or difference <= MOST_DIFFERENCE
