@@ -378,7 +378,7 @@ def main(args):
     started, data = time.time(), read_data(args)
     run = set_up(args, data)
     rows = reference_rows(data.interactions, run.test, data.num_items)
-    print(f"valid targets by popularity: {-float(run.share.log()[run.valid.item].mean()):.4f} nats each")
+    print(f"valid targets by popularity: {-np.log(run.share.numpy()[run.valid.item]).mean():.4f} nats each")
     if len(run.explained):
         rows.append(item_review_row(data.split["train"], run.explained, run.sentences))
     for variant in args.variant:
