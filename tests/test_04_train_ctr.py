@@ -127,17 +127,20 @@ def test_only_groups_that_are_missing_are_trained(tmp_path, monkeypatch, capsys)
     assert trained == [1, 1, 2, 1]
 
 
-def test_with_means_reads_the_two_means_where_valid_says_so(tmp_path):
-    run, seeds, features = small_run_of(), range(2), ["codes+tfidf", "random+random", "none"]
+def test_with_means_reads_the_two_means_where_valid_says_so(tmp_path, capsys):
+    run, seeds, features = small_run_of(), range(2), ["codes+leniency", "random+random", "none"]
     rows = lambda features, *more: pd.DataFrame(ctr.train_run(
-        settings("--run-dir", tmp_path, "--epochs", 1, *more), run, ["dcn"], features, seeds)).set_index("features")
+        settings("--run-dir", tmp_path, "--epochs", 1, "--features", *features, *more), run, ["dcn"], features,
+        seeds)).set_index("features")  # with means, too, random+random deals what it deals without
     alone = rows([*features, *map(ctr.joined_with_means, features)])
-    chosen = rows(features, "--with-means")
+    chosen, printed = rows(features, "--with-means"), capsys.readouterr().out
     assert not chosen.loc["none", "with_means"][:3].any()  # the base rate and `means`
     for feature in features:
         # the seeds' means decide, as they would among sets that were asked for by name
         losses = {name: alone.loc[name].query("model == 'dcn'")["valid_logloss"].mean()
                   for name in (feature, ctr.joined_with_means(feature))}
+        both = "{:.4f}, with the means {:.4f}".format(*losses.values())
+        assert f"dcn with {feature}: valid logloss {both}" in printed
         best, part = min(losses, key=losses.get), chosen.loc[feature].query("model == 'dcn'")
         assert (part["with_means"] == (best != feature)).all()
         assert np.allclose(part["auc"], alone.loc[best].query("model == 'dcn'")["auc"], atol=1e-4)
