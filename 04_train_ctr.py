@@ -140,8 +140,10 @@ def read_run(run_dir, features, fields=()):
     inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet", "items.parquet"]
     if has_taste := "taste" in "+".join(features).split("+"):
         options = read_sidecar(folder, "profiles.pt")["options"]
-        if all(reads_ratings(options, len(bank["names"]))) or options.get("method", "score") != "score":
-            fail(f"--features taste: {run_dir} needs a profile that is not of ratings, by 02 --method score")
+        made_by = options.get("method", "score"), options.get("evidence", "items")
+        if all(reads_ratings(options, len(bank["names"]))) or made_by != ("score", "items"):
+            fail(f"--features taste: {run_dir} needs a profile of items, not of ratings or reviews, by "
+                 f"02 --method score")
     inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features or has_taste) + ["scores.pt"] * has_taste
     inputs += ["train_codes.parquet"] * bool(bank.get("has_folds"))
     if has_items := "items" in "+".join(features).split("+"):

@@ -276,10 +276,12 @@ def test_taste_reads_the_scores_of_its_run_and_refuses_a_run_without(small_run, 
     assert sizes == [3, 3, 3, 3] and all(len(np.unique(column)) > 1 for column in ids["train"].T)
     items, tastes = run.split["train"]["item"], pd.DataFrame(ids["train"][:, 2:])
     assert (tastes.groupby(items.to_numpy()).nunique() == 1).all(axis=None)  # of the item alone
-    sidecar = json.loads((tmp_path / "run/profiles.pt.json").read_text())
-    sidecar["options"]["method"] = "gradient"
-    (tmp_path / "run/profiles.pt.json").write_text(json.dumps(sidecar))
-    assert "--features taste" in dies(capsys, ctr.read_run, tmp_path / "run", ["taste"])
+    text = (tmp_path / "run/profiles.pt.json").read_text()
+    for change in ({"method": "gradient"}, {"evidence": "review"}, {"ratings": True, "route": ["none"]}):
+        sidecar = json.loads(text)
+        sidecar["options"] |= change
+        (tmp_path / "run/profiles.pt.json").write_text(json.dumps(sidecar))
+        assert "--features taste" in dies(capsys, ctr.read_run, tmp_path / "run", ["taste"])
 
 
 def test_means_stands_first_and_alone_where_no_other_model_is_asked_for(small_run, tmp_path):
