@@ -76,7 +76,8 @@ def item_texts(items, fields=FIELDS[:4]):
 
 def load_baseline_llm(args, data, prompt_texts, name="", reviews=None):
     """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights.
-    name: the folder in RUN_DIR/baselines that holds the tiny LLM.
+    name: the folder in RUN_DIR/baselines that holds the tiny LLM; reviews: of each train row a text that the
+    tiny LLM reads behind it
 
     tiny is pretrained on train rows, "<item> liked." or "disliked.", in random order by user; prompt_texts:
     texts of the baseline's prompts, whose words become tokens, the last one before each user's items;
