@@ -6,18 +6,18 @@ dealt to users at random, the control against which a gain counts; `cf`, k-means
 quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `habits16`, 16 levels of
 the rating habits that codes of ratings read, without a LLM; `dense`, profiles not quantized (table 3). Of the
 item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that other items' texts foretell;
-`items`, the item bank, where a LLM reads these texts; `taste`, the users' code that an item's own score
-points to. `dense-means`: the shrunk means of user and item, as two numbers instead of levels. A train row
-reads what was made without its fold. Sets join by +. Within a +, each `random` deals the part of its position
-in the first set listed with as many parts and no `random` (if none: codes, then tfidf). The model `means`, a
-logistic regression on the two shrunk means, reads no ids.
+`items`, the item bank, where a LLM reads these texts. Of both, numbers: `dense-means`, the shrunk means of
+item and user; `taste`, how the user's ratings foretell the item's by the texts that a LLM read;
+`tfidf-taste`, by their words. A train row reads what was made without its fold. Sets join by +. Within a +,
+each `random` deals the part of its position in the first set listed with as many parts and no `random` (if
+none: codes, then tfidf). The model `means`, a logistic regression on the two shrunk means, reads no ids.
 Adam minimises binary cross-entropy (eq. 9); training stops early on valid logloss, the best epoch's weights
 are restored, test is scored once. Seeds and sets of a model train side by side. With --splits, stages 1 to 3
 run again for each further split, into RUN_DIR/split-SEED. A killed run continues.
 
 Reads   interactions.parquet, items.parquet, users.parquet, feature_bank.parquet; with folds
-        train_codes.parquet; for `dense` profiles.pt, codebook.pt, for `taste` scores.pt, too; for `items`
-        item_bank.parquet; for --bench profiles.pt; if they are there baseline-kar.parquet and others
+        train_codes.parquet; for `dense` profiles.pt, codebook.pt; for `items` item_bank.parquet; for `taste`
+        item_vectors.pt; for --bench profiles.pt; if they are there baseline-kar.parquet and others
 Writes  results.parquet: the base rate's row, then per (model, features, split seed, seed), `means` first:
         rows (of train), auc, logloss, valid figures, what was chosen (not of means), options
         results.md: tables 2, 3, 4 beside the paper's, paired differences, with --bench table 6
@@ -45,7 +45,6 @@ from sklearn.metrics import roc_auc_score
 
 from common import logloss, with_interval
 from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
-from userip.checks import reads_ratings
 from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, read_baselines, summarize, table_of_baselines
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
@@ -62,7 +61,8 @@ PAPER = {"lr": 0.001}  # the paper gives neither batch size nor penalty
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}  # decay: times the default
 CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
-        "userip/features.py", "userip/rating_means.py")  # other code trains finished rows again
+        "userip/features.py", "userip/item_bank.py", "userip/rating_means.py",
+        "userip/taste.py")  # other code trains finished rows again
 STAGE_1 = ("interactions.parquet", "items.parquet", "users.parquet")
 FIGURES = {"figure5": (4, 16, 64, 256), "figure6": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
@@ -131,25 +131,20 @@ def parse_args(argv=None):
 def read_run(run_dir, features, fields=()):
     """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
     [N, P], train_codes [n, P], history [N] (train rows per user), described (the fields of --fields), for
-    `dense` profiles.pt and codebook.pt, for `items` item_codes int64 [M]
+    `dense` profiles.pt and codebook.pt, for `items` item_codes int64 [M], for `taste` item_vectors [M, V]
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
     defaults = {"split_seed": prepared["seed"], "split": "random", "dataset": "table", "interactions": 0}
     prepared = defaults | prepared  # an interactions.parquet of another tool says less
     inputs = ["interactions.parquet", "feature_bank.parquet", "users.parquet", "items.parquet"]
-    if has_taste := "taste" in "+".join(features).split("+"):
-        options = read_sidecar(folder, "profiles.pt")["options"]
-        made_by = options.get("method", "score"), options.get("evidence", "items")
-        if all(reads_ratings(options, len(bank["names"]))) or made_by != ("score", "items"):
-            fail(f"--features taste: {run_dir} needs a profile of items, not of ratings or reviews, by "
-                 f"02 --method score")
-    inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features or has_taste) + ["scores.pt"] * has_taste
+    inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features)
     inputs += ["train_codes.parquet"] * bool(bank.get("has_folds"))
-    if has_items := "items" in "+".join(features).split("+"):
-        if not read_sidecar(folder, "profiles.pt")["options"].get("items"):
-            fail(f"--features items: {run_dir} has no item bank: run stages 2 (with --items) and 3 again")
-        inputs.append("item_bank.parquet")
+    of_items = {"items": "item_bank.parquet", "taste": "item_vectors.pt"}
+    asked = [name for name in of_items if name in "+".join(features).split("+")]
+    if asked and not read_sidecar(folder, "profiles.pt")["options"].get("items"):
+        fail(f"--features {asked[0]}: {run_dir} has no item bank: run stages 2 (with --items) and 3 again")
+    inputs += [of_items[name] for name in asked]
     tables = dict(zip(inputs, read_artifacts(folder, *inputs)))
     interactions, users = tables["interactions.parquet"], tables["users.parquet"]
     split = {name: interactions[interactions["split"] == name]
@@ -161,18 +156,17 @@ def read_run(run_dir, features, fields=()):
                  f"undefined: choose another --threshold in stage 1")
     codes = tables["feature_bank.parquet"][bank["names"]]
     train_codes = tables.get("train_codes.parquet", codes.iloc[split["train"]["user"]])[bank["names"]]
-    items, item_codes = tables["items.parquet"], None
-    if has_items:
-        item_codes = tables["item_bank.parquet"]["code"].to_numpy()
+    items, has_items = tables["items.parquet"], "items" in asked
     return SimpleNamespace(
         inputs=inputs, prepared=prepared, split_seed=prepared["split_seed"], split=split, labels=labels,
         users=users, names=bank["names"], code_sizes=bank["codes"], codes=codes.to_numpy(dtype=np.int64),
         train_codes=train_codes.to_numpy(dtype=np.int64), num_items=len(items), items=items,
-        item_codes=item_codes,
+        item_codes=tables["item_bank.parquet"]["code"].to_numpy() if has_items else None,
         num_item_codes=read_sidecar(folder, "item_bank.parquet")["codes"] if has_items else 0,
         history=np.bincount(split["train"]["user"], minlength=len(users)),
         described=described_columns(fields, items, users, split["train"]),
-        stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"), scores=tables.get("scores.pt"),
+        stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"),
+        item_vectors=tables["item_vectors.pt"]["vectors"] if "taste" in asked else None,
         digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
 
 

@@ -25,8 +25,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +32,7 @@ from common import with_interval  # noqa: E402  (needs the path)
 from userip.artifacts import write_artifact  # noqa: E402
 from userip.ctr_report import markdown, paired_interval  # noqa: E402
 from userip.score import incidence, project_scores  # noqa: E402
+from userip.taste import word_vectors  # noqa: E402
 
 QUICK = ["--shared-steps", 20, "--map-steps", 5, "--heldout", 64]
 STAGE_2 = {"titles": [], "ratings": ["--ratings", "--items", "--profiles", "judgement=his judgement is",
@@ -55,15 +54,6 @@ def link(names, source, folder):
             os.link(source / name, folder / name)
 
 
-def svd_of_texts(items, fields, size=128):
-    """Rows of the truncated SVD of TF-IDF of these fields' words: float64 [M, at most `size`]"""
-    fields = [field for field in fields if items[field].notna().any()] or ["title", "category"]
-    texts = "text " + items[fields].astype(object).fillna("").astype(str).agg(" ".join, axis=1)
-    matrix = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
-    size = min(size, min(matrix.shape) - 1)
-    return torch.from_numpy(TruncatedSVD(size, random_state=0).fit_transform(matrix)).double()
-
-
 def profiles_of_words(folder):
     """Write profiles.pt as stage 2's score method does, with rows of the SVD as scores of texts."""
     rows, items, users = (pd.read_parquet(folder / f"{name}.parquet")
@@ -75,7 +65,8 @@ def profiles_of_words(folder):
     share = torch.from_numpy(train["item"].value_counts(normalize=True).reindex(items["item"]).fillna(0).values)
     y, gain = [], []
     for fields in FIELDS.values():
-        scores = svd_of_texts(items, fields)
+        fields = [field for field in fields if items[field].notna().any()] or ["title", "category"]
+        scores = torch.from_numpy(word_vectors(items, fields))
         scores = scores - share @ scores
         noise = (scores * share[:, None]).T @ scores
         noise += 1e-3 * noise.diagonal().mean() * torch.eye(len(noise))
@@ -110,8 +101,8 @@ def climb(args, data, folder, llm, first):
         profiles_of_words(folder)
     else:
         link(["profiles.pt", "scores.pt"], first, folder)
-        vectors = svd_of_texts(pd.read_parquet(folder / "items.parquet"), ["title", "category", "brand"])
-        write_artifact(SimpleNamespace(run_dir=folder, seed=0), "item_vectors.pt", {"vectors": vectors.float()},
+        vectors = torch.from_numpy(word_vectors(pd.read_parquet(folder / "items.parquet"))).float()
+        write_artifact(SimpleNamespace(run_dir=folder, seed=0), "item_vectors.pt", {"vectors": vectors},
                        ["profiles.pt", "items.parquet"])
     is_cold = json.loads((data / "interactions.parquet.json").read_text())["options"]["split"] != "random"
     run("03_quantize.py", folder, "--stability", int(args.evidence == "titles" and not is_cold))

@@ -269,19 +269,18 @@ def test_fields_are_read_by_every_set_and_named_in_the_report(small_run, tmp_pat
     assert "--fields gender" in line and "category, brand, price" in line
 
 
-def test_taste_reads_the_scores_of_its_run_and_refuses_a_run_without(small_run, tmp_path, capsys):
+def test_taste_reads_the_vectors_of_the_item_bank_and_refuses_a_run_without(small_run, tmp_path, capsys):
     shutil.copytree(small_run[1], tmp_path / "run")
+    assert "--features taste" in dies(capsys, ctr.read_run, tmp_path / "run", ["codes+taste"])
+    run_stage("02_infer_profiles.py", "--run-dir", tmp_path / "run", *SMALL["02_infer_profiles.py"], "--items")
+    run_stage("03_quantize.py", "--run-dir", tmp_path / "run", *SMALL["03_quantize.py"])
     run = ctr.read_run(tmp_path / "run", ["codes+taste"])
-    ids, sizes, _ = ctr.further_fields(settings("--features", "codes+taste"), "codes+taste", run, 0)
-    assert sizes == [3, 3, 3, 3] and all(len(np.unique(column)) > 1 for column in ids["train"].T)
-    items, tastes = run.split["train"]["item"], pd.DataFrame(ids["train"][:, 2:])
-    assert (tastes.groupby(items.to_numpy()).nunique() == 1).all(axis=None)  # of the item alone
-    text = (tmp_path / "run/profiles.pt.json").read_text()
-    for change in ({"method": "gradient"}, {"evidence": "review"}, {"ratings": True, "route": ["none"]}):
-        sidecar = json.loads(text)
-        sidecar["options"] |= change
-        (tmp_path / "run/profiles.pt.json").write_text(json.dumps(sidecar))
-        assert "--features taste" in dies(capsys, ctr.read_run, tmp_path / "run", ["taste"])
+    ids, sizes, numbers = ctr.further_fields(settings("--features", "codes+taste"), "codes+taste", run, 0)
+    assert sizes == [3, 3] and numbers["train"].shape == (len(run.split["train"]), 1)
+    by_words = ctr.further_fields(settings("--features", "tfidf-taste"), "tfidf-taste", run, 0)[2]
+    for one in (numbers, by_words):
+        assert one["test"].std() > 0 and np.isfinite(one["train"]).all()
+    assert (numbers["test"] != by_words["test"]).any()
 
 
 def test_means_stands_first_and_alone_where_no_other_model_is_asked_for(small_run, tmp_path):

@@ -19,6 +19,7 @@ from userip.artifacts import fail
 from userip.profiles import theta_of
 from userip.rating_means import (NUM_FOLDS, draw_folds, foretold_means, means_without_folds, shrunk_means,
                                  user_habits)
+from userip.taste import fit_taste, word_vectors
 
 MIN_ROWS = 10  # train rows of a value of --fields that has a code of its own
 NOT_DESCRIPTIVE = {"item", "item_id", "title", "user", "user_id"}
@@ -66,20 +67,14 @@ def item_bank_columns(run, seed):
 
 
 def taste_columns(run, seed):
-    """For each profile, the users' code that an item's own score points to: user and item then have codes of
-    one space, which a model can cross. The codeword nearest to the item's step from θ̄, at the scale of the
-    users' profiles (1, by stage 3); K of an item that no user of train or support rows had. Codes of ratings
-    are of the users' rating habits, where items have no place.
-    """
-    columns = []
-    for k, (name, is_known) in enumerate(zip(run.names, run.scores["told"])):
-        part, lift = run.codebook[name], run.scores["lift"][k]
-        if len(part["transform"]) == lift.shape[1]:
-            z = run.scores["tables"][k] @ (lift @ part["transform"])  # [M, C]
-            z = (z - z[is_known].mean(0)) / z[is_known].std().clamp(min=1e-12)
-            codes, size = torch.cdist(z, part["codebook"]).argmin(1), len(part["codebook"])
-            columns.append(Column("item", torch.where(is_known, codes, size)[None].numpy(), size + 1))
-    return columns
+    """What the user thinks of items with such texts, as a LLM reads them: a number"""
+    return [fit_taste(run.split, run.item_vectors, seed, len(run.users))]
+
+
+def tfidf_taste_columns(run, seed):
+    """The control of `taste`: the same by the words of the texts, without a LLM"""
+    vectors = torch.from_numpy(word_vectors(run.items))
+    return [fit_taste(run.split, vectors, seed, len(run.users), is_scaled=False)]
 
 
 def truth_columns(run, seed):
@@ -199,13 +194,13 @@ def described_columns(names, items, users, train):
     return columns
 
 
-# run and seed -> list of Column. run: see read_run of stage 4
+# run and seed -> list of Column, or a Taste. run: see read_run of stage 4
 PARTS = {"codes": bank_columns, "truth": truth_columns, "cf": cf_columns, "leniency": leniency_columns,
          "leniency16": shrunk_columns("user", 16), "habits16": habits_columns,
          "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns, "items": item_bank_columns,
-         "taste": taste_columns, "dense-means": dense_means_columns}
+         "taste": taste_columns, "tfidf-taste": tfidf_taste_columns, "dense-means": dense_means_columns}
 FEATURES = ("none", "random", "dense", *PARTS)
-PROFILE_FREE = {"none", "leniency", "leniency16", "habits16", "item-mean", "tfidf",
+PROFILE_FREE = {"none", "leniency", "leniency16", "habits16", "item-mean", "tfidf", "tfidf-taste",
                 "dense-means"}  # the same for any codebook
 
 

@@ -98,6 +98,17 @@ def infer_new_items(args):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def landmarks_of(vectors, train):
+    """The items with the most train rows, int64 [L], and the mean and deviation of their vectors [V]; a
+    deviation of 1e30 where they are all alike, which says nothing
+    """
+    count = np.bincount(train["item"], minlength=len(vectors))
+    order = torch.from_numpy(np.argsort(-count, kind="stable"))[:int((count > 0).sum())]
+    landmarks = order[:MOST_LANDMARKS].sort().values
+    scale, mean = torch.std_mean(vectors[landmarks], 0, correction=0)
+    return landmarks, mean, torch.where(scale > 1e-6 * scale.max(), scale, 1e30)
+
+
 def similarity(vectors, landmarks, mean, scale):
     """exp(STEEPNESS (cos - 1)) of standardized vectors [R, V] and [L, V] -> float32 [R, L]; 1 of equals"""
     one, two = (F.normalize((part - mean) / scale, dim=1) for part in (vectors, landmarks))
@@ -142,12 +153,8 @@ def foretell(vectors, train, seed, num_codes):
     """
     num_items = len(vectors)
     fold = torch.from_numpy(np.random.default_rng([seed, 4]).permutation(num_items) % NUM_FOLDS)
-    count = np.bincount(train["item"], minlength=num_items)
-    is_warm = torch.from_numpy(count > 0)
-    order = torch.from_numpy(np.argsort(-count, kind="stable"))[:int(is_warm.sum())]
-    landmarks = order[:MOST_LANDMARKS].sort().values  # the items with the most rows
-    scale, mean = torch.std_mean(vectors[landmarks], 0, correction=0)
-    scale = torch.where(scale > 1e-6 * scale.max(), scale, 1e30)  # what is the same everywhere says nothing
+    is_warm = torch.from_numpy(np.bincount(train["item"], minlength=num_items) > 0)
+    landmarks, mean, scale = landmarks_of(vectors, train)
     kernel = similarity(vectors[landmarks], vectors[landmarks], mean, scale)  # [L, L]
 
     def fit(left_out):

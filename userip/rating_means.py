@@ -34,13 +34,12 @@ def shrunk_sums(values, group, ratio, size):
     return np.bincount(group, values, size) / np.maximum(count + ratio, 1e-9), count
 
 
-def shrunk_means(train, support, num_users, num_items, column="rating"):
-    """An item's mean rating and a user's mean residual, both shrunk and less the overall mean: float64 [M],
-    [N]; nan without a row. A residual is the rating less the item's shrunk mean over *other* users. column:
-    rating, or label, for the shares of likes
+def residuals(train, support, num_items, column="rating"):
+    """Each row's rating less the item's shrunk mean over *other* users, less the mean of that in train rows:
+    float64 [n], train rows first; and the items' shrunk means less the overall mean [M], nan without a row
     """
     rows = pd.concat([train, support])
-    user, item, rating = (rows[name].to_numpy() for name in ("user", "item", column))
+    item, rating = (rows[name].to_numpy() for name in ("item", column))
     num = len(train)
     mean, ratio = variance_ratio(rating[:num].astype(float), item[:num])
     rating = rating - mean
@@ -48,9 +47,18 @@ def shrunk_means(train, support, num_users, num_items, column="rating"):
     is_own = np.arange(len(rows)) < num  # is the row in its item's mean?
     others = (item_mean * (count + ratio))[item] - np.where(is_own, rating, 0.0)
     residual = rating - others / np.maximum(count[item] - is_own + ratio, 1e-9)
-    mean, ratio = variance_ratio(residual[:num], user[:num])
-    user_mean, num_rows = shrunk_sums(residual - mean, user, ratio, num_users)
-    return np.where(count > 0, item_mean, np.nan), np.where(num_rows > 0, user_mean, np.nan)
+    return residual - residual[:num].mean(), np.where(count > 0, item_mean, np.nan)
+
+
+def shrunk_means(train, support, num_users, num_items, column="rating"):
+    """An item's mean rating and a user's mean residual, both shrunk and less the overall mean: float64 [M],
+    [N]; nan without a row. column: rating, or label, for the shares of likes
+    """
+    user = pd.concat([train, support])["user"].to_numpy()
+    residual, item_mean = residuals(train, support, num_items, column)
+    _, ratio = variance_ratio(residual[:len(train)], user[:len(train)])
+    user_mean, num_rows = shrunk_sums(residual, user, ratio, num_users)
+    return item_mean, np.where(num_rows > 0, user_mean, np.nan)
 
 
 def user_habits(train, support, num_users, num_items):
