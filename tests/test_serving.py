@@ -35,5 +35,7 @@ def test_table_6_tells_what_is_held_and_how_long_it_takes():
     vectors = 50 * 256 * 4 / 2**20
     assert figures["DCN + vectors"]["megabytes"] - figures["DCN"]["megabytes"] > vectors
     assert figures["DCN + bank"]["megabytes"] - figures["DCN"]["megabytes"] < vectors / 2
+    more = figures["DCN + taste"]["megabytes"] - figures["DCN"]["megabytes"]
+    assert 70 * 64 * 4 / 2**20 < more < 70 * 64 * 4 / 2**20 + 0.01  # 64 numbers of each user and item
     assert all(row["p99_1"] >= row["median_1"] > row["median_10000"] > 0 for row in figures.values())
     assert len(serving_table(figures)) == 2 + 2 + len(figures)

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
+import userip.taste as taste_room
 from userip.item_bank import landmarks_of, similarity
+from userip.rating_means import residuals
 from userip.taste import Taste, coordinates, fit_taste, posterior_mean, variances, word_vectors
 
 
@@ -53,6 +55,23 @@ def test_a_train_row_reads_the_weights_without_its_fold_and_others_the_last_ones
     assert taste.read({"train": frame, "test": frame})["test"].tolist() == [8.0, 110.0]
 
 
+def test_a_weight_is_the_posterior_mean_of_a_user_without_the_fold(monkeypatch):
+    """Against a plain loop over one user's rows, with residuals and given variances of the other folds"""
+    monkeypatch.setattr(taste_room, "variances", lambda *_: (0.5, 0.25, 2.0))
+    split, vectors, *_ = likes()
+    taste, train = fit_taste(split, vectors, 0, 120), split["train"]
+    phi = coordinates(vectors, train, is_scaled=True)
+    for user, left_out in ((3, 0), (3, 4), (110, 2), (57, 5)):
+        kept = train[taste.fold != left_out]
+        rows = pd.concat([kept, split["support"]])
+        own = (rows["user"] == user).to_numpy()
+        r = residuals(kept, split["support"], 40)[0][own]
+        x = phi[rows["item"][own]]
+        covariance = 0.25 * x @ x.T + 0.5 + 2.0 * np.eye(len(r))
+        expected = 0.25 * x.T @ np.linalg.solve(covariance, r) / 0.5  # in units of τ = .5
+        assert taste.users[left_out, user] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("num_rows", [3, 30])
 def test_the_posterior_mean_is_that_of_the_kernel(num_rows):
     """Both ways to solve, against k(x, X) (K + σ² I)⁻¹ r of Rasmussen and Williams, eq. 2.25"""
@@ -73,15 +92,17 @@ def test_variances_are_found():
     b, w = 0.7 * rng.normal(size=3000), 1.5 * rng.normal(size=(3000, 2))
     residual = b[user] + (w[user] * phi).sum(1) + 2 * rng.normal(size=18_000)
     found = variances(phi + 0.0, residual, user)
-    assert np.sqrt(found) == pytest.approx([0.7, 1.5, 2.0], rel=0.1)
+    assert np.sqrt(found[:2]) == pytest.approx([0.7, 1.5], rel=0.1) and found[2] == pytest.approx(4, rel=0.06)
     assert variances(phi, rng.normal(size=18_000), user)[1] < 0.02
     assert np.isfinite(variances(phi[:1], residual[:1], user[:1])).all()  # no pair
 
 
-def test_coordinates_have_the_products_of_the_centred_kernel():
+@pytest.mark.parametrize("is_scaled", [True, False])
+def test_coordinates_have_the_products_of_the_centred_kernel(is_scaled):
     split, vectors, *_ = likes()
-    phi = coordinates(vectors, split["train"], is_scaled=True)
+    phi = coordinates(vectors, split["train"], is_scaled)
     landmarks, mean, scale = landmarks_of(vectors, split["train"])
+    scale = scale if is_scaled else 1.0
     assert set(landmarks.tolist()) == set(split["train"]["item"]) and phi.shape == (40, len(landmarks) - 1)
     kernel = similarity(vectors, vectors, mean, scale).double().numpy()
     known = landmarks.numpy()

@@ -1,4 +1,4 @@
-"""Table 6: seconds per 10,000 rows of a DCN that serves without codes, with the bank, and with vectors."""
+"""Table 6: seconds per 10,000 rows of a DCN that serves without codes, with the bank, vectors, or taste."""
 
 import time
 
@@ -7,6 +7,7 @@ import torch
 
 from userip.ctr_models import build
 from userip.ctr_report import markdown
+from userip.taste import NUM_COORDINATES
 
 
 class FoldedDCN:
@@ -58,9 +59,10 @@ def serving_figures(args, codes, item_codes, code_sizes, vectors, rounds=((1, 10
     sizes = [len(codes), len(item_codes), *code_sizes]
     tables = [torch.randn(size, args.field_dim) for size in sizes]
     table, first = torch.cat(tables), torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    plain, with_bank, with_vectors = (
+    plain, with_bank, with_vectors, with_taste = (
         build("dcn", num_fields, args.field_dim, args.layers, args.hidden, dims).eval()
-        for num_fields, dims in ((2, ()), (len(sizes), ()), (3, [vectors.shape[1]])))
+        for num_fields, dims in ((2, ()), (len(sizes), ()), (3, [vectors.shape[1]]), (3, [1])))
+    taste, item_taste = (torch.randn(size, NUM_COORDINATES) for size in sizes[:2])
     bank, item_bank = (part.to(torch.uint8 if max(code_sizes) < 256 else torch.int32)
                        for part in (codes, item_codes))
     folded = FoldedDCN(plain, tables[:2], codes[:, :0], item_codes[:, :0])
@@ -77,6 +79,9 @@ def serving_figures(args, codes, item_codes, code_sizes, vectors, rounds=((1, 10
                        [*tables, *with_bank.parameters(), bank, item_bank]),
         "DCN + vectors": (lambda user, item: with_vectors(rows(user, item), None, vectors[user]),
                           [*tables[:2], *with_vectors.parameters(), vectors]),
+        "DCN + taste": (lambda user, item: with_taste(rows(user, item), None, torch.linalg.vecdot(
+            taste[user], item_taste[item])[:, None]),
+                        [*tables[:2], *with_taste.parameters(), taste, item_taste]),
         "DCN, folded": (folded, [folded.users, folded.items]),
         "DCN + bank, folded": (folded_bank, [folded_bank.users, folded_bank.items])}
     return time_modes(modes, (len(codes), len(item_codes)), rounds)
