@@ -113,9 +113,17 @@ def test_coordinates_have_the_products_of_the_centred_kernel(is_scaled):
     assert np.isfinite(coordinates(vectors, one, is_scaled=True)).all()
 
 
+def test_where_texts_or_ratings_are_all_alike_there_is_no_taste():
+    split, vectors, *_ = likes(num_items=400)
+    alike = {name: rows.assign(rating=4.0) for name, rows in split.items()}
+    for rows, texts in ((split, torch.ones(400, 6)), (alike, vectors)):
+        assert (fit_taste(rows, texts, 0, 120).read(rows)["test"] == 0).all()
+
+
 def test_words_that_items_share_bring_their_vectors_together():
     items = pd.DataFrame({"title": ["Red Shoes", "Blue Shoes", "Chess Set", None], "brand": None,
                           "category": ["Footwear", "Footwear", "Board Games", None]})
     vectors = word_vectors(items)
     assert vectors.shape == (4, 3) and np.isfinite(vectors).all()
     assert vectors[0] @ vectors[1] > 2 * abs(vectors[0] @ vectors[2])
+    assert (word_vectors(items.assign(title="!", category=None)) == 1).all()  # no word but the one they share

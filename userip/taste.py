@@ -46,8 +46,8 @@ def word_vectors(items, fields=("title", "category", "brand"), size=128):
     """Rows of the truncated SVD of TF-IDF of these fields' words: float64 [M, at most `size`]"""
     texts = "text " + items[list(fields)].astype(object).fillna("").astype(str).agg(" ".join, axis=1)
     matrix = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
-    size = max(1, min(size, min(matrix.shape) - 1))
-    return TruncatedSVD(size, random_state=0).fit_transform(matrix)
+    size = min(size, min(matrix.shape) - 1)
+    return TruncatedSVD(size, random_state=0).fit_transform(matrix) if size > 0 else matrix.toarray()
 
 
 def coordinates(vectors, train, is_scaled):
@@ -57,6 +57,8 @@ def coordinates(vectors, train, is_scaled):
     landmarks, mean, scale = landmarks_of(vectors, train)
     kernel = similarity(vectors, vectors[landmarks], mean, scale if is_scaled else 1.0)  # [M, L]
     kernel = kernel.double().numpy()
+    if np.ptp(kernel) < 1e-6:  # all texts are alike
+        return np.zeros((len(vectors), 1))
     size = max(1, min(NUM_COORDINATES, len(landmarks) - 1))
     solver = "arpack" if 4 * size < len(landmarks) else "dense"
     pca = KernelPCA(size, kernel="precomputed", eigen_solver=solver, random_state=0)
@@ -72,7 +74,7 @@ def variances(phi, residual, user):
     """τ_b², τ² and σ² by moments: over pairs of rows of one user E[r_i r_j] = τ_b² + τ² φ_iᵀ φ_j, by least
     squares, and E[r_i²] is σ² more. phi [n, C], residual [n], user [n]; the pairs of a user weigh 1 / n_u.
     """
-    norm, moments = np.square(phi).sum(1), []  # [n]
+    norm, moments = np.square(phi).sum(1), [np.zeros(5)]  # [n]
     for rows in rows_of_users(user):
         p, r, k = phi[rows], residual[rows], norm[rows]
         moments.append(np.array([  # over i ≠ j: Σ 1, Σ φ_iᵀφ_j, Σ (φ_iᵀφ_j)², Σ r_i r_j, Σ r_i r_j φ_iᵀφ_j
