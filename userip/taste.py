@@ -66,8 +66,10 @@ def coordinates(vectors, train, is_scaled):
 
 
 def rows_of_users(user):
-    """user int64 [n] -> the positions of each user's rows: Series of int64 arrays, by user"""
-    return pd.Series(np.arange(len(user))).groupby(user).agg(np.array)
+    """user int64 [n] -> the positions of each user's rows: list of (user, int64 array)"""
+    order = np.argsort(user, kind="stable")
+    users, first = np.unique(user[order], return_index=True)
+    return list(zip(users, np.split(order, first[1:])))
 
 
 def variances(phi, residual, user):
@@ -75,7 +77,7 @@ def variances(phi, residual, user):
     squares, and E[r_i²] is σ² more. phi [n, C], residual [n], user [n]; the pairs of a user weigh 1 / n_u.
     """
     norm, moments = np.square(phi).sum(1), [np.zeros(5)]  # [n]
-    for rows in rows_of_users(user):
+    for _, rows in rows_of_users(user):
         p, r, k = phi[rows], residual[rows], norm[rows]
         moments.append(np.array([  # over i ≠ j: Σ 1, Σ φ_iᵀφ_j, Σ (φ_iᵀφ_j)², Σ r_i r_j, Σ r_i r_j φ_iᵀφ_j
             len(r) ** 2 - len(r), np.square(p.sum(0)).sum() - k.sum(), np.square(p.T @ p).sum() - k @ k,
@@ -114,7 +116,7 @@ def fit_taste(split, vectors, seed, num_users, is_scaled=True):
     generosity, taste, noise = np.array(found).T  # [F + 1] each
     x = np.concatenate([np.ones((len(phi), 1)), phi], 1)
     users = np.zeros((len(is_kept), num_users, phi.shape[1]), dtype=np.float32)
-    for one, own in rows_of_users(user).items():
+    for one, own in rows_of_users(user):
         seen = is_kept[:, own, None] * x[own]  # [F + 1, n_u, 1 + C]
         seen[:, :, 0] *= np.sqrt(generosity / taste)[:, None]  # b_u in units of τ, as w_u
         users[:, one] = posterior_mean(seen, residual[:, own], noise / taste)[:, 1:] / np.sqrt(taste)[:, None]
