@@ -59,7 +59,7 @@ def profiles_of_words(folder):
     rows, items, users = (pd.read_parquet(folder / f"{name}.parquet")
                           for name in ("interactions", "items", "users"))
     train, own = rows[rows["split"] == "train"], rows[rows["split"].isin(["train", "support"])]
-    is_warm = torch.from_numpy(users["user"].isin(train["user"]).to_numpy())
+    is_warm = torch.from_numpy(users["user"].isin(train["user"]).to_numpy(copy=True))
     matrix, count = incidence(*(torch.from_numpy(own[key].to_numpy()) for key in ("user", "item")),
                               (len(users), len(items)))
     share = torch.from_numpy(train["item"].value_counts(normalize=True).reindex(items["item"]).fillna(0).values)
