@@ -146,13 +146,15 @@ def summarize(options, results, runs):
     """results.md, and what the codes gain by model. options: of the stage; runs: one per split"""
     prepared, num_splits = runs[0].prepared, len(runs)
     num_train, num_test = (len(runs[0].labels[name]) for name in ("train", "test"))
-    num_cold = (runs[0].history[runs[0].split["test"]["user"]] == 0).sum()
+    test, train = (runs[0].split[name] for name in ("test", "train"))
+    num_cold, num_new = (int((~test[key].isin(train[key])).sum()) for key in ("user", "item"))
     data, asked = PAPER_DATA.get(prepared["interactions"]), options.get("features") or []
     groups = dict(list(results.groupby(["model", "features"], sort=False)))
     differences, gains = table_of_differences(groups, num_test / num_train if num_splits > 1 else 0.0)
     text = [f"# Click-through rate: {prepared['dataset']}, {num_test:,} test rows", "",
             f"Split: {prepared['split']}. Draws: {num_splits}, seeds of each: {options['seeds']}. "
-            f"{num_cold:,} test rows of the first draw are of users without a train row.", "",
+            f"Test rows of the first draw of users without a train row: {num_cold:,}, of such items: "
+            f"{num_new:,}.", "",
             f"`04_train_ctr.py {shlex.join(command_line(options))}`", "", "## Tables 2, 3 and 4", "",
             "Features: see `--help`; a gain counts only against `random`. Logloss in nats. ± is the standard "
             "deviation over draws and seeds. RelaImpr (eq. 10, 11): against the same model with `none`. "
