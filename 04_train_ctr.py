@@ -130,8 +130,8 @@ def parse_args(argv=None):
 
 def read_run(run_dir, features, fields=()):
     """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
-    [N, P], train_codes [n, P], history [N] (train rows per user), described (the fields of --fields), for
-    `dense` profiles.pt and codebook.pt, for `items` item_codes int64 [M], for `taste` item_vectors [M, V]
+    [N, P], train_codes [n, P], described (the fields of --fields), for `dense` profiles.pt and codebook.pt,
+    for `items` item_codes int64 [M], for `taste` item_vectors [M, V]
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
@@ -163,7 +163,6 @@ def read_run(run_dir, features, fields=()):
         train_codes=train_codes.to_numpy(dtype=np.int64), num_items=len(items), items=items,
         item_codes=tables["item_bank.parquet"]["code"].to_numpy() if has_items else None,
         num_item_codes=read_sidecar(folder, "item_bank.parquet")["codes"] if has_items else 0,
-        history=np.bincount(split["train"]["user"], minlength=len(users)),
         described=described_columns(fields, items, users, split["train"]),
         stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"),
         item_vectors=tables["item_vectors.pt"]["vectors"] if "taste" in asked else None,

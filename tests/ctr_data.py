@@ -33,7 +33,6 @@ def small_run_of(split=None, seed=0):
         likes = (codes[frame["user"], 0] + frame["item"]) % 4 < 2
         label = np.where(rng.random(len(frame)) < 0.1, ~likes, likes).astype(np.int8)
         split[name] = frame.assign(label=label)
-    history = np.bincount(split["train"]["user"], minlength=num_users)
     items = pd.DataFrame({"item": range(20), "title": [f"item {item % 4}" for item in range(20)],
                           "category": None, "brand": "Acme"})
     vectors = torch.stack([torch.eye(4)[codes[:, 0]], torch.eye(4)[codes[:, 1]]], 1)  # [N, P, D]
@@ -42,5 +41,5 @@ def small_run_of(split=None, seed=0):
         users=pd.DataFrame({"true_hobby": codes[:, 0], "true_background": codes[:, 1]}), codes=codes,
         code_sizes=[4, 3], names=["hobby", "background"], stored={"profiles": vectors}, num_items=20,
         codebook=dict.fromkeys(("hobby", "background"), {"mean": 0.0, "transform": torch.eye(4)}),
-        history=history, split_seed=0, digests={}, items=items, described=[],
+        split_seed=0, digests={}, items=items, described=[],
         prepared={"split": "random"}, train_codes=codes[split["train"]["user"]])

@@ -309,6 +309,10 @@ def test_results_hold_a_row_per_run_and_the_base_rate(small_run):
     assert "codes - random" in markdown and "base rate" in markdown
     assert "Draws: 1, seeds of each: 2" in markdown and "not corrected for 20 looks" in markdown
     assert "--lr 0.005" in markdown
+    rows = pd.read_parquet(small_run[1] / "interactions.parquet")
+    test, train = (rows[rows["split"] == name] for name in ("test", "train"))
+    users, items = (sum(one not in set(train[key]) for one in test[key]) for key in ("user", "item"))
+    assert f"users without a train row: {users}, of such items: {items}." in markdown
 
 
 def test_every_control_runs(small_run, tmp_path):
