@@ -64,6 +64,13 @@ def test_new_interactions_void_the_items_and_users_beside_them(tmp_path, capsys)
     assert not (tmp_path / "items.parquet.json").exists()
 
 
+def test_a_sidecar_that_is_missing_is_named_and_not_the_file_that_is_there(tmp_path, capsys):
+    write_pair(tmp_path)
+    (tmp_path / "profiles.pt.json").unlink()
+    line = dies(capsys, read_artifacts, options_of(tmp_path), "profiles.pt")
+    assert "profiles.pt is there, but profiles.pt.json beside it is missing" in line
+
+
 def test_a_file_cut_short_is_found_out(tmp_path, capsys):
     write_pair(tmp_path)
     path = tmp_path / "profiles.pt"

@@ -171,14 +171,19 @@ def write_artifact(args, name, value, inputs=(), **facts):
 def read_sidecar(args, name):
     """run_dir/name.json as a dict; exit code 2 with the command that makes it when it is missing."""
     path, beside = Path(args.run_dir) / name, Path(args.run_dir) / f"{name}.json"
-    try:
-        sidecar = json.loads(beside.read_text() if beside.is_file() else "")
-        problem = find_sidecar_problem(name, sidecar)
-    except (OSError, ValueError, RecursionError) as error:
-        problem = f"is no JSON: {error}" if beside.is_file() else "is missing, too"
+    problem = f"{path} is missing"
+    if path.exists():
+        problem = f"{path} is there, but {name}.json beside it is missing"
+    if beside.is_file():
+        try:
+            sidecar = json.loads(beside.read_text())
+            fault = find_sidecar_problem(name, sidecar)
+        except (OSError, ValueError, RecursionError) as error:
+            fault = f"is no JSON: {error}"
+        problem = fault and f"{beside} is not what a stage writes ({fault})"
     if problem:
-        fail(f"{path} is missing, or {name}.json beside it is not what a stage writes ({problem}): run "
-             f"`python {MADE_BY[name]} --run-dir {args.run_dir}` first, with the options of your run")
+        fail(f"{problem}: run `python {MADE_BY[name]} --run-dir {args.run_dir}` first, with the options of "
+             f"your run")
     return sidecar
 
 
