@@ -152,7 +152,7 @@ def probabilities(model, run, split):
 
 
 def train(args, run, head, seed):
-    """Train until the valid logloss does not fall -> the best epoch's model"""
+    """Train until the valid logloss does not fall -> the best epoch's model, number of epochs"""
     torch.manual_seed(seed)
     model = PEPLER(head, run.is_known, run.width, run.scale, args.hidden).to(run.llm.device)
     valid_labels = run.labels["valid"].cpu().numpy()
@@ -187,8 +187,12 @@ def write_texts(args, run, texts):
 
 
 @torch.no_grad()
-def serving_facts(run, model, num_rows=10_000):
-    """Milliseconds of the head per 10,000 rows, bytes of what it holds; LLM tokens are of training"""
+def serving_facts(args, run, model, num_epochs, num_rows=10_000):
+    """Milliseconds of the head per 10,000 rows, bytes of what it holds, tokens per user that the LLM reads in
+    so many epochs of training: at serving there is no LLM
+    """
+    share = min(1.0, args.text_rows / len(run.texts)) if args.text_weight else 0.0
+    num_tokens = num_epochs * share * int(text_tokens(run.llm, run.texts)[1].sum())
     generator = torch.Generator().manual_seed(0)
     user, item = (torch.randint(len(known), (num_rows,), generator=generator).to(run.llm.device)
                   for known in run.is_known)
@@ -197,7 +201,7 @@ def serving_facts(run, model, num_rows=10_000):
         started = time.perf_counter()
         model(user, item).sum().item()
         seconds.append(time.perf_counter() - started)
-    return {"milliseconds": 1000 * min(seconds), "tokens_per_user": 0.0,
+    return {"milliseconds": 1000 * min(seconds), "tokens_per_user": num_tokens / len(run.is_known[0]),
             "bytes": sum(part.numel() * part.element_size() for part in model.state_dict().values())}
 
 
@@ -243,7 +247,7 @@ def main(args):
     for head in args.head:
         for seed in range(args.seed, args.seed + args.seeds):
             started = time.time()
-            model = train(args, run, head, seed)
+            model, num_epochs = train(args, run, head, seed)
             valid, test = (probabilities(model, run, split) for split in ("valid", "test"))
             rows.append({"features": head if args.text_weight else f"{head} without text", "seed": seed,
                          "rows": len(run.texts), "test_rows": len(test),
@@ -255,7 +259,7 @@ def main(args):
                 if (head, seed) == (args.head[0], args.seed):
                     write_texts(args, run, texts)
             rows[-1]["seconds"] = time.time() - started
-    write_baseline(args, "pepler", data, rows, serving_facts(run, model))
+    write_baseline(args, "pepler", data, rows, serving_facts(args, run, model, num_epochs))
 
 
 if __name__ == "__main__":

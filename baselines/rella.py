@@ -8,7 +8,7 @@ answers Yes and No alone. Zero-shot takes the LLM as it is; few-shot tunes it on
 et al., 2022) of the query and value projections.
 
 As in the paper: items' vectors are means of the LLM's last hidden states, compared by cosine; the two logits;
-LoRA of rank 8 on q and v, trained by the LM loss of the answer's token.
+LoRA of rank 8 on q and v, trained by the LM loss of the answer's token at a rate that falls linearly.
 What differs from the paper: vectors are centred instead of reduced by PCA; shots are told retrieved
 histories only, not the latest ones as well; histories are train rows (a cold user's support rows) without
 the target's own row, not what came before it; probabilities are calibrated on valid rows (Platt: two
@@ -227,6 +227,7 @@ def scores_in_blocks(args, llm, finished, key, prompts):
 def train_epoch(args, llm, trained, before, shots, seed):
     """One pass over the shots (ids, labels) -> weights and AdamW's averages. before: what the last one gave,
     or None; the LLM holds its weights. LM loss: cross-entropy of the answer's token over all the vocabulary.
+    The rate falls linearly to 0 over all epochs.
     """
     epoch = before["epoch"] + 1 if before else 1
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
@@ -235,7 +236,10 @@ def train_epoch(args, llm, trained, before, shots, seed):
     yes, no, _ = answer_tokens(llm.tokenizer)
     ids, labels = shots
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-    for step in tqdm(order.split(args.batch_size), desc=f"epoch {epoch}", unit="step", mininterval=2):
+    steps = order.split(args.batch_size)
+    for number, step in enumerate(tqdm(steps, desc=f"epoch {epoch}", unit="step", mininterval=2)):
+        share_done = (epoch - 1 + number / len(steps)) / args.epochs
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - share_done)
         optimizer.zero_grad()
         chosen = step.tolist()
         for part in batches([ids[index] for index in chosen], args.tokens_per_batch):
@@ -326,7 +330,7 @@ def main(args):
     finished = Finished(args, "rella", code_digests("baselines/rella.py", "userip/baseline.py"))
     vectors, num_tokens = item_vectors(args, llm, data, finished)
     decisive = {key: option for key, option in vars(args).items()
-                if key not in ("run_dir", "seeds", "retrieval", "epochs", "patience")}
+                if key not in ("run_dir", "seeds", "retrieval", "patience")}
     decisive |= data.digests | {"llm": llm.digest, "device": llm.device}
     rows = []
     seeds = range(args.seed, args.seed + args.seeds * (args.shots > 0))

@@ -1,4 +1,5 @@
 import importlib
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -41,6 +42,20 @@ def test_the_rating_head_is_matrix_factorization_when_asked():
     expected = [0.1 * sum(model.user[u, d] * model.item[i, d] for d in range(6)) for u, i in zip(user, item)]
     assert model(user, item).tolist() == pytest.approx(torch.stack(expected).tolist())
     assert {name for name, _ in model.named_parameters()} == {"user", "item", "bias"}
+
+
+def test_tokens_per_user_are_those_of_the_text_rows_of_all_epochs(prepared, llm):
+    """Each text behind a space, with an EOS"""
+    model, tokenizer = llm
+    run = SimpleNamespace(llm=SimpleNamespace(model=model, tokenizer=tokenizer, device="cpu"),
+                          texts=["red racer", "iron"], is_known=[torch.ones(5) > 0, torch.ones(4) > 0])
+    num_tokens = sum(len(tokenizer(f" {text}", add_special_tokens=False).input_ids) + 1 for text in run.texts)
+    per_user = lambda args: pepler.serving_facts(args, run, model_of("mf"), 3, num_rows=10)["tokens_per_user"]
+    assert per_user(SimpleNamespace(text_rows=9, text_weight=0.1)) == pytest.approx(3 * num_tokens / 5)
+    assert per_user(SimpleNamespace(text_rows=1, text_weight=0.1)) == pytest.approx(1.5 * num_tokens / 5)
+    assert per_user(SimpleNamespace(text_rows=9, text_weight=0)) == 0
+    serving = json.loads((prepared[1] / "baseline-pepler.parquet.json").read_text())["serving"]
+    assert serving["tokens_per_user"] > 0
 
 
 def test_the_mlp_reads_both_vectors():

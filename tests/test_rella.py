@@ -160,7 +160,7 @@ def test_lora_adds_its_product_to_query_and_value_and_leaves_the_key():
 
 
 def test_a_few_shots_are_learned_and_no_weight_of_the_llm_moves(own_llm):
-    args = options_of(lr=0.1, batch_size=4)
+    args = options_of(lr=0.1, batch_size=2, epochs=10)
     frozen = {name: weight.clone() for name, weight in own_llm.model.state_dict().items()}
     trained = rella.add_lora(own_llm.model, 4, 16.0, seed=0)
     shots = rella.encode_prompts(own_llm, [*PROMPTS, "red racer 5", "iron skillet 9"]), np.array([1, 0, 1, 0])
@@ -171,15 +171,18 @@ def test_a_few_shots_are_learned_and_no_weight_of_the_llm_moves(own_llm):
     for _ in range(10):
         state = rella.train_epoch(args, own_llm, trained, state, shots, 0)
     assert state["epoch"] == 10 and loss() < before - 0.2
+    rate = state["optimizer"]["param_groups"][0]["lr"]  # of the last of 20 steps: it falls linearly
+    assert rate == pytest.approx(0.1 / 20)
     rella.remove_lora(own_llm.model)
     assert same_tensors(own_llm.model.state_dict(), frozen)
 
 
-@pytest.mark.parametrize("option", [{"rank": 2}, {"alpha": 4.0}, {"lr": 0.001}, {"batch_size": 1}])
+@pytest.mark.parametrize("option", [{"rank": 2}, {"alpha": 4.0}, {"lr": 0.001}, {"batch_size": 1},
+                                    {"epochs": 20}])
 def test_an_option_of_the_training_moves_what_is_trained(own_llm, option):
     shots, scores = (rella.encode_prompts(own_llm, PROMPTS), np.array([1, 0])), []
     for options in ({}, option):
-        args = options_of(**{"lr": 0.05, "batch_size": 2, "rank": 4, "alpha": 16.0} | options)
+        args = options_of(**{"lr": 0.05, "batch_size": 2, "rank": 4, "alpha": 16.0, "epochs": 2} | options)
         trained = rella.add_lora(own_llm.model, args.rank, args.alpha, seed=0)
         state = None
         for _ in range(2):

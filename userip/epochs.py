@@ -11,8 +11,8 @@ from userip.artifacts import fail
 
 
 def train_epochs(args, finished, key, model, weight_decay, epoch):
-    """Train the model by AdamW until the valid loss does not fall for args.patience epochs; it then has the
-    weights of the best epoch. finished: see userip.baseline; key: the names and seed that tell the training
+    """Train the model by AdamW until the valid loss does not fall for args.patience epochs -> the model with
+    the weights of the best epoch, and how many epochs there were. finished: see userip.baseline; key: the names and seed that tell the training
     from others, the seed last; epoch(optimizer, generator) trains one and gives {name: loss}, valid loss
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=weight_decay)
@@ -39,4 +39,4 @@ def train_epochs(args, finished, key, model, weight_decay, epoch):
     if best[2] is None:
         fail(f"{key[0]} diverged with --lr {args.lr:g}: no finite loss on valid rows; lower it")
     model.load_state_dict(best[2])
-    return model.eval()
+    return model.eval(), number
