@@ -26,8 +26,9 @@ DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("co
                ("dense", "none"), ("none", "means"), ("codes", "means"), ("codes", "habits16"),
                ("habits16", "leniency16"), ("dense-means", "none"), ("dense-means", "means"),
                ("items", "none"), ("items", "random"), ("items", "tfidf"), ("codes+items", "codes+tfidf"),
-               ("leniency16+items", "leniency16+tfidf"), ("taste", "none"), ("taste", "tfidf-taste"),
-               ("dense-means+taste", "dense-means+tfidf-taste"), ("codes+items+taste", "codes+items")]
+               ("leniency16+items", "leniency16+tfidf"), ("taste", "none"), ("tfidf-taste", "none"),
+               ("taste", "tfidf-taste"), ("dense-means+taste", "dense-means+tfidf-taste"),
+               ("codes+items+taste", "codes+items")]
 PAPER_DATA = {179_223: "clothing", 441_783: "movies", 19_927: "games", 1_293_247: "yelp"}  # by interactions
 PAPER = Path(__file__).resolve().parent.parent / "assets/paper.csv"  # tables 2, 3 (dense) and 4, Llama-2
 
