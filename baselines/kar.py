@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python basel
 import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
 import copy
 import itertools
-import time
 
 import numpy as np
 import pandas as pd
@@ -42,11 +41,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import DCN
+from common import DCN, logloss
 from userip.artifacts import fail
-from userip.baseline import (SPLITS, WORDS, Finished, baseline_parser, code_digests, figures_of,
-                             item_texts, load_baseline_llm, pad, pool_in_blocks, read_data,
-                             refuse_beyond_context, refuse_unread, tokenize, write_baseline)
+from userip.baseline import (SPLITS, WORDS, Finished, answer, baseline_parser, code_digests, encode_items,
+                             figures_of, load_baseline_llm, pool_in_blocks, read_data,
+                             refuse_beyond_context, refuse_unread, write_baseline)
 from userip.ctr_training import table_rows
 from userip.evidence import assign_folds
 from userip.options import at_least, run_program, start_stage
@@ -98,25 +97,13 @@ def user_prompts(args, data, rows):
             for user in range(data.num_users)]
 
 
-@torch.no_grad()
-def answer(llm, prompts, num_tokens):
-    """Greedy answers to a block of prompts: list of texts, int number of tokens that were read or written"""
-    ids = tokenize(llm, prompts, llm.context - num_tokens)
-    tokens, mask = pad(llm, ids, on_left=True)  # [B, T]
-    end = llm.tokenizer.eos_token_id
-    written = llm.model.generate(input_ids=tokens, attention_mask=mask.long(), max_new_tokens=num_tokens,
-                                 do_sample=False, pad_token_id=end if end is not None else 0)
-    written = written[:, tokens.shape[1]:]  # [B, num_tokens]
-    texts = llm.tokenizer.batch_decode(written, skip_special_tokens=True)
-    return texts, sum(map(len, ids)) + written.numel()
-
-
 def answers(args, llm, finished, prompts, question):
     """The LLM's answers, one per prompt, and the tokens that it read or wrote"""
     asked = [f"{prompt} {question}" for prompt in prompts]
     blocks = [asked[first:first + BLOCK] for first in range(0, len(asked), BLOCK)]
-    parts = [finished.compute([llm.digest, "answer", llm.device, args.new_tokens, block],
-                              lambda: answer(llm, block, args.new_tokens))
+    sizes = args.new_tokens, args.tokens_per_batch
+    parts = [finished.compute([llm.digest, "answer", llm.device, *sizes, block],
+                              lambda: answer(llm, block, *sizes))
              for block in tqdm(blocks, desc="answer", unit="text", unit_scale=BLOCK, mininterval=2)]
     return [text for texts, _ in parts for text in texts], sum(count for _, count in parts)
 
@@ -136,12 +123,6 @@ def standardized(vectors, is_fitted):
     return (vectors - fitted.mean(0)) / fitted.std(0, correction=0).clamp(min=1e-6)
 
 
-def in_train(data):
-    """Which users, and which items, have train rows: bool [N], bool [M]"""
-    return [np.bincount(data.split["train"][key], minlength=size) > 0
-            for key, size in (("user", data.num_users), ("item", data.num_items))]
-
-
 def knowledge(args, llm, data, finished, text):
     """r_u float32 [F + 1, N, D], without each fold and, last, with all rows; r_i [M, D]; the fold of each
     train row int64 [n]; tokens per user. text: generated or history
@@ -150,17 +131,14 @@ def knowledge(args, llm, data, finished, text):
     train, history = data.split["train"], data.history
     fold = pd.Series(assign_folds(train, args.folds, args.seed), index=train.index)
     fold_of_row = fold.reindex(history.index, fill_value=-1)
-    is_warm, is_train_item = (torch.from_numpy(mask) for mask in in_train(data))
+    is_warm, is_train_item = torch.from_numpy(data.is_warm), torch.from_numpy(data.is_train_item)
     prompts = [text for left_out in range(args.folds + 1)
                for text in user_prompts(args, data, history[fold_of_row != left_out])]
     users, num_tokens = encode(args, llm, finished, prompts, user_question)
     users = standardized(users, is_warm.repeat(args.folds + 1)).unflatten(0, (args.folds + 1, -1))
-    texts = np.array(item_texts(data.items), dtype=object)
-    items = torch.zeros(data.num_items, users.shape[2])
-    for part in (is_train_item, ~is_train_item):  # other items' texts do not even share a batch with these
-        vectors, count = encode(args, llm, finished, texts[part.numpy()].tolist(), item_question)
-        items[part], num_tokens = vectors, num_tokens + count
-    return users, standardized(items, is_train_item), fold.to_numpy(), num_tokens / data.num_users
+    items, count = encode_items(data, lambda texts: encode(args, llm, finished, texts, item_question))
+    tokens_per_user = (num_tokens + count) / data.num_users
+    return users, standardized(items, is_train_item), fold.to_numpy(), tokens_per_user
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -267,14 +245,14 @@ def start_model(args, reader, seed):
 
 def train(args, data, vectors, seed):
     """Train one model -> {"row": its figures, "state": its weights}"""
-    started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     reader = Reader(data, vectors, device)
     model, generator = start_model(args, reader, seed), torch.Generator().manual_seed(seed)
     labels = torch.tensor(data.labels["train"], dtype=torch.float32, device=device)
     others = [weight for name, weight in model.named_parameters() if name != "table.weight"]
     optimizer = torch.optim.Adam([{"params": [model.table.weight], "weight_decay": WEIGHT_DECAY},
                                   {"params": others}], lr=args.lr)
-    best, state, best_epoch = {"valid_logloss": float("inf")}, None, 0
+    best, state, best_epoch = float("inf"), None, 0
     for epoch in range(1, args.epochs + 1):
         model.train()
         order = torch.randperm(len(labels), generator=generator)
@@ -287,17 +265,17 @@ def train(args, data, vectors, seed):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        valid = figures_of(data.labels["valid"], predict(model, reader, "valid"), "valid_")
-        if valid["valid_logloss"] < best["valid_logloss"]:
-            best, state, best_epoch = valid, copy.deepcopy(model.state_dict()), epoch
+        loss = logloss(data.labels["valid"], predict(model, reader, "valid"))
+        if loss < best:
+            best, state, best_epoch = loss, copy.deepcopy(model.state_dict()), epoch
         if epoch - best_epoch >= args.patience:
             break
     if state is None:
         fail(f"no finite logloss on valid with --lr {args.lr:g}: lower it")
     model.load_state_dict(state)
-    test = figures_of(data.labels["test"], predict(model, reader, "test"))
-    row = {"seed": seed, "rows": len(labels), "test_rows": len(data.labels["test"]), **test, **best,
-           "best_epoch": best_epoch, "seconds": time.time() - started}
+    row = {"seed": seed, "rows": len(labels), "test_rows": len(data.labels["test"]), "best_epoch": best_epoch}
+    for name, prefix in (("test", ""), ("valid", "valid_")):
+        row |= figures_of(data.labels[name], predict(model, reader, name), prefix)
     return {"row": row, "state": state}
 
 
@@ -305,7 +283,7 @@ def dealt(data, vectors, seed):
     """The control: users exchange their r_u, items their r_i, those of train rows among themselves"""
     users, items, fold = vectors
     rng, orders = np.random.default_rng([seed, 5]), []
-    for is_warm in in_train(data):
+    for is_warm in (data.is_warm, data.is_train_item):
         order = np.arange(len(is_warm))
         for group in (is_warm, ~is_warm):
             order[group] = rng.permutation(order[group])
@@ -370,30 +348,35 @@ def main(args):
     data = read_data(args)
     llm = load_baseline_llm(args, data, [USER_QUESTION, ITEM_QUESTION, "The user liked:"], "kar")
     refuse_beyond_context(llm, [USER_QUESTION], args.new_tokens, f"--new-tokens {args.new_tokens}")
-    finished = Finished(args, "kar", {})
+    finished = Finished(args, "kar", code_digests("userip/baseline.py"))
     decisive = {key: option for key, option in vars(args).items() if key not in ("run_dir", "seeds", "text")}
     decisive |= data.digests | {"llm": llm.digest, "device": llm.device} | code_digests(
-        "baselines/kar.py", "common.py", "userip/baseline.py", "userip/ctr_training.py")
-    vectors, tokens_per_user, rows = {}, {}, []
+        "baselines/kar.py", "common.py", "userip/ctr_training.py")
+    vectors, costs, rows = {}, {"none": {"tokens_per_user": 0.0, "seconds": 0.0}}, []
     for text in args.text:
-        *vectors[text], tokens_per_user[text] = knowledge(args, llm, data, finished, text)
+        before = finished.seconds
+        *vectors[text], num_tokens = knowledge(args, llm, data, finished, text)
+        costs[text] = {"tokens_per_user": num_tokens, "seconds": finished.seconds - before}
         users, items, _ = vectors[text]
-        print(f"{text}: r_u {[*users.shape]}, {tokens_per_user[text]:,.0f} tokens of the LLM per user")
+        print(f"{text}: r_u {[*users.shape]}, {num_tokens:,.0f} tokens of the LLM per user")
+    costs["random"] = costs[args.text[0]]
+    figures = serving(args, users[-1], items)
+    for features, cost in costs.items():
+        mode = figures["DCN" if features == "none" else "DCN + KAR, adaptor online"]
+        cost |= {"milliseconds": 1000 * mode["median_10000"], "bytes": mode["megabytes"] * 2**20}
     for features, seed in itertools.product(["none", "random", *args.text],
                                             range(args.seed, args.seed + args.seeds)):
         read = () if features == "none" else vectors.get(features) or dealt(data, vectors[args.text[0]], seed)
+        before = finished.seconds
         trained = finished.compute([decisive, features, args.text[0], seed],
                                    lambda: train(args, data, read, seed))
-        rows.append({"features": features} | trained["row"])
+        seconds = costs[features]["seconds"] + finished.seconds - before
+        rows.append({"features": features} | trained["row"] | costs[features] | {"seconds": seconds})
         print(f"{features}, seed {seed} | valid auc {rows[-1]['valid_auc']:.4f} logloss "
               f"{rows[-1]['valid_logloss']:.4f} | epoch {rows[-1]['best_epoch']} | "
               f"{rows[-1]['seconds']:.1f}s", flush=True)
-    figures = serving(args, users[-1], items)
     print_serving(figures)
-    online = figures["DCN + KAR, adaptor online"]
-    write_baseline(args, "kar", data, rows, {
-        "milliseconds": 1000 * online["median_10000"], "bytes": online["megabytes"] * 2**20, "modes": figures,
-        "tokens_per_user": tokens_per_user[args.text[0]]})
+    write_baseline(args, "kar", data, rows, modes=figures)
 
 
 if __name__ == "__main__":

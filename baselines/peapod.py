@@ -16,7 +16,7 @@ embedding of the item's text, a trained offset, and a bias, so that all items ar
 without generation; an item without a train row has no text. Training starts at `most popular`, and weight
 decay pulls back to it. The LLM is frozen and decoder-only. A prompt names no candidates, and the user's last
 --max-history items. RUN_DIR/peapod is a run whose profiles stages 3 and 4 read as those of stage 2. Train
-rows read profiles of ratings without their own fold.
+rows read profiles of ratings without their own fold, and in training a target's interests leave out its fold.
 
 Reads   interactions.parquet, items.parquet, users.parquet
 Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr; references have no seed
@@ -33,7 +33,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python baselines/peapod.py` finds userip/
 
 import userip  # noqa: F401, E402  (first: Ctrl-C ends in one line while the others load)
-import math
 import time
 from types import SimpleNamespace
 
@@ -44,19 +43,21 @@ from torch import nn
 
 from common import with_interval
 from userip.artifacts import check_finite, write_artifact
-from userip.baseline import (INPUTS, Finished, baseline_parser, capped, code_digests, item_texts,
-                             load_baseline_llm, read_data, refuse_beyond_context, refuse_unread)
+from userip.baseline import (INPUTS, Finished, baseline_parser, code_digests, item_texts, load_baseline_llm,
+                             read_data, refuse_beyond_context, refuse_unread)
 from userip.epochs import train_epochs
-from userip.explanations import (EXPLAIN, MAX_TOKENS, SEQUENTIAL, TASKS, TOP_N, explanation_rows,
-                                 first_sentences, generate, item_review_row, text_nll, text_tokens)
+from userip.evidence import own_space
+from userip.explanations import (EXPLAIN, MAX_TOKENS, SEQUENTIAL, TASKS, TOP_N, explain, explanation_rows,
+                                 item_review_row, read_reviews, text_nll, text_tokens)
 from userip.heldout import interval
 from userip.llm import tiny_stamp
 from userip.options import at_least, run_program, start_stage
-from userip.pmf import NUM_FOLDS, factorize
-from userip.ranking import (count_matrix, leave_one_out, own_rows, pad_items, ranking_figures, ranks,
+from userip.pmf import NUM_FOLDS, PROMPTS, factorize
+from userip.ranking import (count_matrix, cut_sequences, leave_one_out, pad_items, ranking_figures, ranks,
                             reference_rows, sampled_ranks)
 
-CODE = "baselines/peapod.py", *(f"userip/{room}.py" for room in ("ranking", "explanations", "pmf", "epochs"))
+CODE = "baselines/peapod.py", *(f"userip/{room}.py" for room in (
+    "baseline", "ranking", "explanations", "pmf", "epochs"))
 
 
 def parse_args(argv=None):
@@ -89,45 +90,6 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class PoolPrompt(nn.Module):
-    """θ_u = Σ_m a_m p_m, a = softmax(W v_u): vectors [B, C] -> soft prompts [B, S D], in units of scale"""
-
-    def __init__(self, rank, num_prompts, num_soft, width):
-        super().__init__()
-        self.interest = nn.Linear(rank, num_prompts)
-        self.prompts = nn.Parameter(torch.randn(num_prompts, num_soft * width))
-
-    def attention(self, vectors):
-        return self.interest(vectors).softmax(1)  # [B, m]
-
-    def forward(self, vectors, neighbours):
-        return self.attention(vectors) @ self.prompts
-
-
-class NeighbourPrompt(nn.Module):
-    """S heads of attention over other users' vectors: [B, C], neighbours [B, 20, C] -> [B, S D]
-
-    The user's own vector asks, but no value is made of it.
-    """
-
-    def __init__(self, rank, num_prompts, num_soft, width):
-        super().__init__()
-        self.query = nn.Linear(rank, num_soft * rank)
-        self.key, self.value = nn.Linear(rank, rank), nn.Linear(rank, width)
-        self.start = nn.Parameter(torch.randn(num_soft, width))
-
-    def attention(self, vectors, neighbours):
-        query = self.query(vectors).view(len(vectors), len(self.start), -1)  # [B, S, C]
-        return (query @ self.key(neighbours).mT / math.sqrt(query.shape[2])).softmax(2)  # [B, S, 20]
-
-    def forward(self, vectors, neighbours):
-        mixed = self.attention(vectors, neighbours) @ self.value(neighbours)  # [B, S, D]
-        return (self.start + mixed).flatten(1)
-
-
-PROMPTS = {"pool": PoolPrompt, "neighbours": NeighbourPrompt, "shared": PoolPrompt}  # shared: a pool of one
-
-
 class PeaPOD(nn.Module):
     """prompt: one of PROMPTS; item_text [M, D], the mean embedding of a title; share [M] of the train rows"""
 
@@ -155,9 +117,9 @@ class PeaPOD(nn.Module):
     def hidden(self, run, soft, task, items):
         """States that predict each of items [B, T] and the one behind: soft [B, S D] -> [B, T + 1, D]"""
         prefix = self.prefix(run, soft, task)
-        embeddings = torch.cat([prefix, self.items()[items]], 1)
+        embeddings = torch.cat([prefix, self.items()[items]], 1).to(run.llm.model.dtype)
         states = run.llm.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        return states[:, prefix.shape[1] - 1:]
+        return states[:, prefix.shape[1] - 1:].float()
 
     def prefix(self, run, soft, task, items=None):
         """BOS, soft tokens, maybe one item [B], text of the task: embeddings [B, L, D]"""
@@ -177,27 +139,36 @@ class PeaPOD(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def sequential_loss(model, run, index):
-    """-log P of each item of these sequences, in the mean over items"""
+def sequential_loss(model, run, index, fold):
+    """-log P of the items of this fold in these sequences, in the mean over them; interests without it"""
     items, is_item = pad_items([run.sequences[i] for i in index])
-    soft = model.soft(run, run.sequence_user[index])
+    folds, _ = pad_items([run.sequence_fold[i] for i in index])
+    is_asked = is_item & (folds == fold)
+    soft = model.soft(run, run.sequence_user[index], fold)
     hidden = model.hidden(run, soft, SEQUENTIAL, items)[:, :-1]  # [B, T, D]
-    log_p = model.log_probabilities(hidden[is_item])  # [items, M]
-    return -log_p.gather(1, items[is_item][:, None].to(log_p.device)).mean()
+    log_p = model.log_probabilities(hidden[is_asked])  # [items, M]
+    return -log_p.gather(1, items[is_asked][:, None].to(log_p.device)).sum() / is_asked.sum().clamp(min=1)
 
 
-def top_n_loss(model, run, index):
-    """-log P of a train item of these users without a history, in the mean over the user's items and users"""
+def top_n_loss(model, run, index, fold):
+    """-log P of a user's items of this fold, no history, in the mean over users who have one; interests
+    without it
+    """
     users = run.warm[index]
-    hidden = model.hidden(run, model.soft(run, users), TOP_N, torch.zeros(len(users), 0, dtype=torch.long))
+    soft = model.soft(run, users, fold)
+    hidden = model.hidden(run, soft, TOP_N, torch.zeros(len(users), 0, dtype=torch.long))
     log_p = model.log_probabilities(hidden[:, 0])  # [B, M]
-    counts = torch.tensor(run.train_matrix[users.numpy()].toarray(), dtype=log_p.dtype, device=log_p.device)
-    return -(counts * log_p).sum(1).div(counts.sum(1)).mean()
+    counts = torch.tensor(run.fold_matrix[fold][users.numpy()].toarray(), dtype=log_p.dtype)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return -(share.to(log_p.device) * log_p).sum() / (share.sum() + 1e-9)
 
 
-def explanation_loss(model, run, index):
-    """-log P of each token of these train rows' sentences, in the mean over tokens"""
-    prefix = model.prefix(run, model.soft(run, run.text_user[index]), EXPLAIN, run.text_item[index])
+def explanation_loss(model, run, index, fold):
+    """-log P of each token of these train rows' sentences, in the mean over tokens; interests without the
+    row's own fold
+    """
+    soft = model.soft(run, run.text_user[index], run.text_fold[index])
+    prefix = model.prefix(run, soft, EXPLAIN, run.text_item[index])
     ids, is_scored = text_tokens(run.llm, [run.texts[i] for i in index])
     return text_nll(run.llm, prefix, ids, is_scored).mean()
 
@@ -224,14 +195,17 @@ def target_nll(args, model, run, targets, soft):
 
 
 def train_epoch(args, run, model, optimizer, generator):
-    """Sequences, users and texts, at most --prompts of each, in random order -> mean loss by task"""
+    """Sequences, users and texts, at most --prompts of each, in random order -> mean loss by task
+
+    A step's interests leave out a fold of the train rows, and its targets are of this fold.
+    """
     sizes = {sequential_loss: len(run.sequences), top_n_loss: len(run.warm), explanation_loss: len(run.texts)}
     steps = [(task, index) for task, size in sizes.items() if size
              for index in torch.randperm(size, generator=generator)[:args.prompts].split(args.batch_size)]
     losses = {}
     for step in torch.randperm(len(steps), generator=generator):
         task, index = steps[step]
-        loss = task(model, run, index)
+        loss = task(model, run, index, int(torch.randint(NUM_FOLDS, (), generator=generator)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -274,10 +248,8 @@ def evaluate(args, run, model, variant, seed):
     rows = [{"model": variant, "task": task, "seed": seed, "users": len(part), **ranking_figures(part)}
             for task, part in rank.items()]
     if len(run.explained):
-        texts, (users, items) = [], torch.tensor(run.explained[["user", "item"]].to_numpy()).T
-        for index in torch.arange(len(users)).split(args.batch_size):
-            prefix = model.prefix(run, model.soft(run, users[index]), EXPLAIN, items[index])
-            texts += generate(run.llm, prefix)
+        prefix = lambda users, items: model.prefix(run, model.soft(run, users), EXPLAIN, items)
+        texts = explain(run.llm, prefix, run.explained, args.batch_size)
         rows.append(explanation_rows(variant, seed, texts, run.explained, run.sentences))
     return rows
 
@@ -319,14 +291,14 @@ def write_profiles(args, run, data, model):
     draw = torch.randn(run.pmf.vectors.shape[1:], generator=torch.Generator().manual_seed(args.seed))
     vectors = run.pmf.vectors[-1] + (run.pmf.deviation @ draw[..., None])[..., 0]  # [N, C]
     moved = model.soft_of(run, vectors, run.pmf.nearest[-1]).cpu()
-    num_own = np.bincount(own_rows(data.interactions)["user"], minlength=data.num_users)
-    in_fold = np.zeros((NUM_FOLDS + 1, data.num_users), dtype=np.int64)
-    np.add.at(in_fold, (run.pmf.fold.numpy(), data.split["train"]["user"].to_numpy()), 1)
+    num_own = np.bincount(data.history["user"], minlength=data.num_users)
+    in_fold = np.stack([np.bincount(data.split["train"]["user"][run.pmf.fold.numpy() == fold],
+                                    minlength=data.num_users) for fold in range(NUM_FOLDS + 1)])
     tensors = {"profiles": theta.view(shape), "shared": theta[-1].mean(0)[None], "names": ["peapod"],
                "noise": torch.cov((moved - theta[-1]).T)[None], "gain": torch.ones(data.num_users, 1),
                "num_evidence": torch.tensor(num_own - in_fold)[..., None],
                "has_evidence": torch.tensor(num_own > 0), "fold": run.pmf.fold,
-               "llm": run.llm.name, "texts": [TOP_N], "num_soft": args.soft_tokens,
+               "llm": run.llm.name, "texts": [TOP_N],
                "tiny_llm": tiny_stamp(folder.parent / "baselines/peapod") if run.llm.name == "tiny" else ""}
     options = SimpleNamespace(**vars(args) | {"run_dir": str(folder)})
     return write_artifact(options, "profiles.pt", tensors, INPUTS[:2], stage="baselines/peapod.py",
@@ -337,39 +309,39 @@ def set_up(args, data):
     """What all variants share -> the run, a namespace: llm, pmf, sequences of train items and their users,
     targets, texts
     """
-    train, sentences = data.split["train"], first_sentences(args)
+    train, (sentences, told, explained) = data.split["train"], read_reviews(args, data)
     has_text = sentences[train.index] != ""
-    llm = load_baseline_llm(args, data, TASKS, "peapod",
-                            [f" {text}" for text in sentences[train.index]] if has_text.any() else None)
+    llm = load_baseline_llm(args, data, TASKS, "peapod", told)
     refuse_beyond_context(llm, TASKS, args.soft_tokens + args.max_history + MAX_TOKENS,
                           f"--soft-tokens {args.soft_tokens}, --max-history {args.max_history}")
     embeddings = llm.model.get_input_embeddings()
-    embed = lambda text: embeddings(torch.tensor(
-        llm.tokenizer(text, add_special_tokens=False)["input_ids"], device=llm.device)).detach()
+    embed = lambda text: embeddings(torch.tensor(llm.tokenizer(
+        text, add_special_tokens=False)["input_ids"], device=llm.device)).detach().float()
     bos = llm.tokenizer.bos_token
-    item_text = torch.stack([embed(f" {text}").mean(0) for text in item_texts(data.items)])  # [M, D]
-    item_text[np.bincount(train["item"], minlength=data.num_items) == 0] = 0.0
-    sequences = [(user, items[first:first + args.max_history])
-                 for user, items in train.groupby("user")["item"].agg(np.array).items()
-                 for first in range(0, len(items), args.max_history)]
+    shift = own_space(llm.tokenizer)
+    item_text = torch.stack([embed(f" {text}"[shift:]).mean(0) for text in item_texts(data.items)])  # [M, D]
+    item_text[torch.from_numpy(~data.is_train_item)] = 0.0
+    pmf = factorize(data, args.rank, args.penalty, args.seed)
+    fold = pmf.fold.numpy()
+    sequence_user, sequences, sequence_fold = cut_sequences(train, fold, args.max_history)
     share = np.bincount(train["item"], minlength=data.num_items) + 0.5
     valid, test = (leave_one_out(data.interactions, split, data.num_items, args.max_users, args.seed)
                    for split in ("valid", "test"))
-    explained = data.split["test"][(sentences[data.split["test"].index] != "") & has_text.any()]
     texts = train[has_text]
     options = {name: value for name, value in vars(args).items()
                if name not in ("run_dir", "variant", "seeds", "epochs", "patience", "max_texts")}
-    finished = Finished(args, "peapod", [options, data.digests, llm.digest, code_digests(*CODE)])
+    finished = Finished(args, "peapod", [options, data.digests, llm.digest, llm.device, code_digests(*CODE)])
     return SimpleNamespace(
-        llm=llm, pmf=factorize(data, args.rank, args.penalty, args.seed), finished=finished,
-        sequences=[items for _, items in sequences],
-        sequence_user=torch.tensor([user for user, _ in sequences]),
-        warm=torch.tensor(np.unique(train["user"])), share=torch.tensor(share / share.sum()).float(),
-        train_matrix=count_matrix(train["user"], train["item"], (data.num_users, data.num_items)),
+        llm=llm, pmf=pmf, finished=finished, sequences=sequences, sequence_user=sequence_user,
+        sequence_fold=sequence_fold, warm=torch.tensor(np.unique(train["user"])),
+        share=torch.tensor(share / share.sum()).float(),
+        fold_matrix=[count_matrix(rows["user"], rows["item"], (data.num_users, data.num_items))
+                     for rows in (train[fold == left_out] for left_out in range(NUM_FOLDS))],
         valid=valid, test=test, sentences=sentences, texts=sentences[texts.index].tolist(),
-        explained=explained.iloc[capped(len(explained), args.max_texts, args.seed)],
+        explained=explained,
         text_user=torch.tensor(texts["user"].to_numpy()), text_item=torch.tensor(texts["item"].to_numpy()),
-        item_text=item_text, scale=float(embeddings.weight.float().square().mean().sqrt()),
+        text_fold=torch.tensor(fold[has_text]), item_text=item_text,
+        scale=float(embeddings.weight.float().square().mean().sqrt()),
         bos=embed(bos) if bos else item_text[:0], task_text={text: embed(text) for text in TASKS})
 
 

@@ -29,8 +29,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python baselines/pepler.py` finds userip/
 
 import userip  # noqa: F401, E402  (first: Ctrl-C ends in one line while the others load)
-import math
-import time
+import copy
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -39,14 +39,16 @@ from torch.nn import functional as F
 
 from common import MLP, logloss
 from userip.artifacts import check_finite, whole_file
-from userip.baseline import (Finished, baseline_parser, capped, code_digests, figures_of, item_texts,
+from userip.baseline import (Finished, baseline_parser, code_digests, figures_of, item_texts,
                              load_baseline_llm, read_data, refuse_unread, write_baseline)
 from userip.epochs import train_epochs
-from userip.explanations import TASKS, first_sentences, generate, text_nll, text_tokens
+from userip.explanations import TASKS, explain, read_reviews, text_nll, text_tokens
 from userip.options import at_least, run_program, start_stage
+from userip.serving import time_modes
 from userip.text_metrics import text_figures
 
-CODE = "baselines/pepler.py", "userip/explanations.py", "userip/epochs.py", "common.py"
+CODE = ("baselines/pepler.py", "userip/baseline.py", "userip/explanations.py", "userip/epochs.py",
+        "common.py")
 WEIGHT_DECAY = {"mlp": 1.0, "mf": 0.3}  # chosen on valid rows of planted data
 
 
@@ -93,11 +95,15 @@ class PEPLER(nn.Module):
         if head == "mlp":
             self.mlp, self.out = MLP(2 * width, hidden), nn.Linear(hidden[-1], 1)
 
+    @torch.no_grad()
+    def fill(self):
+        """Who has no train row gets the mean vector of those who have one; no gradient reaches them."""
+        for table, is_known in ((self.user, self.user_known), (self.item, self.item_known)):
+            table[~is_known] = table[is_known].mean(0)
+
     def vectors(self, user, item):
-        """u, i of rows [B] -> [B, D], [B, D]; the mean of the known ones for those without a train row"""
-        pairs = (self.user, self.user_known, user), (self.item, self.item_known, item)
-        return [self.scale * torch.where(is_known[index][:, None], table[index], table[is_known].mean(0))
-                for table, is_known, index in pairs]
+        """u, i of rows [B] -> [B, D], [B, D]"""
+        return self.scale * self.user[user], self.scale * self.item[item]
 
     def prefix(self, bos, user, item):
         """BOS, u, i: embeddings [B, L, D]"""
@@ -130,19 +136,25 @@ def batch_loss(args, model, run, rows, num_texts):
     return rec_loss + args.text_weight * text_loss, parts
 
 
+def num_texts_of_epoch(args, run):
+    """So many of an epoch's train rows have their text read, too"""
+    return min(args.text_rows, len(run.texts)) if args.text_weight else 0
+
+
 def train_epoch(args, model, run, optimizer, generator):
     """One pass over the train rows in random order -> mean losses by name"""
-    num_rows = len(run.labels["train"])
-    share = min(1.0, args.text_rows / num_rows) if args.text_weight else 0.0
-    sums = torch.zeros(2)
-    for rows in torch.randperm(num_rows, generator=generator).split(args.batch_size):
-        loss, parts = batch_loss(args, model, run, rows, math.ceil(share * len(rows)))
+    num_rows, num_texts, sums = len(run.labels["train"]), num_texts_of_epoch(args, run), torch.zeros(2)
+    for first, rows in zip(range(0, num_rows, args.batch_size),
+                           torch.randperm(num_rows, generator=generator).split(args.batch_size)):
+        before, after = (num_texts * done // num_rows for done in (first, first + len(rows)))
+        loss, parts = batch_loss(args, model, run, rows, after - before)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        sums += parts * len(rows)
+        sums += parts * torch.tensor([len(rows) / num_rows, (after - before) / max(1, num_texts)])
+    model.fill()
     check_finite(sums, "the losses", "lower --lr")
-    return dict(zip(("recommendation", "text"), (sums / num_rows).tolist()))
+    return dict(zip(("recommendation", "text"), sums.tolist()))
 
 
 @torch.no_grad()
@@ -170,14 +182,6 @@ def train(args, run, head, seed):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def explain(args, run, model):
-    """Texts generated for the rows run.explained, a list of texts"""
-    ids = torch.tensor(run.explained[["user", "item"]].to_numpy(), device=run.llm.device)
-    prefixes = [model.prefix(run.bos, *part.T) for part in ids.split(max(1, args.tokens_per_batch // 32))]
-    return [text for prefix in prefixes for text in generate(run.llm, prefix)]
-
-
 def write_texts(args, run, texts):
     """RUN_DIR/pepler.csv: what was generated beside what was written"""
     table = run.explained[["user", "item"]].assign(written=run.sentences[run.explained.index],
@@ -187,22 +191,17 @@ def write_texts(args, run, texts):
 
 
 @torch.no_grad()
-def serving_facts(args, run, model, num_epochs, num_rows=10_000):
-    """Milliseconds of the head per 10,000 rows, bytes of what it holds, tokens per user that the LLM reads in
-    so many epochs of training: at serving there is no LLM
+def costs(args, run, model, num_epochs):
+    """Milliseconds of the head per 10,000 rows on a CPU, bytes of what it holds, tokens per user that the LLM
+    reads in so many epochs of training, BOS, u and i included: at serving there is no LLM
     """
-    share = min(1.0, args.text_rows / len(run.texts)) if args.text_weight else 0.0
-    num_tokens = num_epochs * share * int(text_tokens(run.llm, run.texts)[1].sum())
-    generator = torch.Generator().manual_seed(0)
-    user, item = (torch.randint(len(known), (num_rows,), generator=generator).to(run.llm.device)
-                  for known in run.is_known)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        model(user, item).sum().item()
-        seconds.append(time.perf_counter() - started)
-    return {"milliseconds": 1000 * min(seconds), "tokens_per_user": num_tokens / len(run.is_known[0]),
-            "bytes": sum(part.numel() * part.element_size() for part in model.state_dict().values())}
+    num_tokens = int(text_tokens(run.llm, run.texts)[1].sum()) + len(run.texts) * (2 + run.bos.shape[0])
+    num_tokens *= num_epochs * num_texts_of_epoch(args, run) / len(run.texts)
+    served = copy.deepcopy(model).cpu()
+    modes = {"head": (served, [*served.parameters()])}
+    figures = time_modes(modes, [len(known) for known in run.is_known], rounds=((10_000, 30),))["head"]
+    return {"milliseconds": 1000 * figures["median_10000"], "bytes": figures["megabytes"] * 2**20,
+            "tokens_per_user": num_tokens / len(run.is_known[0])}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -214,29 +213,24 @@ def set_up(args, data):
     """What all heads share -> the run, a namespace: llm, ids int64 [n, 2] and labels float32 [n] by split,
     texts of the train rows, test rows to explain
     """
-    train, sentences = data.split["train"], first_sentences(args)
-    has_reviews = bool((sentences[train.index] != "").any())
-    reviews = [f" {text}" for text in sentences[train.index]] if has_reviews else None
-    llm = load_baseline_llm(args, data, TASKS, "peapod", reviews)  # one tiny LLM for both
+    train, (sentences, told, explained) = data.split["train"], read_reviews(args, data)
+    llm = load_baseline_llm(args, data, TASKS, "peapod", told)  # one tiny LLM for both
     embed = llm.model.get_input_embeddings()
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     items = item_texts(data.items)
     texts = sentences[train.index].where(sentences[train.index] != "", train["item"].map(items.__getitem__))
-    test = data.split["test"]
-    explained = test[sentences[test.index] != ""] if has_reviews else test[:0]
     options = {name: value for name, value in vars(args).items()
                if name not in ("run_dir", "head", "seed", "seeds", "epochs", "patience", "max_texts")}
-    finished = Finished(args, "pepler", [options, data.digests, llm.digest, code_digests(*CODE)])
+    finished = Finished(args, "pepler", [options, data.digests, llm.digest, llm.device, code_digests(*CODE)])
     ids = {name: torch.tensor(data.split[name][["user", "item"]].to_numpy(), device=llm.device)
            for name in data.labels}
-    is_known = [torch.bincount(column, minlength=size) > 0
-                for column, size in zip(ids["train"].T, (data.num_users, data.num_items))]
+    is_known = [torch.tensor(mask, device=llm.device) for mask in (data.is_warm, data.is_train_item)]
     return SimpleNamespace(
         llm=llm, finished=finished, ids=ids, is_known=is_known, texts=texts.tolist(), sentences=sentences,
         labels={name: torch.tensor(label, device=llm.device).float() for name, label in data.labels.items()},
-        explained=explained.iloc[capped(len(explained), args.max_texts, args.seed)],
+        explained=explained,
         width=embed.embedding_dim, scale=float(embed.weight.float().square().mean().sqrt()),
-        bos=embed(torch.tensor(start, dtype=torch.long, device=llm.device)).detach())
+        bos=embed(torch.tensor(start, dtype=torch.long, device=llm.device)).detach().float())
 
 
 def main(args):
@@ -246,7 +240,7 @@ def main(args):
     rows = []
     for head in args.head:
         for seed in range(args.seed, args.seed + args.seeds):
-            started = time.time()
+            before = run.finished.seconds
             model, num_epochs = train(args, run, head, seed)
             valid, test = (probabilities(model, run, split) for split in ("valid", "test"))
             rows.append({"features": head if args.text_weight else f"{head} without text", "seed": seed,
@@ -254,12 +248,15 @@ def main(args):
                          **figures_of(data.labels["valid"], valid, "valid_"),
                          **figures_of(data.labels["test"], test)})
             if len(run.explained) and args.text_weight:
-                texts = explain(args, run, model)
+                with torch.no_grad():
+                    texts = explain(run.llm, functools.partial(model.prefix, run.bos), run.explained,
+                                    max(1, args.tokens_per_batch // 32))
                 rows[-1] |= text_figures(texts, run.sentences[run.explained.index])
                 if (head, seed) == (args.head[0], args.seed):
                     write_texts(args, run, texts)
-            rows[-1]["seconds"] = time.time() - started
-    write_baseline(args, "pepler", data, rows, serving_facts(args, run, model, num_epochs))
+            rows[-1] |= costs(args, run, model, num_epochs)
+            rows[-1]["seconds"] = run.finished.seconds - before
+    write_baseline(args, "pepler", data, rows)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,10 @@ from tqdm import tqdm
 
 from common import logloss
 from userip.artifacts import fail
-from userip.baseline import (WORDS, Finished, baseline_parser, batches, capped, code_digests,
+from userip.baseline import (WORDS, Finished, baseline_parser, batches, capped, code_digests, encode_items,
                              figures_of, item_texts, load_baseline_llm, pad, pool_in_blocks, read_data,
                              refuse_unread, tokenize, write_baseline)
+from userip.evidence import own_space
 from userip.options import at_least, run_program, start_stage
 
 OPENING, QUESTION = "The user's ratings:", "Will the user like {}? Answer Yes or No:"
@@ -85,13 +86,8 @@ def parse_args(argv=None):
 
 def item_vectors(args, llm, data, finished):
     """Items in the LLM's hidden space, less the mean of train items, of length 1: float32 [M, D]; tokens"""
-    is_train_item = np.bincount(data.split["train"]["item"], minlength=data.num_items) > 0
-    texts, vectors, num_tokens = np.array(item_texts(data.items), dtype=object), None, 0
-    for part in (is_train_item, ~is_train_item):  # other items' texts do not even share a batch with these
-        pooled, count = pool_in_blocks(args, llm, finished, texts[part].tolist())
-        vectors = torch.zeros(data.num_items, pooled.shape[1]) if vectors is None else vectors
-        vectors[torch.from_numpy(part)], num_tokens = pooled, num_tokens + count
-    return F.normalize(vectors - vectors[torch.from_numpy(is_train_item)].mean(0), dim=1), num_tokens
+    vectors, num_tokens = encode_items(data, lambda texts: pool_in_blocks(args, llm, finished, texts))
+    return F.normalize(vectors - vectors[torch.from_numpy(data.is_train_item)].mean(0), dim=1), num_tokens
 
 
 def retrieve(history, rows, vectors, num_items, method):
@@ -122,8 +118,8 @@ def make_prompts(data, rows, chosen):
 
 def answer_tokens(tokenizer):
     """Ids of the first tokens in which " Yes" and " No" differ, and those that both have before it"""
-    shift = 1 if tokenizer.tokenize("a")[0].startswith("▁") else 0  # Llama's kind puts its own space
-    yes, no = (tokenizer(text[shift:], add_special_tokens=False).input_ids for text in (" Yes", " No"))
+    texts = [text[own_space(tokenizer):] for text in (" Yes", " No")]
+    yes, no = tokenizer(texts, add_special_tokens=False).input_ids
     common = next((k for k, pair in enumerate(zip(yes, no)) if pair[0] != pair[1]), None)
     if common is None:
         fail("--llm: its tokenizer does not tell Yes from No; take another one")
@@ -327,30 +323,35 @@ def main(args):
     start_stage(args)
     data = read_data(args)
     llm = load_baseline_llm(args, data, [QUESTION.format("it"), " Yes", " No", OPENING], "rella")
-    finished = Finished(args, "rella", code_digests("baselines/rella.py", "userip/baseline.py"))
-    vectors, num_tokens = item_vectors(args, llm, data, finished)
-    decisive = {key: option for key, option in vars(args).items()
-                if key not in ("run_dir", "seeds", "retrieval", "patience")}
-    decisive |= data.digests | {"llm": llm.digest, "device": llm.device}
-    rows = []
+    finished = Finished(args, "rella", [
+        data.digests, llm.digest, llm.device, code_digests("baselines/rella.py", "userip/baseline.py")])
+    # what the weights of an epoch depend on; a piece of scores is named by its prompts, too
+    decisive = {name: getattr(args, name) for name in (
+        "num_items", "shots", "rank", "alpha", "lr", "batch_size", "epochs", "dtype", "tokens_per_batch")}
+    vectors, num_tokens, rows = None, 0, []
+    if "semantic" in args.retrieval:
+        vectors, num_tokens = item_vectors(args, llm, data, finished)
+    encoding_seconds = finished.seconds
     seeds = range(args.seed, args.seed + args.seeds * (args.shots > 0))
     for method, (shots, seed) in itertools.product(args.retrieval, [
             (0, args.seed), *((args.shots, seed) for seed in seeds)]):
-        started, sets = time.time(), draw_sets(args, data, vectors, method, shots, seed)
-        key = [decisive, method, "lora" if shots else "zero-shot", seed]
+        before, sets = finished.seconds, draw_sets(args, data, vectors, method, shots, seed)
+        key = [args.dtype, args.tokens_per_batch, "zero-shot"]
         if shots:
-            key = tune(args, llm, finished, key, sets, seed)
+            key = tune(args, llm, finished, [decisive, method, "lora", seed], sets, seed)
         row, seconds, tokens_per_row = evaluate(args, llm, finished, key, sets)
+        of_items = (num_tokens, encoding_seconds, vectors.nbytes) if method == "semantic" else (0, 0.0, 0)
+        all_tokens = len(data.split["test"]) * tokens_per_row + of_items[0]  # if all test rows were scored
+        rows.append({
+            "features": f"{method} {'lora' if shots else 'zero-shot'}", "seed": seed,
+            "rows": len(sets["train"].prompts), **row, "tokens_per_user": all_tokens / data.num_users,
+            "seconds": of_items[1] + finished.seconds - before,
+            "milliseconds": 1000 * 10_000 * seconds / row["test_rows"],
+            "bytes": of_items[2] + sum(weight.nbytes for weight in llm.model.parameters())})
         remove_lora(llm.model)
-        rows.append({"features": f"{method} {'lora' if shots else 'zero-shot'}", "seed": seed,
-                     "rows": len(sets["train"].prompts), **row, "seconds": time.time() - started})
         print(f"{rows[-1]['features']}, seed {seed} | test auc {row['auc']:.4f} logloss {row['logloss']:.4f} "
               f"| {row['test_rows']:,} rows in {seconds:.1f}s", flush=True)
-    held = sum(weight.nbytes for weight in llm.model.parameters()) + vectors.numpy().nbytes
-    per_user = len(data.split["test"]) / data.num_users * tokens_per_row  # that all test rows would cost
-    write_baseline(args, "rella", data, rows, {
-        "milliseconds": 1000 * 10_000 * seconds / row["test_rows"], "bytes": held,
-        "tokens_per_user": num_tokens / data.num_users + per_user, "tokens_per_row": tokens_per_row})
+    write_baseline(args, "rella", data, rows)
 
 
 if __name__ == "__main__":

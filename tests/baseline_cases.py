@@ -50,7 +50,8 @@ def poisoned(run, folder):
 
 def pieces_with(run, name, key):
     """The finished pieces of a baseline that are dicts with this key, in an order that their values decide"""
-    pieces = [torch.load(path, weights_only=True) for path in Path(run, "baselines", name).glob("*.pt")]
+    paths = Path(run, "baselines", name).glob("*.pt")
+    pieces = [torch.load(path, weights_only=True)["value"] for path in paths]
     pieces = [piece for piece in pieces if isinstance(piece, dict) and key in piece]
     return sorted((piece[key] for piece in pieces), key=lambda state: float(next(iter(state.values())).sum()))
 
@@ -61,7 +62,8 @@ def same_tensors(one, two):
 
 def rows_of(run, name):
     """The rows that a baseline wrote, without what no two runs share"""
-    return pd.read_parquet(Path(run) / f"baseline-{name}.parquet").drop(columns=["seconds", "options"])
+    return pd.read_parquet(Path(run) / f"baseline-{name}.parquet").drop(
+        columns=["seconds", "milliseconds", "options"])
 
 
 def naive_auc(labels, scores):
@@ -82,6 +84,18 @@ def options_of(**options):
 
 
 def trained_states(run):
-    """The trained states of all finished epochs of PeaPOD or PEPLER, each as bytes: a set"""
+    """What each training of PeaPOD or PEPLER had after its last epoch, as bytes: a set"""
     pieces = [torch.load(path, weights_only=True)["model"] for path in run.glob("baselines/pe*/*.pt")]
     return {b"".join(state[key].numpy().tobytes() for key in sorted(state)) for state in pieces}
+
+
+def kill_at_call(monkeypatch, module, name, number):
+    """module.name raises KeyboardInterrupt when it is called for this time"""
+    calls, function = [], getattr(module, name)
+
+    def counted(*arguments):
+        calls.append(name)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments)
+    monkeypatch.setattr(module, name, counted)

@@ -14,6 +14,7 @@ from baseline_cases import (finished_run, naive_auc, naive_logloss, options_of, 
 from baselines import kar
 from conftest import dies, run_process, run_stage
 from ctr_data import SPLITS, small_run_of
+from test_checks import overwrite
 from userip import baseline
 from userip.evidence import assign_folds
 
@@ -40,7 +41,9 @@ def data_of(seed=0):
     history = pd.concat([split["train"], split["support"]]).sort_values(["user", "item"])
     return SimpleNamespace(split=split, labels={name: split[name]["label"].to_numpy() for name in SPLITS},
                            history=history, items=run.items.assign(price=5.0), num_users=len(run.users),
-                           num_items=run.num_items, codes=torch.tensor(run.codes))
+                           num_items=run.num_items, codes=torch.tensor(run.codes),
+                           is_warm=np.isin(np.arange(len(run.users)), split["train"]["user"]),
+                           is_train_item=np.isin(np.arange(run.num_items), split["train"]["item"]))
 
 
 # --- adaptor ----------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ def test_vectors_are_standardized_by_the_fitted_ones_alone():
 @torch.no_grad()
 def test_an_answer_equals_greedy_decoding_of_one_prompt_without_cache(llm):
     prompts = ["The user liked: red racer 1.", "The user liked: iron skillet 2; café racer 3. And a job"]
-    texts, num_tokens = kar.answer(llm_of(llm), prompts, 4)
+    texts, num_tokens = baseline.answer(llm_of(llm), prompts, 4, 500)
     total = 0
     for prompt, text in zip(prompts, texts):
         ids = baseline.tokenize(llm_of(llm), [prompt], 256)[0]
@@ -202,7 +205,12 @@ def test_the_best_epoch_is_restored_and_scores_test(monkeypatch):
     row = kar.train(args, data, (), 0)["row"]
     valid = [loss for name, loss in losses if name == "valid"]
     assert row["valid_logloss"] == pytest.approx(min(valid)) and row["best_epoch"] == 1 + np.argmin(valid)
-    assert [name for name, _ in losses].count("test") == 1 and row["logloss"] == pytest.approx(losses[-1][1])
+    (of_test,) = [loss for name, loss in losses if name == "test"]
+    assert row["logloss"] == pytest.approx(of_test)
+
+
+def test_a_rate_at_which_training_diverges_is_named(capsys):
+    assert "lower it" in dies(capsys, kar.train, options_of(**TRAINING | {"lr": 1e12}), data_of(), (), 0)
 
 
 def test_poisoned_test_rows_change_nothing_that_was_trained(run, tmp_path):
@@ -231,8 +239,8 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_asks_the_llm_nothing_twice(
         with pytest.raises(KeyboardInterrupt):
             run_stage("baselines/kar.py", "--run-dir", other, *options)
     run_stage("baselines/kar.py", "--run-dir", other, *options)
-    num_blocks = len([path for path in (folder / "baselines/kar").glob("*.pt")
-                      if isinstance(torch.load(path), tuple) and isinstance(torch.load(path)[0], list)])
+    pieces = [torch.load(path)["value"] for path in (folder / "baselines/kar").glob("*.pt")]
+    num_blocks = len([piece for piece in pieces if isinstance(piece, tuple) and isinstance(piece[0], list)])
     assert calls == {"answer": num_blocks + 1, "train": 7}
     assert rows_of(other, "kar").equals(rows_of(folder, "kar"))
 
@@ -241,9 +249,11 @@ def test_another_text_or_seed_changes_what_it_should(run):
     folder, options = run
     before = rows_of(folder, "kar")
     assert before.groupby("features")["auc"].nunique().max() == 2  # seeds differ
-    sidecar = json.loads((folder / "baseline-kar.parquet.json").read_text())["serving"]
-    assert sidecar["bytes"] > 0 and sidecar["tokens_per_user"] > 9
-    held = {name: mode["megabytes"] for name, mode in sidecar["modes"].items()}
+    tokens, held = (before.groupby("features")[name].first() for name in ("tokens_per_user", "bytes"))
+    assert tokens["none"] == 0 and tokens["random"] == tokens["generated"] > 9
+    assert held["generated"] > held["none"] > 0
+    modes = json.loads((folder / "baseline-kar.parquet.json").read_text())["modes"]
+    held = {name: mode["megabytes"] for name, mode in modes.items()}
     assert held["DCN + KAR, adaptor online"] > held["DCN + bank"] > held["DCN"]
 
 
@@ -271,7 +281,9 @@ def test_end_to_end_and_stage_4_shows_the_rows_of_its_split_only(small_run, tmp_
     sidecar.write_text(json.dumps(content | {"run": "0" * 64}))
     assert "left out" in run_stage("04_train_ctr.py", "--run-dir", folder, *few)
     assert "LLM-based" not in (folder / "results.md").read_text()
-    sidecar.write_text(json.dumps(content | {"serving": {}}))
+    sidecar.write_text(json.dumps(content))
+    frame = pd.read_parquet(folder / "baseline-kar.parquet")
+    overwrite(folder, "baseline-kar.parquet", frame.drop(columns="bytes"))
     assert "baseline-kar.parquet" in run_stage("04_train_ctr.py", "--run-dir", folder, *few, ok=False)
 
 

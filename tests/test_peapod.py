@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from baseline_cases import poisoned, trained_states
+from baseline_cases import kill_at_call, poisoned, trained_states
 from conftest import read_raw, run_process, run_stage, write_amazon, write_interactions, write_table
 from userip.artifacts import read_artifacts
 
@@ -40,7 +40,7 @@ def prepared(tmp_path_factory):
 
 def test_pool_weights_sum_to_one_and_mix_the_pool():
     torch.manual_seed(0)
-    prompt, vectors = peapod.PoolPrompt(4, 6, 2, 5), 9 * torch.randn(7, 4)
+    prompt, vectors = peapod.PROMPTS["pool"](4, 6, 2, 5), 9 * torch.randn(7, 4)
     weights = prompt.attention(vectors)
     assert weights.shape == (7, 6) and torch.allclose(weights.sum(1), torch.ones(7)) and (weights >= 0).all()
     for row in range(7):  # Σ_m a_m p_m with a = softmax(W v)
@@ -72,7 +72,7 @@ def test_training_starts_at_most_popular_and_weight_decay_pulls_back_to_it():
 def test_no_value_of_neighbours_is_the_users_own():
     """The user's vector only asks: with one neighbour nothing of it is left"""
     torch.manual_seed(0)
-    prompt, neighbours = peapod.NeighbourPrompt(4, 0, 3, 5), torch.randn(2, 1, 4)
+    prompt, neighbours = peapod.PROMPTS["neighbours"](4, 0, 3, 5), torch.randn(2, 1, 4)
     assert torch.equal(prompt(torch.randn(2, 4), neighbours), prompt(torch.randn(2, 4), neighbours))
     neighbours = torch.randn(2, 6, 4)
     weights = prompt.attention(torch.randn(2, 4), neighbours)
@@ -104,24 +104,26 @@ def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):
     again = run_peapod(tmp_path / "run", "--variant", "neighbours", "shared")
     for name in ("profiles", "noise", "fold"):
         assert torch.equal(profiles[name], again[name]), name
-    assert trained_states(run_dir) == trained_states(tmp_path / "run") and len(trained_states(run_dir)) == 4
+    assert trained_states(run_dir) == trained_states(tmp_path / "run") and len(trained_states(run_dir)) == 2
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path, capsys):
+def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path, monkeypatch, capsys):
     source, _, profiles = prepared
     run_dir = tmp_path / "run"
     shutil.copytree(source, run_dir)
-    run_peapod(run_dir, "--variant", "neighbours", "--epochs", 1)  # as if killed behind the first epoch
-    first = {path: path.stat().st_mtime_ns for path in run_dir.glob("baselines/peapod/*.pt")}
+    kill_at_call(monkeypatch, peapod, "train_epoch", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_peapod(run_dir, "--variant", "neighbours")
     again = run_peapod(run_dir, "--variant", "neighbours")
-    assert {path: path.stat().st_mtime_ns for path in first} == first and len(first) == 1
+    assert "neighbours seed 0: 1 epochs were finished before" in capsys.readouterr().out
+    assert len([*run_dir.glob("baselines/peapod/*.pt")]) == 1  # a training's state, not one an epoch
     for name in ("profiles", "noise", "shared"):
         assert torch.equal(profiles[name], again[name]), name
 
 
 def test_an_epoch_has_at_most_so_many_prompts_of_each_task(monkeypatch):
     seen = {}
-    tasks = {name: lambda model, run, index, name=name: seen.setdefault(name, []).extend(index.tolist())
+    tasks = {name: lambda model, run, index, fold, name=name: seen.setdefault(name, []).extend(index.tolist())
              or (model * 0).sum() for name in ("sequential_loss", "top_n_loss", "explanation_loss")}
     for name, task in tasks.items():
         task.__name__ = name
@@ -132,6 +134,30 @@ def test_an_epoch_has_at_most_so_many_prompts_of_each_task(monkeypatch):
                                 torch.optim.SGD([weight], lr=0.1), torch.Generator().manual_seed(0))
     assert losses == {"sequential": 0.0, "top_n": 0.0}
     assert len(set(seen["sequential_loss"])) == 6 and sorted(seen["top_n_loss"]) == [0, 1, 2, 3]
+
+
+def test_in_training_no_interest_has_seen_the_rating_of_its_target(prepared, monkeypatch):
+    """Each loss asks for interests without a fold, and its targets are the train rows of this fold"""
+    args = peapod.parse_args(["--run-dir", str(prepared[0]), *map(str, SMALL)])
+    data = peapod.read_data(args)
+    run, seen = peapod.set_up(args, data), {}
+    prompt = peapod.PROMPTS["pool"](4, 6, 3, run.item_text.shape[1])
+    model = peapod.PeaPOD(prompt, run.item_text, run.share, run.scale)
+    train, soft = data.split["train"].assign(fold=run.pmf.fold.numpy()), model.soft
+    monkeypatch.setattr(model, "soft", lambda run, users, fold: seen.update(fold=fold) or soft(run, users, fold))
+    log_probabilities = lambda hidden: seen.update(log_p=torch.randn(
+        *hidden.shape[:-1], data.num_items).log_softmax(-1).requires_grad_()) or seen["log_p"]
+    monkeypatch.setattr(model, "log_probabilities", log_probabilities)
+    for fold in (0, 3):
+        own, index = train[train["fold"] == fold], torch.arange(len(run.sequences))
+        peapod.sequential_loss(model, run, index, fold).backward()
+        assert seen["fold"] == fold and len(seen["log_p"]) == len(own)
+        asked = seen["log_p"].grad.nonzero()[:, 1].tolist()
+        assert sorted(asked) == sorted(own["item"])
+        peapod.top_n_loss(model, run, torch.arange(len(run.warm)), fold).backward()
+        users, items = seen["log_p"].grad.nonzero().T.tolist()
+        pairs = {(int(run.warm[user]), item) for user, item in zip(users, items)}
+        assert seen["fold"] == fold and pairs == {*zip(own["user"], own["item"])}
 
 
 def test_without_a_train_review_nothing_is_explained(prepared, tmp_path):

@@ -1,5 +1,5 @@
+import copy
 import importlib
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from baseline_cases import poisoned, trained_states
+from baseline_cases import kill_at_call, poisoned, trained_states
 from conftest import read_raw, run_process, write_amazon
+from userip.evidence import own_space
 from userip.explanations import generate, text_nll, text_tokens
 
 pepler = importlib.import_module("baselines.pepler")
@@ -45,17 +46,19 @@ def test_the_rating_head_is_matrix_factorization_when_asked():
 
 
 def test_tokens_per_user_are_those_of_the_text_rows_of_all_epochs(prepared, llm):
-    """Each text behind a space, with an EOS"""
+    """Each text behind BOS, u, i and a space, with an EOS"""
     model, tokenizer = llm
     run = SimpleNamespace(llm=SimpleNamespace(model=model, tokenizer=tokenizer, device="cpu"),
                           texts=["red racer", "iron"], is_known=[torch.ones(5) > 0, torch.ones(4) > 0])
-    num_tokens = sum(len(tokenizer(f" {text}", add_special_tokens=False).input_ids) + 1 for text in run.texts)
-    per_user = lambda args: pepler.serving_facts(args, run, model_of("mf"), 3, num_rows=10)["tokens_per_user"]
+    shift = own_space(tokenizer)
+    num_tokens = sum(len(tokenizer(f" {text}"[shift:], add_special_tokens=False).input_ids) + 1
+                     for text in run.texts)
+    run.bos, num_tokens = torch.zeros(1, 6), num_tokens + 2 * 3
+    per_user = lambda args: pepler.costs(args, run, model_of("mf"), 3)["tokens_per_user"]
     assert per_user(SimpleNamespace(text_rows=9, text_weight=0.1)) == pytest.approx(3 * num_tokens / 5)
     assert per_user(SimpleNamespace(text_rows=1, text_weight=0.1)) == pytest.approx(1.5 * num_tokens / 5)
     assert per_user(SimpleNamespace(text_rows=9, text_weight=0)) == 0
-    serving = json.loads((prepared[1] / "baseline-pepler.parquet.json").read_text())["serving"]
-    assert serving["tokens_per_user"] > 0
+    assert (prepared[2][["tokens_per_user", "milliseconds", "bytes", "seconds"]] > 0).all(axis=None)
 
 
 def test_the_mlp_reads_both_vectors():
@@ -69,6 +72,7 @@ def test_the_mlp_reads_both_vectors():
 
 def test_who_has_no_train_row_has_the_mean_of_the_others():
     model = model_of("mf")
+    model.fill()
     u, i = model.vectors(torch.tensor([4]), torch.tensor([3]))
     assert torch.allclose(u[0], 0.1 * model.user[:4].mean(0))
     assert torch.allclose(i[0], 0.1 * model.item[:3].mean(0))
@@ -96,6 +100,17 @@ def test_the_prompt_is_user_and_item_and_the_loss_that_of_the_llm(llm):
         assert torch.allclose(nll[row], expected, atol=1e-4)
 
 
+def test_a_llm_in_bfloat16_reads_vectors_in_float32(llm):
+    """As on CUDA: the likelihood is nearly the same, and texts can be generated"""
+    half = SimpleNamespace(model=copy.deepcopy(llm[0]).bfloat16(), tokenizer=llm[1], device="cpu")
+    embed, texts = llm[0].get_input_embeddings(), text_tokens(half, ["red racer", "iron skillet, a job"])
+    prefix = embed(torch.tensor([[5, 9, 2], [7, 7, 3]])).detach().requires_grad_()
+    in_half, in_full = (text_nll(one, prefix, *texts).mean() for one in (half, llm_of(llm)))
+    assert in_half.item() == pytest.approx(in_full.item(), rel=0.02)
+    in_half.backward()
+    assert prefix.grad.dtype == torch.float32 and len(generate(half, prefix)) == 2
+
+
 def test_generation_takes_the_likeliest_token_each_time(llm):
     llm = llm_of(llm)
     embed = llm.model.get_input_embeddings()
@@ -108,6 +123,18 @@ def test_generation_takes_the_likeliest_token_each_time(llm):
     cut = [row[:row.index(eos)] if eos in row else row for row in ids.tolist()]
     texts = [llm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in cut]
     assert generate(llm, prefix) == texts
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 512])
+def test_an_epoch_reads_exactly_so_many_texts(monkeypatch, batch_size):
+    numbers = []
+    monkeypatch.setattr(pepler, "batch_loss", lambda args, model, run, rows, num_texts: (
+        numbers.append(num_texts) or (model.bias * 0, torch.tensor([1.0, num_texts > 0]))))
+    run, model = SimpleNamespace(labels={"train": range(50)}, texts=["a"] * 50), model_of("mf")
+    args = SimpleNamespace(text_rows=9, text_weight=0.1, batch_size=batch_size)
+    losses = pepler.train_epoch(args, model, run, torch.optim.SGD(model.parameters(), lr=0.1),
+                                torch.Generator().manual_seed(0))
+    assert sum(numbers) == 9 and losses == pytest.approx({"recommendation": 1.0, "text": 1.0})
 
 
 def test_both_losses_move_the_vectors_and_the_llm_stays(prepared):
@@ -131,13 +158,15 @@ def test_poisoned_test_rows_change_nothing_that_is_trained(prepared, tmp_path):
     source, run_dir, _ = prepared
     poisoned(source, tmp_path / "run")
     run_pepler(tmp_path / "run")
-    assert trained_states(run_dir) == trained_states(tmp_path / "run") and len(trained_states(run_dir)) == 4
+    assert trained_states(run_dir) == trained_states(tmp_path / "run") and len(trained_states(run_dir)) == 2
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path):
+def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path, monkeypatch):
     source, run_dir, rows = prepared
     shutil.copytree(source, tmp_path / "run")
-    run_pepler(tmp_path / "run", "--head", "mlp", *TEXTS, "--epochs", 1)  # as if killed behind the first
+    kill_at_call(monkeypatch, pepler, "train_epoch", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_pepler(tmp_path / "run")
     again = run_pepler(tmp_path / "run")
     assert trained_states(run_dir) == trained_states(tmp_path / "run")
     columns = ["auc", "logloss", "valid_auc", "bleu4", "rougeL"]

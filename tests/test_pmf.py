@@ -17,7 +17,8 @@ def small_data(num_users=12, num_items=9, seed=0):
                         columns=["user", "item", "rating"])
     split = np.where(np.arange(len(rows)) % 6 == 5, "valid", "train").astype(object)
     split[rows["user"] == num_users - 1] = "support"
-    return argparse.Namespace(num_users=num_users, num_items=num_items, split={
+    is_warm = np.isin(np.arange(num_users), rows["user"][split == "train"])
+    return argparse.Namespace(num_users=num_users, num_items=num_items, is_warm=is_warm, split={
         name: rows[split == name] for name in ("train", "valid", "support")})
 
 

@@ -6,6 +6,7 @@ calibrate; test rows are scored once. A baseline's tiny LLM lies in RUN_DIR/base
 
 import hashlib
 import json
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +53,8 @@ def refuse_unread(parser, args, conditions):
 def read_data(args):
     """Stage 1's artifacts -> a namespace: interactions, items, users; split, frames by name, and labels int8
     [n] of train, valid, test; history, the rows that are evidence (train, and cold users' support), by user
-    and time; num_users, num_items, split_seed, digests of the files
+    and time; num_users, num_items; is_warm bool [N], is_train_item bool [M], which have train rows;
+    split_seed, digests of the files
     """
     interactions, items, users = read_artifacts(args, *INPUTS)
     split = {name: interactions[interactions["split"] == name] for name in (*SPLITS, "support")}
@@ -61,23 +63,37 @@ def read_data(args):
             fail(f"the {name} rows of {args.run_dir}/interactions.parquet have one label only, so AUC is "
                  f"undefined: choose another --threshold in stage 1")
     prepared = read_sidecar(args, "interactions.parquet")
+    has_train_rows = lambda key, size: np.bincount(split["train"][key], minlength=size) > 0
     return SimpleNamespace(
         interactions=interactions, items=items, users=users, split=split,
         labels={name: split[name]["label"].to_numpy(copy=True) for name in SPLITS},
         history=interactions[interactions["split"].isin(["train", "support"])],
-        num_users=len(users), num_items=len(items), split_seed=prepared.get("split_seed", prepared["seed"]),
+        num_users=len(users), num_items=len(items), is_warm=has_train_rows("user", len(users)),
+        is_train_item=has_train_rows("item", len(items)),
+        split_seed=prepared.get("split_seed", prepared["seed"]),
         digests={name: sha256_of(Path(args.run_dir) / name) for name in INPUTS})
 
 
-def item_texts(items, fields=FIELDS[:4]):
+def item_texts(items):
     """Each item in words, such as "Hiking: Rustic Boots One by Frugo for $22.": list of M texts"""
-    return [join(item_pieces(item, fields)).strip() for item in items.itertuples()]
+    return [join(item_pieces(item, FIELDS[:4])).strip() for item in items.itertuples()]
+
+
+def encode_items(data, encode):
+    """What encode(list of texts) gives, vectors [R, D] and a number of tokens, of all items: float32 [M, D],
+    tokens. Texts of items without train rows do not even share a batch with the others.
+    """
+    texts, vectors, num_tokens = np.array(item_texts(data.items), dtype=object), None, 0
+    for part in (data.is_train_item, ~data.is_train_item):
+        encoded, count = encode(texts[part].tolist())
+        vectors = torch.zeros(data.num_items, encoded.shape[1]) if vectors is None else vectors
+        vectors[torch.from_numpy(part)], num_tokens = encoded, num_tokens + count
+    return vectors, num_tokens
 
 
 def load_baseline_llm(args, data, prompt_texts, name="", reviews=None):
     """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights.
-    name: the folder in RUN_DIR/baselines that holds the tiny LLM; reviews: of each train row a text that the
-    tiny LLM reads behind it
+    name: the folder in RUN_DIR/baselines that holds the tiny LLM
 
     tiny is pretrained on train rows, "<item> liked." or "disliked.", in random order by user; prompt_texts:
     texts of the baseline's prompts, whose words become tokens, the last one before each user's items;
@@ -112,24 +128,37 @@ def load_baseline_llm(args, data, prompt_texts, name="", reviews=None):
 class Finished:
     """Finished pieces of work, RUN_DIR/baselines/NAME/DIGEST.pt: a killed run goes on, and a run with other
     options reuses what these do not change. A piece is named by the digest of all that decides it: `facts`
-    (the LLM, code, inputs, …) and the key that `compute` is given.
+    (the LLM, code, inputs, …) and its key. seconds: what the pieces took when they were computed.
     """
 
     def __init__(self, args, name, facts):
-        self.folder, self.facts = Path(args.run_dir) / "baselines" / name, facts
+        self.folder, self.facts, self.seconds = Path(args.run_dir) / "baselines" / name, facts, 0.0
 
-    def compute(self, key, function):
-        """What function() returns (tensors and plain values), computed once"""
+    def path(self, key):
         decisive = json.dumps([self.facts, key, torch.__version__, version("transformers")], sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(decisive.encode()).hexdigest()}.pt"
-        if not path.is_file():
-            value = function()
-            with whole_file(path) as file:
-                torch.save(value, file)
+        return self.folder / f"{hashlib.sha256(decisive.encode()).hexdigest()}.pt"
+
+    def read(self, key):
+        """The piece of this key (tensors and plain values), None if there is none"""
+        path = self.path(key)
         try:
-            return torch.load(path, weights_only=True)
+            return torch.load(path, weights_only=True) if path.is_file() else None
         except Exception as error:  # what a damaged pickle raises may be anything
             fail(f"{path} is no finished piece of a run ({type(error).__name__}): delete it")
+
+    def write(self, key, value):
+        with whole_file(self.path(key)) as file:
+            torch.save(value, file)
+
+    def compute(self, key, function):
+        """What function() returns, computed once"""
+        piece = self.read(key)
+        if piece is None:
+            started = time.time()
+            self.write(key, {"value": function(), "seconds": time.time() - started})
+            piece = self.read(key)
+        self.seconds += piece["seconds"]
+        return piece["value"]
 
 
 def code_digests(*files):
@@ -173,9 +202,25 @@ def pad(llm, ids, on_left=False):
 
 
 @torch.no_grad()
-def mean_pool(llm, texts, tokens_per_batch, max_tokens=None):
+def answer(llm, prompts, num_tokens, tokens_per_batch):
+    """Greedy answers to prompts: list of texts, int number of tokens that were read or written"""
+    ids, end = tokenize(llm, prompts, llm.context - num_tokens), llm.tokenizer.eos_token_id
+    texts, count = [""] * len(ids), sum(map(len, ids))
+    for part in batches(ids, tokens_per_batch):
+        tokens, mask = pad(llm, [ids[index] for index in part], on_left=True)  # [B, T]
+        written = llm.model.generate(input_ids=tokens, attention_mask=mask.long(), max_new_tokens=num_tokens,
+                                     do_sample=False, pad_token_id=end if end is not None else 0)
+        written = written[:, tokens.shape[1]:]  # [B, num_tokens]
+        for index, one in zip(part, written.tolist()):
+            one = one[:one.index(end) + 1] if end in one else one  # pads follow the end
+            texts[index], count = llm.tokenizer.decode(one, skip_special_tokens=True), count + len(one)
+    return texts, count
+
+
+@torch.no_grad()
+def mean_pool(llm, texts, tokens_per_batch):
     """Mean of the LLM's last hidden states over a text's tokens: float32 [R, D], int number of tokens read"""
-    ids = tokenize(llm, texts, min(max_tokens or llm.context, llm.context))
+    ids = tokenize(llm, texts, llm.context)
     pooled = torch.zeros(len(ids), llm.model.config.hidden_size)
     for part in batches(ids, tokens_per_batch):
         tokens, mask = pad(llm, [ids[index] for index in part])
@@ -200,24 +245,24 @@ def figures_of(labels, probabilities, prefix=""):
             f"{prefix}logloss": logloss(labels, probabilities)}
 
 
-def write_baseline(args, name, data, rows, serving):
+def write_baseline(args, name, data, rows, **facts):
     """Write RUN_DIR/baseline-NAME.parquet and print its means. rows: dicts of features, seed, rows (of train
-    that trained), test_rows (that were scored), auc, logloss, valid_auc, valid_logloss, seconds. serving, of
-    one set of features: milliseconds per 10,000 rows, bytes held, tokens_per_user that the LLM read or wrote
+    that trained), test_rows (that were scored), auc, logloss, valid_auc, valid_logloss; seconds (of training
+    and of the LLM), tokens_per_user that the LLM read or wrote; of serving milliseconds per 10,000 rows and
+    bytes held. facts: for the sidecar
     """
     options = json.dumps({key: option for key, option in vars(args).items() if key != "run_dir"},
                          sort_keys=True, default=str)
     results = pd.DataFrame([{"model": name, "split_seed": data.split_seed} | row for row in rows])
     means = results.groupby("features", sort=False)[["auc", "logloss"]].mean()
     print(results.to_string(index=False, float_format="{:.4f}".format))
-    path = write_artifact(args, f"baseline-{name}.parquet", results.assign(options=options), INPUTS,
-                          serving=serving)
+    path = write_artifact(args, f"baseline-{name}.parquet", results.assign(options=options), INPUTS, **facts)
     shown = " | ".join(f"{features} AUC {row.auc:.4f} logloss {row.logloss:.4f}"
                        for features, row in zip(means.index, means.itertuples()))
     print(f"wrote {path}: {len(results)} rows | {shown}; `python 04_train_ctr.py` shows them in results.md")
 
 
 def capped(rows, limit, seed):
-    """At most `limit` of n rows, drawn at random, in their order: int64 indices; None: all"""
+    """At most `limit` of n rows, drawn at random, in their order: int64 indices"""
     chosen = np.random.default_rng([seed, 7]).permutation(rows)[:limit]
     return np.sort(chosen)

@@ -10,7 +10,8 @@ BASELINES = "kar", "rella", "pepler"  # baselines/NAME.py writes baseline-NAME.p
 BASELINE = {  # its columns, beside the model
     "features": "text", "options": "text",
     **dict.fromkeys(("split_seed", "seed", "rows", "test_rows"), "index"),
-    **dict.fromkeys(("auc", "logloss", "valid_auc", "valid_logloss", "seconds"), "number")}
+    **dict.fromkeys(("auc", "logloss", "valid_auc", "valid_logloss", "seconds", "tokens_per_user",
+                     "milliseconds", "bytes"), "number")}
 # column -> what it must hold: "number" (finite), "index" (int64, 0 or more), "order" (0, 1, 2, …), "text"
 # (none missing), "maybe text", "maybe number", or a set of values
 COLUMNS = {
@@ -52,7 +53,6 @@ TENSORS = {
 WORDS = {"N": "number of users", "M": "number of items", "R": "number of train rows"}
 WITH_FOLDS = {"profiles": "float32 FNPD", "num_evidence": "int64 FNP", "habits?": "float32 FNH"}
 SIDECAR = {"sha256": str, "inputs": {str: str}, "options": {}, "seed": SEED}
-SERVING = dict.fromkeys(("milliseconds", "bytes", "tokens_per_user"), (float, 0, 1e30))
 SIDECARS = {  # more, of which later stages read something
     "interactions.parquet": {"split_seed?": SEED, "split?": str, "dataset?": str, "interactions?": int,
                              "options": {"threshold?": float}},
@@ -63,7 +63,6 @@ SIDECARS = {  # more, of which later stages read something
     "feature_bank.parquet": {"names": [str, "P"], "codes": [COUNT, "P"], "has_folds?": bool},
     "train_codes.parquet": {"names": [str]},
     "item_bank.parquet": {"codes": COUNT},
-    **{f"baseline-{name}.parquet": {"serving": SERVING} for name in BASELINES},
     "results.parquet": {
         "gains": {str: {"auc_gain": float, "auc_half_interval": float, "share_of_oracle?": float}},
         "options": {"models": [{"means", *MODELS}], "hidden": [COUNT], "dropout": (float, 0, 1 - 1e-15),

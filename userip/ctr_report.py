@@ -63,10 +63,14 @@ def markdown(header, lines):
     return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines]]
 
 
+def spread(figures):
+    """Mean and standard deviation of a series as text; the mean alone of one figure"""
+    return f"{figures.mean():.4f} ± {figures.std():.4f}".replace(" ± nan", "")
+
+
 def table_of_means(groups, data=None):
     """Tables 2 (`none`), 3 (`dense`), 4 (`codes`): means over draws, the paper's on `data` beside"""
     lines, paper = [], pd.read_csv(PAPER, index_col=["data", "model", "features"])
-    spread = lambda figures: f"{figures.mean():.4f} ± {figures.std():.4f}".replace(" ± nan", "")
     for key, frame in groups.items():
         reference, line = groups.get((key[0], "none")), [*key, spread(frame["auc"]), spread(frame["logloss"])]
         line += ["", ""] if reference is None or reference is frame else [
@@ -80,15 +84,14 @@ def table_of_means(groups, data=None):
 
 
 def read_baselines(args):
-    """What baselines/ wrote into this run: {file: (frame, what serving costs)}; those of another split are
-    left out, and a line says so
+    """What baselines/ wrote into this run: {file: frame}; those of another split are left out, and a line
+    says so
     """
     files = [f"baseline-{name}.parquet" for name in BASELINES]
     found = {}
     for file in [file for file in files if (Path(args.run_dir) / file).exists()]:
-        sidecar = read_sidecar(args, file)
-        if sidecar.get("run") == run_of(args.run_dir):
-            found[file] = read_artifacts(args, file)[0], sidecar["serving"]
+        if read_sidecar(args, file).get("run") == run_of(args.run_dir):
+            found[file] = read_artifacts(args, file)[0]
         else:
             print(f"left out: {Path(args.run_dir) / file} is of another split; run `python {MADE_BY[file]}`")
     return found
@@ -96,21 +99,21 @@ def read_baselines(args):
 
 def table_of_baselines(baselines):
     """The LLM-based systems that the paper compares with, and what they cost: list of lines, maybe empty"""
-    lines, spread = [], lambda figures: f"{figures.mean():.4f} ± {figures.std():.4f}".replace(" ± nan", "")
-    for frame, serving in baselines.values():
+    lines = []
+    for frame in baselines.values():
         for (model, features), rows in frame.groupby(["model", "features"], sort=False):
-            cost = ["", "", ""] if features == "none" else [
-                f"{serving['milliseconds']:,.4g}", f"{serving['bytes'] / 2**20:.2f}",
-                f"{serving['tokens_per_user']:,.0f}"]
+            mean = lambda name: rows[name].mean()
             lines.append([model, features, f"{len(rows)}", f"{rows['rows'].iloc[0]:,}",
                           f"{rows['test_rows'].iloc[0]:,}", spread(rows["auc"]), spread(rows["logloss"]),
-                          *cost])
+                          f"{mean('milliseconds'):,.4g}", f"{mean('bytes') / 2**20:.2f}",
+                          f"{mean('tokens_per_user'):,.0f}", f"{mean('seconds') / 60:.1f}"])
     return ["", "## LLM-based baselines", "",
             "By the scripts of baselines/, on the same split. Rows of train that trained, rows of test that "
-            "were scored: compare only what scored all. Serving: milliseconds per 10,000 rows, MB held; "
-            "tokens that the LLM read or wrote per user.", "",
+            "were scored: compare only what scored all. Serving: milliseconds per 10,000 rows, MB held. "
+            "Tokens that the LLM read or wrote per user; minutes of one seed, training and LLM.", "",
             *markdown(["system", "features", "seeds", "train rows", "test rows", "AUC", "logloss",
-                       "ms per 10,000", "held (MB)", "tokens per user"], lines), ""] if lines else []
+                       "ms per 10,000", "held (MB)", "tokens per user", "minutes"], lines),
+            ""] if lines else []
 
 
 def pairs_of(features):

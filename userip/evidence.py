@@ -59,10 +59,16 @@ def join(pieces):
     return "".join(text for _, text in pieces)
 
 
+def own_space(tokenizer):
+    """1 if this tokenizer puts a space of its own before a text (Llama's kind), 0 if not (GPT-2's): where the
+    text begins with a space, this one goes
+    """
+    return 1 if tokenizer.tokenize("a")[0].startswith("▁") else 0
+
+
 def tokenize(tokenizer, rows, max_tokens=None):
     """rows: a list of (field, text) pieces per text, maybe empty -> Texts of at most `max_tokens` tokens"""
-    # a tokenizer of the Llama kind puts its own space before a text; GPT-2's needs it there
-    shift = 1 if tokenizer.tokenize("a")[0].startswith("▁") else 0
+    shift = own_space(tokenizer)
     index = {field: number for number, field in enumerate(FIELDS)}
     ids, field = [], []
     for pieces in rows:

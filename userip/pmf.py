@@ -1,5 +1,5 @@
-"""Probabilistic matrix factorization (PMF) of the train ratings: users' vectors, without each fold of their
-rows, and the nearest other users.
+"""Interests of PeaPOD's users: vectors by probabilistic matrix factorization (PMF) of the train ratings,
+without each fold of a user's rows, the nearest other users, and soft prompts that are made of these.
 """
 
 import math
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
+from torch import nn
 from torch.nn import functional as F
 
 from userip.evidence import assign_folds
@@ -49,18 +50,20 @@ def factorize(data, rank, penalty, seed):
         items, _ = solve_vectors(train, "item", users, sizes[1], penalty)
     fold = assign_folds(train, NUM_FOLDS, seed)
     kept = [pd.concat([train[fold != left_out], support]) for left_out in range(NUM_FOLDS + 1)]
-    solved = [solve_vectors(rows, "user", items, sizes[0], penalty) for rows in kept]
-    vectors, covariance = np.stack([part for part, _ in solved]), solved[-1][1]
+    vectors = []
+    for rows in kept:  # the covariance is that of the last one
+        part, covariance = solve_vectors(rows, "user", items, sizes[0], penalty)
+        vectors.append(part)
+    vectors = np.stack(vectors)
     residual = {name: rows["rating"] - mean * (name == "valid")
                 - (vectors[-1, rows["user"]] * items[rows["item"]]).sum(1)
                 for name, rows in (("train", train), ("valid", data.split["valid"]))}
     rmse = {name: math.sqrt((part**2).mean()) for name, part in residual.items()}
     print(f"PMF: RMSE of ratings {rmse['train']:.3f} on train, {rmse['valid']:.3f} on valid rows")
-    is_warm = np.bincount(train["user"], minlength=sizes[0]) > 0
-    scale = vectors[-1, is_warm].std(0).clip(min=1e-9)  # of each direction
+    scale = vectors[-1, data.is_warm].std(0).clip(min=1e-9)  # of each direction
     vectors = torch.tensor(vectors / scale, dtype=torch.float32)
     deviation = np.linalg.cholesky(covariance) * rmse["train"] / scale[:, None]
-    nearest = torch.stack([nearest_users(part, vectors[-1], torch.tensor(is_warm)) for part in vectors])
+    nearest = torch.stack([nearest_users(part, vectors[-1], torch.tensor(data.is_warm)) for part in vectors])
     return SimpleNamespace(vectors=vectors, deviation=torch.tensor(deviation, dtype=torch.float32),
                            fold=torch.tensor(fold), nearest=nearest)
 
@@ -77,3 +80,42 @@ def nearest_users(vectors, others, is_warm, block=1024):
         cosine[torch.arange(len(users)), users] = -3.0
         nearest.append(cosine.topk(num, dim=1).indices)
     return torch.cat(nearest)
+
+
+class PoolPrompt(nn.Module):
+    """θ_u = Σ_m a_m p_m, a = softmax(W v_u): vectors [B, C] -> soft prompts [B, S D], in units of scale"""
+
+    def __init__(self, rank, num_prompts, num_soft, width):
+        super().__init__()
+        self.interest = nn.Linear(rank, num_prompts)
+        self.prompts = nn.Parameter(torch.randn(num_prompts, num_soft * width))
+
+    def attention(self, vectors):
+        return self.interest(vectors).softmax(1)  # [B, m]
+
+    def forward(self, vectors, neighbours):
+        return self.attention(vectors) @ self.prompts
+
+
+class NeighbourPrompt(nn.Module):
+    """S heads of attention over other users' vectors: [B, C], neighbours [B, 20, C] -> [B, S D]
+
+    The user's own vector asks, but no value is made of it.
+    """
+
+    def __init__(self, rank, num_prompts, num_soft, width):
+        super().__init__()
+        self.query = nn.Linear(rank, num_soft * rank)
+        self.key, self.value = nn.Linear(rank, rank), nn.Linear(rank, width)
+        self.start = nn.Parameter(torch.randn(num_soft, width))
+
+    def attention(self, vectors, neighbours):
+        query = self.query(vectors).view(len(vectors), len(self.start), -1)  # [B, S, C]
+        return (query @ self.key(neighbours).mT / math.sqrt(query.shape[2])).softmax(2)  # [B, S, 20]
+
+    def forward(self, vectors, neighbours):
+        mixed = self.value(self.attention(vectors, neighbours) @ neighbours)  # [B, S, D]; weights sum to 1
+        return (self.start + mixed).flatten(1)
+
+
+PROMPTS = {"pool": PoolPrompt, "neighbours": NeighbourPrompt, "shared": PoolPrompt}  # shared: a pool of one

@@ -55,6 +55,17 @@ def leave_one_out(interactions, split, num_items, max_users, seed):
                    np.reshape(sampled, (-1, SAMPLED)))
 
 
+def cut_sequences(train, fold, max_items):
+    """Each user's train items in order, in parts of at most max_items -> users int64 [R], and lists of R
+    int64 arrays: the items, and the folds of their rows. fold: int64 [train rows]
+    """
+    by_user = train.assign(fold=fold).groupby("user")[["item", "fold"]].agg(np.array)
+    parts = [(user, items[first:first + max_items], folds[first:first + max_items])
+             for user, items, folds in by_user.itertuples() for first in range(0, len(items), max_items)]
+    users, items, folds = zip(*parts)
+    return torch.tensor(users), items, folds
+
+
 def pad_items(sequences):
     """Lists of items -> items int64 [B, T], is_item bool [B, T], pads on the right"""
     rows = [torch.as_tensor(np.asarray(sequence, dtype=np.int64)) for sequence in sequences]

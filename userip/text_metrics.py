@@ -60,7 +60,9 @@ def rouge_l(text, reference):
 
 def distinct(texts, n):
     """Different n-grams per n-gram over all texts (Li et al., 2016)"""
-    counts = sum((ngrams(text, n) for text in texts), Counter())
+    counts = Counter()
+    for text in texts:
+        counts.update(ngrams(text, n))
     return len(counts) / max(counts.total(), 1)
 
 
