@@ -21,7 +21,7 @@ Splits  random     8:1:1 per interaction (the paper's)
                    support, evidence for their own profile only, the rest is test; a ninth of others' is valid
         cold-item  a tenth of the items is never in train or valid: all their interactions are test; a ninth
                    of the other interactions is valid
-        published  that of the data set (nete, or a table with a column `split`); nothing is dropped
+        published  that of the data set (nete, or a table with a column `split`); rows without one go
 
 Example: python 01_prepare.py        (2 seconds)
   wrote runs/demo/interactions.parquet: 34,213 rows, 1,975 users, 600 items | base-rate logloss 0.6674

@@ -3,7 +3,7 @@
 The prompt of user u is "This user's hobby is [θ] his background is [θ] The user has bought" and then what
 they had (paper, section 2.3, eq. 3). The LLM is frozen. Only the θ are fitted, so that the user's behaviour
 becomes likely (eq. 4), under the attention mask of Fig. 4. Only train rows are evidence, and a cold user's
-support rows for their own profile. Half of the users' validation rows choose step lengths, half report.
+support rows for their own profile. Validation rows of half of the users choose step lengths, others' report.
 
 --method score (default) fits one θ̄ for all users, takes the score (the gradient of the log-likelihood at θ̄)
 of each catalogue item once, and moves each user along the whitened sum of their items' scores: the cost grows
@@ -20,8 +20,8 @@ Reads   interactions.parquet, items.parquet; with --prior codebook.pt; with --on
 Writes  profiles.pt: profiles float32 [N, P, S D] ([F + 1, N, P, S D] with folds, the last with all evidence),
         shared float32 [P, S D] (θ̄), noise float32 [P, S D, S D] (covariance of gain · (θ - θ̄) if users did
         not differ), gain float32 [N, P], num_evidence int64 [N, P] ([F + 1, N, P]), has_evidence bool [N],
-        names, texts, llm; with folds fold int64 [train rows]; with --prior the codebook; with --ratings
-        habits float32 [N, H] ([F + 1, N, H]): how users rate, by userip/rating_means.py
+        names, texts, llm, tiny_llm (its digest); with folds fold int64 [train rows]; with --prior the
+        codebook; with --ratings habits float32 [N, H] ([F + 1, N, H]), see userip/rating_means.py
         scores.pt: with --method score all that a new user's profile needs
         new_profiles.pt: with --only-users profiles [N', P, S D], user_id, num_evidence, has_evidence, names,
         after --ratings habits [N', H]
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add.data("--only-items", type=Path, metavar="FILE", help="read new items: item_id, title (see data.md)")
     add.method("--paper", action="store_true", help="the paper's text: " + options_text(PAPER))
     add.method("--released", action="store_true", help="the released recipe: " + options_text(RELEASED))
-    add.method("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2 or tiny")
+    add.method("--llm", default="auto", help="hub name, folder, GGUF, tiny; auto: Llama-2-7B, GPT-2 or tiny")
     add.method("--profiles", nargs="+", default=DEFAULT_PROFILES, metavar="NAME=TEXT", help="name, text N_k")
     add.method("--task-text", default="The user has bought", help="task text D before the evidence")
     add.method("--method", choices=["score", "gradient"], default="score",
@@ -320,9 +320,9 @@ def infer_block(run, shared, evidence, start):
     """AdamW on the θ of a block of users (Algorithm 1, line 4): their evidence (see Evidence.of_users), start
     [U, P, S D] -> [U, P, S D]
 
-    The loss of a user is Σ -log P(evidence) + pull/2 (θ - θ̄)ᵀ Σ (θ - θ̄): the prior weighs as much as `pull`
-    items. With a codebook as prior, θ̄ gives way to the codeword nearest at each step, as a soft token
-    (eq. 7).
+    The loss of a user is Σ -log P(evidence), its fields weighed by --field-weights, + pull/2 (θ - θ̄)ᵀ Σ
+    (θ - θ̄): the prior weighs as much as `pull` items. With a codebook as prior, θ̄ gives way to the codeword
+    nearest at each step, as a soft token (eq. 7).
     """
     args, prompt = run.args, run.prompt
     anchors = [codeword_soft_tokens(prior, shared.soft[k], shared.noise[k])
@@ -421,13 +421,12 @@ def main(args):
              "users_with_evidence": int(has_evidence.sum())}
     inputs = ["interactions.parquet", "items.parquet"]
     if fitted:
-        fitted |= {"names": names, "words": run.observed.words}
-        write_artifact(args, "scores.pt", fitted, inputs, **facts)
+        write_artifact(args, "scores.pt", fitted | {"names": names}, inputs, **facts)
         inputs.append("scores.pt")
     shape = profiles.shape if args.folds else profiles.shape[1:]  # without folds, there is no axis for them
     tensors = {"profiles": SimpleNamespace(shape=shape, blocks=profiles.blocks), "shared": shared.soft,
                "noise": noise, "gain": gain, "num_evidence": counts if args.folds else counts[0],
-               "has_evidence": has_evidence, "names": names, "llm": run.llm, "num_soft": args.soft_tokens,
+               "has_evidence": has_evidence, "names": names, "llm": run.llm,
                "texts": list(run.profiles.values()),
                "tiny_llm": tiny_stamp(args.run_dir) if run.llm == "tiny" else ""}
     if args.ratings:

@@ -44,7 +44,7 @@ from userip.options import (at_least, changed_options, option_name, options_text
 from userip.profiles import (compare_with_truth, describe_codes, probe_auc, probe_labels, read_profiles,
                              read_rows, theta_of)
 
-PAPER = {"whiten": False, "vq_weight": 0.001, "rec_weight": 0.001, "beta": 1.0}
+PAPER = {"whiten": False, "batch_size": 128, **dict.fromkeys(("lr", "vq_weight", "rec_weight", "beta"), 1e-3)}
 RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight": 0.0, "beta": 0.0, "lr": 0.01}
 
 
@@ -191,10 +191,10 @@ def recommendation_losses(codes, num_codes, rows, valid_rows, seed):
     surrogate = Surrogate([num_codes + 1], rows.num_items)
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=0.01)
     one_hot = lambda code: [F.one_hot(code, num_codes + 1).float()]
-    num_rows, losses = min(len(rows.user), 200_000), []
+    losses = []
     for _ in range(15):
         surrogate.train()
-        for batch in torch.randperm(num_rows).split(512):
+        for batch in torch.randperm(len(rows.user))[:200_000].split(512):
             logits = surrogate(one_hot(codes[rows.fold[batch], rows.user[batch]]), rows.item[batch])
             optimizer.zero_grad(set_to_none=True)
             F.binary_cross_entropy_with_logits(logits, rows.label[batch]).backward()

@@ -28,7 +28,6 @@ Example: python 04_train_ctr.py        (1 to 2 minutes on two cores)
 """
 
 import userip  # noqa: F401  (first: Ctrl-C ends in one line while the others load)
-import argparse
 import hashlib
 import itertools
 import json
@@ -56,7 +55,7 @@ from userip.options import (at_least, option_name, options_text, parse_with_pres
 from userip.rating_means import means_model
 from userip.serving import serving_figures, serving_table
 
-PAPER = {"lr": 0.001}  # the paper gives neither batch size nor penalty
+PAPER = {"lr": 0.001}  # the paper gives no penalty, and no batch size of the CTR models
 # penalty of the embeddings: smaller where no network can scale embeddings or first-order weights up again
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}  # decay: times the default
@@ -84,7 +83,7 @@ def parse_args(argv=None):
     add.method("--layers", type=at_least(1, at_most=100), default=3, help="cross or attention layers, if any")
     add.method("--hidden", type=at_least(1, at_most=100_000), nargs="+", default=[16, 16],
                help="widths of an MLP, if any")
-    add.method("--dropout", type=at_least(0, float), default=0.2, help="in the MLP, in AFM's attention")
+    add.method("--dropout", type=at_least(0, float), default=0.2, help="in the MLP, of AFM's pooled pairs")
     add.method("--with-means", action="store_true",
                help="let valid choose, for each model and set, if it reads the two shrunk means, too")
     add.method("--id-dropout", type=at_least(0, float), default=0.0,
@@ -104,11 +103,14 @@ def parse_args(argv=None):
     add.machine("--bench", action="store_true", help="table 6: a DCN's seconds per 10,000 rows, with bank")
     args = parse_with_presets(parser, argv, paper=PAPER)
     args.models = [name for name in args.models if name != "means"] or ["means"]
-    has_mlp = args.bench or not {*args.models} <= {"ffm", "afm", "autoint"}
+    is_trained = args.models != ["means"]
+    has_mlp = args.bench or {*args.models} - {"means", "ffm", "afm", "autoint"}
     has_layers = args.bench or {*args.models} & {"dcn", "dcnv2", "autoint"}
     refuse_without_effect(parser, args, {
-        **dict.fromkeys(("features", "fields", "codebook_sizes", "tune", "with_means"),
-                        (args.models != ["means"], "a model beside means in --models")),
+        **dict.fromkeys(("features", "fields", "codebook_sizes", "tune", "with_means", "paper", "lr", "start",
+                         "weight_decay", "batch_size", "epochs", "patience", "id_dropout", "compile"),
+                        (is_trained, "a model beside means in --models")),
+        "field_dim": (is_trained or args.bench, "a model beside means in --models"),
         "hidden": (has_mlp, "a model with a MLP in --models"),
         "dropout": (has_mlp or "afm" in args.models, "a model with a MLP or afm in --models"),
         "layers": (has_layers, "dcn, dcnv2 or autoint in --models")})
@@ -183,7 +185,7 @@ def further_fields(args, feature, run, seed):
     """A feature set beside user and item: ids {split: int64 [n, P']}, how many each field has, and numbers
     {split: float32 [n, C]}
     """
-    columns = [*set_columns(parts_of(feature, args.features), run, seed), *run.described]
+    columns = [*set_columns(parts_in(args, feature), run, seed), *run.described]
     is_number = [column.size == 0 for column in columns]
     codes = [column.read(run.split) for column in columns]
     table = lambda name, wanted: np.reshape(
@@ -258,7 +260,7 @@ def group_key(args, run, model, features, seeds):
     ignored = {"run_dir", "models", "features", "seed", "seeds", "splits", "codebook_sizes", "bench", "paper",
                "with_means"}
     options = {key: option for key, option in vars(args).items() if key not in ignored | set(CHOICES)}
-    parts = [parts_of(feature, args.features) for feature in features]
+    parts = [parts_in(args, feature) for feature in features]
     # what reads no profile is the same for any codebook
     is_free = {*"+".join(features).split("+")} <= PROFILE_FREE
     inputs = {name: digest for name, digest in run.digests.items() if not is_free or name in STAGE_1}
@@ -281,10 +283,9 @@ def train_run(args, run, models, features, seeds):
     asked = features
     if args.with_means:
         features = list(dict.fromkeys([*asked, *map(joined_with_means, asked)]))
-        args = argparse.Namespace(**vars(args) | {"features": features})
     # by fields beside the ids, sparse, numbers or vectors; feature sets of one shape train in one stack
     shape = lambda feature: "z" if feature == "dense" else str([
-        column.size > 0 for column in set_columns(parts_of(feature, args.features), run, seeds[0])])
+        column.size > 0 for column in set_columns(parts_in(args, feature), run, seeds[0])])
     groups = [list(group) for _, group in itertools.groupby(sorted(features, key=shape), shape)]
     for model, group in itertools.product([name for name in models if name in MODELS], groups):
         path = Path(args.run_dir) / "finished" / f"{group_key(args, run, model, group, seeds)}.json"
@@ -303,6 +304,14 @@ def train_run(args, run, models, features, seeds):
         print(pd.DataFrame(finished).to_string(index=False, float_format="{:.4f}".format), flush=True)
         rows += finished
     return choose_means(rows, asked) if args.with_means else rows
+
+
+def parts_in(args, feature):
+    """The parts of a set; what --with-means has joined to `dense-means` deals what it deals without"""
+    base = feature.removesuffix("+dense-means")
+    if args.with_means and base != feature and base in (args.features or ()):
+        return [*parts_of(base, args.features), ("dense-means", False)]
+    return parts_of(feature, args.features)
 
 
 def joined_with_means(feature):

@@ -5,7 +5,8 @@ words of their profiles (table 5 of the paper) beside those of another user as a
 model recommends without and with codes. Words are the tokens nearest to θ_u - mean θ, and by a lens those
 that the LLM expects more after "This user's hobby is" θ_u than after the mean θ; are the own words found in
 held-out items more often than the control's? Attention (figure 7): how much the words of "The user likes …"
-attend to the soft token, before and after tuning. Held-out rows are valid ones, never test.
+attend to the soft token, before and after tuning. Held-out rows are valid ones, never test. The LLM runs on
+the CPU in float32.
 
 Reads   all artifacts of the run, and the LLM
 Writes  report.html, one file with its pictures inside; report/: each picture as PNG, its data as csv
@@ -31,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from userip.artifacts import fail, read_artifacts, read_sidecar, whole_file, write_artifact
 from userip.ctr_training import Member, Rows, table_rows, train_stack
 from userip.features import described_columns
-from userip.llm import load_llm, tiny_stamp
+from userip.llm import check_tiny_llm, load_llm
 from userip.options import (at_least, changed_options, refuse_without_effect, run_program, stage_parser,
                             start_stage)
 from userip.report import (WORD, agreement, code_cards, draw_attention, draw_maps, mean_with_interval,
@@ -269,6 +270,9 @@ def click_scores(run, users):
         rows = run.results.query("model == @options.models[0] and features == @feature")
         if not len(rows) or options.models == ["means"]:
             continue
+        if "with_means" in rows and rows["with_means"].iloc[0]:
+            print(f"scores {title} are left out: this row of stage 4 also reads the two means (--with-means)")
+            continue
         fields = {name: run.codes[frame["user"], :num_fields] for name, frame in split.items()}
         fields["train"] = run.train_codes[:, :num_fields]
         fields = {name: np.column_stack([part, *(codes[name] for codes in described)])
@@ -323,11 +327,9 @@ def main(args):
     started = time.time()
     run = read_run(args)
     chosen, scored = choose_users(args, run)
-    llm = run.stored["llm"]
-    if llm == "tiny" and tiny_stamp(args.run_dir) != run.stored["tiny_llm"]:
-        fail(f"{args.run_dir}/tiny_llm is not the LLM that profiles.pt was inferred with: run `python "
-             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
-    model, tokenizer = load_llm(args, llm, attn_implementation="eager")  # no other one returns attention
+    check_tiny_llm(args, run.stored)
+    # no other kind of attention returns it
+    model, tokenizer = load_llm(args, run.stored["llm"], attn_implementation="eager")
     cards, meanings, num_names = zip(*[code_cards(run, k, args.num_words, [args.seed, k])
                                        for k in range(len(run.names))])
     words = words_of_profiles(args, run, model, tokenizer, scored)

@@ -74,7 +74,7 @@ def profiles_of_words(folder):
     y, gain = [], []
     for fields in ROUTES.values():
         fields = [field for field in fields if items[field].notna().any()] or ["title", "category"]
-        scores = torch.from_numpy(word_vectors(items, fields))
+        scores = torch.from_numpy(word_vectors(items, train, fields))
         scores = scores - share @ scores
         noise = (scores * share[:, None]).T @ scores
         noise += 1e-3 * noise.diagonal().mean() * torch.eye(len(noise))
@@ -88,7 +88,7 @@ def profiles_of_words(folder):
     tensors = {"profiles": torch.stack(y, 1).float(), "shared": torch.zeros(2, RANK),
                "noise": torch.eye(RANK).repeat(2, 1, 1), "gain": torch.stack(gain, 1).float(),
                "num_evidence": count.long()[:, None].repeat(1, 2), "has_evidence": count > 0, "names": names,
-               "llm": "words", "num_soft": 1, "texts": names, "tiny_llm": ""}
+               "llm": "words", "texts": names, "tiny_llm": ""}
     write_artifact(SimpleNamespace(run_dir=folder, seed=0, method="score", route=["none"]), "profiles.pt",
                    tensors, ["interactions.parquet", "items.parquet"], names=names, llm="words",
                    heldout_nll=dict.fromkeys(("none", "shared", "shuffled", "own"), 0.0)
@@ -102,7 +102,8 @@ def vectors_of_items(llm, data, cache):
     """
     items = pd.read_parquet(data / "items.parquet")
     if llm == "words":
-        return torch.from_numpy(word_vectors(items)).float()
+        rows = pd.read_parquet(data / "interactions.parquet")
+        return torch.from_numpy(word_vectors(items, rows[rows["split"] == "train"])).float()
     if cache.exists() and (kept := torch.load(cache))["item_id"] == items["item_id"].tolist():
         return kept["vectors"]
     stage = importlib.import_module("02_infer_profiles")

@@ -1,6 +1,5 @@
 import argparse
 import json
-import math
 import shutil
 from types import SimpleNamespace
 

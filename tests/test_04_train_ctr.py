@@ -148,6 +148,17 @@ def test_with_means_reads_the_two_means_where_valid_says_so(tmp_path, capsys):
         "dense", "dense-means", "codes+dense-means", "dense-means"]
 
 
+def test_with_means_random_deals_what_it_deals_without():
+    """`random` deals the codes, also beside the means, whichever set of two parts comes first"""
+    args = settings("--with-means", "--features", "leniency16+tfidf", "codes", "random")
+    assert ctr.parts_in(args, "random+dense-means") == [("codes", True), ("dense-means", False)]
+    assert ctr.parts_in(args, "leniency16+tfidf+dense-means") == [
+        ("leniency16", False), ("tfidf", False), ("dense-means", False)]
+    assert ctr.parts_in(args, "dense-means") == [("dense-means", False)]
+    asked = settings("--features", "leniency16+tfidf", "random+dense-means")  # by name it stands for its places
+    assert ctr.parts_in(asked, "random+dense-means") == [("leniency16", True), ("dense-means", False)]
+
+
 def test_the_choice_of_means_follows_valid_and_not_test():
     row = lambda feature, seed, valid, auc: {"model": "dcn", "features": feature, "seed": seed,
                                              "valid_logloss": valid, "auc": auc}

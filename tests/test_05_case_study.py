@@ -212,6 +212,13 @@ def test_what_is_recommended_comes_from_the_model_that_stage_4_scored(small_run)
     assert list(scores) == ["without codes", "with codes"] and not np.allclose(*scores.values())
 
 
+def test_a_row_that_also_reads_the_two_means_is_not_scored_without_them(small_run, capsys):
+    run = case_study.read_run(case_study.parse_args(["--run-dir", str(small_run[1])]))
+    run.results["with_means"] = run.results["features"] == "none"
+    assert list(case_study.click_scores(run, np.arange(2))) == ["with codes"]
+    assert "scores without codes are left out" in capsys.readouterr().out
+
+
 def test_one_users_page_is_printed_and_written_and_the_report_stays(small_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)

@@ -60,6 +60,9 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
         table.assign(rating=[*table["rating"].iloc[1:], strange]).to_csv(file, index=False)
         line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
         assert f"line {len(table) + 1}: rating {strange!r} is not a number" in line
+    table.assign(rating=table["rating"] * 2).to_csv(file, index=False)  # as of ten stars
+    line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
+    assert "are not on the scale of the run, 1 to 5, the first of them" in line
     for empty in ("", "user_id,item_id,rating\n"):
         file.write_text(empty)
         line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)

@@ -123,7 +123,13 @@ def test_where_texts_or_ratings_are_all_alike_there_is_no_taste():
 def test_words_that_items_share_bring_their_vectors_together():
     items = pd.DataFrame({"title": ["Red Shoes", "Blue Shoes", "Chess Set", None], "brand": None,
                           "category": ["Footwear", "Footwear", "Board Games", None]})
-    vectors = word_vectors(items)
+    items["item"], train = range(4), pd.DataFrame({"item": [0, 1, 2, 3]})
+    vectors = word_vectors(items, train)
     assert vectors.shape == (4, 3) and np.isfinite(vectors).all()
     assert vectors[0] @ vectors[1] > 2 * abs(vectors[0] @ vectors[2])
-    assert (word_vectors(items.assign(title="!", category=None)) == 1).all()  # no word but the one they share
+    alike = word_vectors(items.assign(title="!", category=None), train)
+    assert (alike == 1).all()  # no word but the one they share
+    # the words of an item that only test rows have move no vector but its own
+    known = word_vectors(items, train[:3])
+    moved = word_vectors(items.assign(title=[*items["title"][:3], "Chess Shoes Poison"]), train[:3])
+    assert (known[:3] == moved[:3]).all() and (known[3] != moved[3]).any()

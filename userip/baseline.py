@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def baseline_parser(doc):
     """The parser of a baseline with the options that all have, and `add`, as `stage_parser`"""
     parser, add = stage_parser(doc)
-    add.method("--llm", default="auto", help="hub name, folder, tiny, or auto: Llama-2-7B, GPT-2 or tiny")
+    add.method("--llm", default="auto", help="hub name, folder, GGUF, tiny; auto: Llama-2-7B, GPT-2 or tiny")
     add.training("--seed", type=at_least(0), default=0, help="first of the seeds; seed of the tiny LLM")
     add.training("--seeds", type=at_least(1, at_most=10_000), default=3, help="seeds of what is trained")
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")

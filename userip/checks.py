@@ -36,7 +36,7 @@ COLUMNS = {
 COUNT, SEED, FINITE = (int, 1, 2**32), (int, 0, 2**32 - 1), (float, -1e30, 1e30)
 PART = {"codebook": "float32 kc", "transform": "float32 dc", "mean": "float32 d"}  # of each profile
 TENSORS = {
-    "scores.pt": {"names": [str, "P"], "words": [str], "shared": "float32 PD", "lift": "float32 PCD",
+    "scores.pt": {"names": [str, "P"], "shared": "float32 PD", "lift": "float32 PCD",
                   "pull": "float32 P", "told": ["bool t", "P"], "tables": ["float32 tC", "P"],
                   "num_verdicts": [COUNT, "P"]},
     "profiles.pt": {"names": [str, "P"], "texts": [str, "P"], "llm": str, "tiny_llm": str,

@@ -73,7 +73,7 @@ def taste_columns(run, seed):
 
 def tfidf_taste_columns(run, seed):
     """The control of `taste`: the same by the words of the texts, without a LLM"""
-    vectors = torch.from_numpy(word_vectors(run.items))
+    vectors = torch.from_numpy(word_vectors(run.items, run.split["train"]))
     return [fit_taste(run.split, vectors, seed, len(run.users), is_scaled=False)]
 
 

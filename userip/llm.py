@@ -134,6 +134,13 @@ def choose_llm():
                     "it is pretrained on the train items")
 
 
+def check_tiny_llm(args, stored):
+    """The LLM of profiles.pt must still be there, if it is the tiny one of this run"""
+    if stored["llm"] == "tiny" and tiny_stamp(args.run_dir) != stored["tiny_llm"]:
+        fail(f"{args.run_dir}/tiny_llm is not the LLM that profiles.pt was inferred with: run `python "
+             f"02_infer_profiles.py --run-dir {args.run_dir}` again, with the options in profiles.pt.json")
+
+
 def tiny_stamp(run_dir):
     """The digest of what run_dir/tiny_llm was made from; "" where there is none"""
     path = Path(run_dir) / "tiny_llm" / STAMP

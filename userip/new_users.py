@@ -14,10 +14,11 @@ from userip.tables import read_frame
 LIMITS = SimpleNamespace(max_line=16, max_ratio=200)  # as stage 1's defaults
 
 
-def read_new_users(args, has_ratings, items):
+def read_new_users(args, items, interactions=None):
     """The rows of --only-users' table with items of the run, a frame of user, item, label, the rating level,
-    and, if it has ratings, rating; the users' ids, list of N' texts
+    and, after --ratings, for which interactions stands, rating; the users' ids, list of N' texts
     """
+    has_ratings = interactions is not None
     table = read_frame(args.only_users, ["user_id", "item_id", *["rating"] * has_ratings], LIMITS)
     if "timestamp" in table:
         table = table.sort_values("timestamp", kind="stable")
@@ -31,6 +32,11 @@ def read_new_users(args, has_ratings, items):
     user, user_ids = pd.factorize(table["user_id"], sort=True)
     rows = pd.DataFrame({"user": user, "item": item, "label": 0})
     if has_ratings:
+        least, most = interactions["rating"].min(), interactions["rating"].max()
+        is_odd = ~table["rating"].between(least, most)
+        if is_odd.any():
+            fail(f"{args.only_users}: {int(is_odd.sum())} of {len(table)} ratings are not on the scale of the"
+                 f" run, {least:g} to {most:g}, the first of them {table['rating'][is_odd].iloc[0]:g}")
         threshold = read_sidecar(args, "interactions.parquet")["options"].get("threshold")
         if threshold is None:
             fail(f"{args.run_dir}/interactions.parquet.json does not say --threshold: run stage 1 again")
@@ -56,7 +62,7 @@ def infer_new_users(args):
     has_ratings, inputs = options.get("ratings", False), ["scores.pt", "items.parquet"]
     inputs += ["interactions.parquet"] * has_ratings
     fitted, items, *interactions, _ = read_artifacts(args, *inputs, "profiles.pt")
-    rows, user_ids = read_new_users(args, has_ratings, items)
+    rows, user_ids = read_new_users(args, items, *interactions)
     user, item, level = (torch.tensor(rows[name].to_numpy()) for name in ("user", "item", "label"))
     sums, counts = [], []
     for table, is_scored, num_levels in zip(fitted["tables"], fitted["told"], fitted["num_verdicts"]):

@@ -100,7 +100,7 @@ def changed_options(parser, args, ignored=()):
 
 def refuse_without_effect(parser, args, conditions):
     """Refuse an option that nothing reads: conditions {option: (does anything read it?, what would)}"""
-    for name in changed_options(parser, args, ()):
+    for name in changed_options(parser, args):
         is_read, reader = conditions.get(name, (True, ""))
         if not is_read:
             parser.error(f"{option_name(name)} means nothing without {reader}: leave it out")

@@ -50,7 +50,7 @@ def read_profiles(args, stored, rows, defaults):
     if "prior" in stored:
         sizes = [len(part["codebook"]) for part in stored["prior"].values()]
         for name, default in defaults.items():
-            if name not in ("run_dir", "seed") and getattr(args, name) != default:
+            if name not in ("run_dir", "seed", "item_codes") and getattr(args, name) != default:
                 fail(f"{option_name(name)}: the profiles have a codebook of {sizes} codes as prior, which "
                      f"only moves to its users' means now; leave it out, or run stage 2 without --prior")
     if len(sizes) != len(names):

@@ -89,8 +89,7 @@ def habits_by_fold(interactions, fold, num_folds):
 
 def draw_folds(split, seed):
     """The fold of each train row, int64 [n]"""
-    num_train, rng = len(split["train"]), np.random.default_rng([seed, 3])
-    return rng.integers(NUM_FOLDS, size=num_train + len(split["support"]))[:num_train]
+    return np.random.default_rng([seed, 3]).integers(NUM_FOLDS, size=len(split["train"]))
 
 
 def means_without_folds(split, seed, num_users, num_items):
@@ -115,19 +114,24 @@ def residual_means(rows, num_items):
     return item_mean, count / (count + variance_ratio(residual, item)[1])
 
 
+def words_of_items(items, fields=("title", "category", "brand")):
+    """These fields of each item as a text, a Series, and a TF-IDF of its words and pairs of words"""
+    texts = items[list(fields)].astype(object).fillna("").astype(str).agg(" ".join, axis=1)
+    return "text " + texts, TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True)
+
+
 def foretold_means(items, train, seed, num_folds=10):
     """The mean rating of each item that texts of other items foretell [M], and its fold of the items [M]: a
     ridge regression of items' means, less what their users give on average, on TF-IDF of words and pairs of
     words of title, category and brand. It reads no rating and no text of the fold.
     """
-    texts = "text " + items[["title", "category", "brand"]].fillna("").agg(" ".join, axis=1)  # never without
+    texts, vectorizer = words_of_items(items)
     fold = np.random.default_rng([seed, 4]).permutation(len(items)) % num_folds
     foretold, has_rows = np.zeros(len(items)), items["item"].isin(train["item"]).to_numpy()
     for left_out in np.unique(fold) if len(items) > 1 else []:
         rows = train[fold[train["item"]] != left_out]
         known, asked = has_rows & (fold != left_out), fold == left_out
         item_mean, weight = (part[known] for part in residual_means(rows, len(items)))
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True)
         model = Ridge().fit(vectorizer.fit_transform(texts[known]), item_mean, weight / weight.mean())
         foretold[asked] = model.predict(vectorizer.transform(texts[asked]))
     return foretold, fold

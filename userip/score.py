@@ -63,7 +63,7 @@ def audience(counts, weight=3.0):
 
     The prior, how all items are rated, weighs like `weight` raters.
     """
-    prior = (counts.sum(0) + 1) / (counts + 0.0).sum().add(counts.shape[1])
+    prior = (counts.sum(0) + 1) / (counts.sum() + counts.shape[1])
     with_prior = counts + weight * prior  # [M, L]
     all_raters = with_prior / with_prior.sum(1, keepdim=True)
     others = (with_prior[:, None] - torch.eye(counts.shape[1])).clamp(min=0)

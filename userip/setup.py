@@ -10,7 +10,7 @@ import torch.distributed as dist
 from userip.artifacts import fail, read_artifacts
 from userip.evidence import FIELDS, Evidence, item_texts, join, make_routes, observe, tokenize
 from userip.heldout import heldout_events
-from userip.llm import choose_llm, load_llm, make_tiny_llm, mix, multiplies_bfloat16, tiny_stamp
+from userip.llm import check_tiny_llm, choose_llm, load_llm, make_tiny_llm, mix, multiplies_bfloat16
 from userip.prior import read_codebook
 from userip.progress import Progress, recipe_of
 from userip.prompt import Prompt
@@ -35,7 +35,10 @@ def tokens_that_fit(prompt, share=0.8):
     if prompt.device.type == "cuda":
         free, most = torch.cuda.mem_get_info()[0], 2**17
     else:
-        free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4096
+        try:
+            free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4096
+        except (ValueError, OSError):  # not every system says
+            return 4096
     return int(max(16, min(most, share * free / bytes_per_token(prompt))))
 
 
@@ -180,11 +183,9 @@ def set_up(args, rank, world):
 
 def load_again(args, stored, options):
     """Tokenizer and Prompt of a run that has ended: stored is profiles.pt, options those in its sidecar"""
-    llm = stored["llm"]
-    if llm == "tiny" and tiny_stamp(args.run_dir) != stored["tiny_llm"]:
-        fail(f"{args.run_dir}/tiny_llm is not the LLM that made profiles.pt: run stage 2 again")
+    check_tiny_llm(args, stored)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_llm(args, llm, device,
+    model, tokenizer = load_llm(args, stored["llm"], device,
                                 torch.bfloat16 if options["dtype"] == "bfloat16" else torch.float32)
     if options["dtype"] == "mixed":
         mix(model)
@@ -204,7 +205,7 @@ def estimate(run, sample_size=512):
         else:
             scope = "each text of the catalogue once; a user costs a sum"
             index = (route.texts.num_scored_tokens() > 0).nonzero()[:, 0]
-            num_passes = 1 + (route.num_levels > 1)  # for the item and for the rating
+            num_passes = len({field == "rating" for field in route.fields})  # the item, the rating, or both
         tokens += num_passes * int(route.texts.length[index].sum())
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
         sample = index[order[:sample_size]]

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from sklearn.decomposition import KernelPCA, TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from userip.item_bank import landmarks_of, similarity
-from userip.rating_means import draw_folds, residuals
+from userip.rating_means import draw_folds, residuals, words_of_items
 
 NUM_COORDINATES = 64  # C
 
@@ -42,12 +41,15 @@ class Taste(NamedTuple):
         return self._replace(users=self.users[:, order])
 
 
-def word_vectors(items, fields=("title", "category", "brand"), size=128):
-    """Rows of the truncated SVD of TF-IDF of these fields' words: float64 [M, at most `size`]"""
-    texts = "text " + items[list(fields)].astype(object).fillna("").astype(str).agg(" ".join, axis=1)
-    matrix = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
-    size = min(size, min(matrix.shape) - 1)
-    return TruncatedSVD(size, random_state=0).fit_transform(matrix) if size > 0 else matrix.toarray()
+def word_vectors(items, train, fields=("title", "category", "brand"), size=128):
+    """The truncated SVD of TF-IDF of these fields' words, fitted to items with train rows: float64 [M, at
+    most `size`]
+    """
+    texts, vectorizer = words_of_items(items, fields)
+    is_known = items["item"].isin(train["item"])
+    known, matrix = vectorizer.fit_transform(texts[is_known]), vectorizer.transform(texts)
+    size = min(size, min(known.shape) - 1)
+    return TruncatedSVD(size, random_state=0).fit(known).transform(matrix) if size > 0 else matrix.toarray()
 
 
 def coordinates(vectors, train, is_scaled):
