@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baseline_cases import kill_at_call, poisoned, trained_states
-from conftest import read_raw, run_process, write_amazon
+from conftest import dies, read_raw, run_process, write_amazon
 from userip.evidence import own_space
 from userip.explanations import generate, text_nll, text_tokens
 
@@ -109,6 +109,12 @@ def test_a_llm_in_bfloat16_reads_vectors_in_float32(llm):
     assert in_half.item() == pytest.approx(in_full.item(), rel=0.02)
     in_half.backward()
     assert prefix.grad.dtype == torch.float32 and len(generate(half, prefix)) == 2
+
+
+def test_a_tokenizer_without_an_end_is_refused(llm, capsys):
+    tokenizer = copy.deepcopy(llm[1])
+    tokenizer.eos_token = None
+    assert "EOS" in dies(capsys, text_tokens, SimpleNamespace(tokenizer=tokenizer), ["red racer"])
 
 
 def test_generation_takes_the_likeliest_token_each_time(llm):
