@@ -4,7 +4,7 @@ Users and items with fewer than 4 interactions are dropped until none is left (p
 above 3 is a positive label. Of several interactions of a user with an item the latest is kept. `planted`
 draws users with a true hobby and background: later stages report how much of it they found.
 
-Reads   --raw DIR, files as published, plain or gzip, recognized by their content:
+Reads   --raw DIR, files as published (Amazon, Yelp and tables: plain or gzip):
           clothing, movies, games, amazon   Amazon reviews and metadata of 2014, 2018 or 2023
           yelp      yelp_academic_dataset_review.json, _business.json and, if there, _user.json
           nete      reviews.pickle, item.json, folders 1, 2, … with train.index, validation.index, test.index
@@ -53,7 +53,8 @@ BELONGS = {  # option -> the data sets, or the splits, for which it means someth
     "category": AMAZON, "columns": ["table"], "max_bad": [*AMAZON, "yelp"],
     "max_line": [*AMAZON, "yelp", "table"], "max_ratio": [*AMAZON, "yelp", "table"],
     "download": [*AMAZON, *ARCHIVES], "fold": ["nete published"],
-    "split_seed": ["random", "cold-user", "cold-item"], "min_interactions": SPLITS[:-1]}
+    "seed": ["planted", "random", "cold-user", "cold-item"], "min_interactions": SPLITS[:-1],
+    "split_seed": ["random", "cold-user", "cold-item"]}
 COUNTS = ("duplicates", "not_in_split", "filtered", "untitled_items", "cut_titles", "items_not_listed",
           "items_listed_twice", "junk_prices", "users_listed_twice", "users_not_listed")  # that are printed
 

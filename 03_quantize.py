@@ -41,8 +41,8 @@ from userip.artifacts import check_finite, fail, read_artifacts, read_sidecar, w
 from userip.item_bank import apply_to_items, write_item_bank
 from userip.options import (at_least, changed_options, option_name, options_text, parse_with_presets,
                             refuse_without_effect, run_program, stage_parser, start_stage)
-from userip.profiles import (compare_with_truth, describe_codes, probe_auc, probe_labels, read_profiles,
-                             read_rows, theta_of)
+from userip.profiles import (compare_with_truth, describe_codes, nearest_codes, probe_auc, probe_labels,
+                             read_profiles, read_rows, theta_of)
 
 PAPER = {"whiten": False, "batch_size": 128, **dict.fromkeys(("lr", "vq_weight", "rec_weight", "beta"), 1e-3)}
 RELEASED = {"whiten": False, "init": "released", "vq_weight": 0.5, "rec_weight": 0.0, "beta": 0.0, "lr": 0.01}
@@ -136,7 +136,7 @@ def label_direction(transform, deviation, rows, prior_weight=3.0, ridge=1e-3):
     """Ridge regression of a train row's label, less the item's mean, on the user's profile, out of fold:
     transform [D, C], deviation [F + 1, N, D] -> the direction that predicts labels best [D, 1]
     """
-    x = (deviation[rows.fold, rows.user] @ transform).double()  # [R, C]
+    x = (deviation @ transform)[rows.fold, rows.user].double()  # [R, C]
     num_rows, num_likes = rows.item.bincount().double(), rows.item.bincount(rows.label).double()  # by item
     item_mean = (num_likes + prior_weight * rows.label.mean()) / (num_rows + prior_weight)
     x, residual = x - x.mean(0), rows.label - item_mean[rows.item]
@@ -212,7 +212,7 @@ def recommendation_losses(codes, num_codes, rows, valid_rows, seed):
 
 
 class Quantizer(nn.Module):
-    """One profile: deviation [B, D] -> quantized [B, C], VQ loss [], squared drift from the start []"""
+    """One profile: deviation [B, D] -> quantized [B, C]; of rows with evidence VQ loss [], squared drift []"""
 
     def __init__(self, transform, codebook, beta):
         super().__init__()
@@ -221,9 +221,14 @@ class Quantizer(nn.Module):
         self.vq = VectorQuantizer(codebook, beta)
         self.register_buffer("num_rows", torch.zeros(len(codebook), dtype=torch.long))  # per codeword
 
-    def forward(self, deviation):
+    def forward(self, deviation, has_evidence):
         z = deviation @ self.transform
         quantized, codes, loss = self.vq(z)
+        if not has_evidence.all():
+            z, deviation = z[has_evidence], deviation[has_evidence]
+            if not len(z):
+                return quantized, z.sum(), z.sum()
+            _, codes, loss = self.vq(z)
         self.num_rows += codes.bincount(minlength=len(self.num_rows))
         return quantized, loss, (z - deviation @ self.start).square().sum(1).mean()
 
@@ -254,21 +259,13 @@ class Surrogate(nn.Module):
         return self.dcn(torch.stack(fields, 1))  # [B, P + 1, E]
 
 
-def nearest_codes(part, theta, num_evidence):
-    """Eq. 6: part of codebook.pt, theta [..., D], num_evidence [...] -> codes [...], K without evidence"""
-    # in double precision, so that a user's code does not depend on the other users of the batch
-    z = (theta.double() - part["mean"]) @ part["transform"].double()  # [..., C]
-    codes = torch.cdist(z, part["codebook"].double()).argmin(-1)
-    return torch.where(num_evidence > 0, codes, len(part["codebook"]))
-
-
 # ----------------------------------------------------------------------------------------------------------
 # train (eq. 5, or the codebook's step of EM) and evaluate
 # ----------------------------------------------------------------------------------------------------------
 
 
-def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
-    """Minimise eq. 5 on the train rows; deviations [F + 1, N, D] per profile -> losses by epoch
+def train(args, quantizers, surrogate, profiles, rows, is_quiet=False):
+    """Minimise eq. 5 on the train rows -> losses by epoch
 
     # differs from the paper: θ moves as the image of a shared linear map, and L_LM of eq. 7 is approximated
     # by the squared drift in whitened coordinates. Without it, the commitment term shrinks θ to a point.
@@ -279,7 +276,8 @@ def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
         started, sums = time.time(), torch.zeros(3)
         for batch in torch.randperm(len(rows.user)).split(args.batch_size):
             index = rows.fold[batch], rows.user[batch]
-            outputs = [quantizer(deviation[index]) for quantizer, deviation in zip(quantizers, deviations)]
+            outputs = [quantizer(profile.deviation[index], profile.num_evidence[index] > 0)
+                       for quantizer, profile in zip(quantizers, profiles)]
             quantized, vq_losses, drifts = zip(*outputs)
             vq_loss, drift = sum(vq_losses), sum(drifts)
             logits = surrogate(quantized, rows.item[batch])
@@ -291,8 +289,8 @@ def train(args, quantizers, surrogate, deviations, rows, is_quiet=False):
         check_finite(sums, f"epoch {epoch}", "lower --lr or the weights of the losses")
         curve.append(dict(zip(("vq_loss", "rec_loss", "drift"), (sums / len(rows.user)).tolist())))
         if args.init == "kmeans":
-            for quantizer, deviation in zip(quantizers, deviations):
-                quantizer.revive(deviation[-1][rows.user.unique()])
+            for quantizer, profile in zip(quantizers, profiles):
+                quantizer.revive(profile.deviation[-1, profile.is_fitted])
         if not is_quiet:
             losses = " ".join(f"{name.removesuffix('_loss')} {loss:.4f}" for name, loss in curve[-1].items())
             print(f"epoch {epoch:02d}/{args.epochs} | {losses} | {time.time() - started:.1f}s")
@@ -313,8 +311,7 @@ def fit(args, profiles, transforms, rows, seed):
             codebook = direction * z.norm(dim=1).mean() * (2.5 + 0.8 * torch.rand(profile.num_codes, 1))
         quantizers.append(Quantizer(transform, codebook, args.beta))
     surrogate = Surrogate([transform.shape[1] for transform in transforms], rows.num_items)
-    curve = train(args, quantizers, surrogate, [profile.deviation for profile in profiles], rows,
-                  is_quiet=seed != args.seed)
+    curve = train(args, quantizers, surrogate, profiles, rows, is_quiet=seed != args.seed)
     return [{"codebook": quantizer.vq.codebook.detach(), "mean": profile.mean,
              "transform": quantizer.transform.detach()}
             for quantizer, profile in zip(quantizers, profiles)], curve
@@ -345,11 +342,13 @@ def probe_profiles(args, profiles, users):
     labels, aucs = probe_labels(users), {}
     is_probed, features = torch.stack([profile.is_fitted for profile in profiles]).all(0), []
     for profile in profiles if labels else []:
+        if args.whiten and not profile.noise.any():  # users do not differ
+            continue
         theta, gain = profile.theta[-1, is_probed, :profile.theta_dim], profile.gain[is_probed]  # no habits
         deviation = theta - theta.mean(0)  # times gain: noise has variance 1 for any number of texts
         features.append(gain[:, None] * (deviation @ whiten(deviation, gain, profile.noise)[0][:, :32])
                         if args.whiten else deviation)
-    for name, label in labels.items():
+    for name, label in labels.items() if features else ():
         label = label[is_probed.numpy()].reset_index(drop=True).dropna().astype(bool)
         if min(label.sum(), len(label) - label.sum()) < 5:
             print(f"probe of {name}: left out, it takes five known users of each kind")

@@ -114,6 +114,8 @@ def parse_args(argv=None):
         "hidden": (has_mlp, "a model with a MLP in --models"),
         "dropout": (has_mlp or "afm" in args.models, "a model with a MLP or afm in --models"),
         "layers": (has_layers, "dcn, dcnv2 or autoint in --models")})
+    if "afn" in args.models and args.field_dim == 1:
+        parser.error("--field-dim 1: afn normalizes over the rows of a batch and needs two numbers at least")
     for name in ("dropout", "id_dropout"):
         if getattr(args, name) >= 1:
             parser.error(f"{option_name(name)} must be below 1, not {getattr(args, name)}")

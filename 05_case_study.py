@@ -295,7 +295,8 @@ def user_tables(run, found, index):
     titles = run.items["title"].to_numpy()
     of_user = {name: rows[rows["user"] == user] for name, rows in run.split.items()}
     rated = lambda rows: {"item": titles[rows["item"]], "rating": rows["rating"].map("{:g}".format)}
-    facts = [(fact, values.iat[user]) for fact, values in run.user_facts.items() if values.iat[user]]
+    facts = [(fact, values.iat[user]) for fact, values in run.user_facts.items()
+             if values.iat[user] is not None]
     tables = {"What is known of the user (no model reads it)": pd.DataFrame(facts, columns=["fact", "value"])}
     had = pd.concat([of_user[name] for name in ("train", "support") if name in of_user])
     had = had.sort_values("timestamp", kind="stable")  # support rows: of a cold user
@@ -317,7 +318,7 @@ def user_tables(run, found, index):
     tables[f"Held-out items (valid rows), and their rank among the {is_new.sum():,} not had"] = pd.DataFrame(
         rated(held_out) | {f"rank {title}": 1 + np.argsort(items)[held_out["item"]]
                            for title, items in order.items()})
-    best = {title: titles[items[:5]] for title, items in order.items()}
+    best = {title: titles[items[:min(5, is_new.sum())]] for title, items in order.items()}
     tables[f"Recommended by {run.sidecars['results.parquet']['options']['models'][0]}"] = pd.DataFrame(best)
     return {title: table for title, table in tables.items() if len(table)}
 

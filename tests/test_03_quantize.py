@@ -11,6 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from common import usage_of
 from conftest import HELDOUT, quantize, run_stage
+from test_checks import overwrite
 from userip.artifacts import read_artifacts, write_artifact
 
 
@@ -68,6 +69,25 @@ def test_whitening_does_not_ask_how_large_steps_of_gradient_were(factor):
     assert first_transform(factor * deviation, noise)[0].shape[1] in (1, 10)  # none, or all
 
 
+def test_a_profile_with_evidence_of_fewer_users_than_codes_is_refused_by_name(small_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    stored = torch.load(run / "profiles.pt", weights_only=True)
+    stored["num_evidence"][2:, 1] = 0  # as with brands of two items only
+    overwrite(run, "profiles.pt", stored)
+    line = run_stage("03_quantize.py", "--run-dir", run, ok=False)
+    assert f"only 2 users have evidence of {stored['names'][1]} and train rows, fewer than the 3 codes" in line
+
+
+def test_a_profile_in_which_users_do_not_differ_is_not_probed(capsys):
+    torch.manual_seed(0)
+    deviation, users = torch.randn(60, 5), pd.DataFrame({"gender": ["F", "M"] * 30})
+    profiles = [profile_of(deviation, noise=torch.eye(5)), profile_of(0 * deviation, noise=torch.zeros(5, 5))]
+    args = argparse.Namespace(whiten=True)
+    assert quantize.probe_profiles(args, profiles, users) == quantize.probe_profiles(args, profiles[:1], users)
+    assert quantize.probe_profiles(args, profiles[1:], users) == {}
+
+
 @pytest.mark.parametrize("method, is_known", [("score", True), ("gradient", False)])
 def test_only_scores_come_with_the_size_of_their_noise(small_run, tmp_path, method, is_known):
     run = tmp_path / "run"
@@ -98,7 +118,7 @@ def losses_with(far=0.0, **changes):
     surrogate = quantize.Surrogate([2], 10)
     rows = rows_of(torch.randint(40, (100,)), torch.randint(10, (100,)), torch.randint(2, (100,)))
     torch.manual_seed(1)
-    quantize.train(options, torch.nn.ModuleList([quantizer]), surrogate, [deviation[None]], rows)
+    quantize.train(options, torch.nn.ModuleList([quantizer]), surrogate, [profile_of(deviation)], rows)
     return {"transform": quantizer.transform.detach(), "codebook": quantizer.vq.codebook.detach(),
             "item": surrogate.item.weight.detach()}
 
@@ -130,20 +150,36 @@ def test_a_train_row_is_read_with_the_profile_that_has_not_seen_it():
         user, fold = torch.arange(40), torch.arange(40) % 2
         if poisoned == "own":
             deviation[0, 4] += 5.0
-        else:
+        elif poisoned == "other":
             deviation[1, 4] += 5.0  # user 4's row is in fold 0
             deviation[2, 4] += 5.0
         options = argparse.Namespace(epochs=1, batch_size=8, lr=0.01, vq_weight=1.0, rec_weight=1.0,
                                      init="released")
         quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.zeros(2, 2), 0.25)
         rows = rows_of(user, torch.arange(40) % 10, torch.arange(40) % 3 > 0, fold)
-        quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10), [deviation],
-                       rows)
+        quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10),
+                       [profile_of(deviation)], rows)
         return quantizer.vq.codebook.detach()
 
-    torch.manual_seed(0)
-    clean = loss_of("other")
+    clean = loss_of(None)
     assert torch.equal(clean, loss_of("other")) and not torch.equal(clean, loss_of("own"))
+
+
+@pytest.mark.parametrize("init", ["kmeans", "released"])
+def test_rows_of_users_without_evidence_move_no_codeword(init):
+    """The codebook is the same wherever θ of these users lies, also if a codeword is dead"""
+    def codebook_with(elsewhere):
+        torch.manual_seed(0)
+        deviation, num_evidence = torch.randn(1, 40, 5), torch.arange(40)[None] % 3  # a third has none
+        deviation[num_evidence == 0] += elsewhere
+        profile = profile_of(deviation, num_evidence=num_evidence, is_fitted=num_evidence[0] > 0)
+        options = argparse.Namespace(epochs=2, batch_size=8, lr=0.01, vq_weight=1.0, rec_weight=0.0, init=init)
+        quantizer = quantize.Quantizer(torch.eye(5)[:, :2], torch.tensor([[0.0, 0], [1, 1], [99, 99]]), 0.25)
+        rows = rows_of(torch.arange(40), torch.arange(40) % 10, torch.arange(40) % 2 > 0)
+        quantize.train(options, torch.nn.ModuleList([quantizer]), quantize.Surrogate([2], 10), [profile], rows)
+        return quantizer.vq.codebook.detach()
+
+    assert torch.equal(codebook_with(0.0), codebook_with(7.0))
 
 
 def test_the_released_start_collapses_where_kmeans_finds_all_kinds():
@@ -281,7 +317,7 @@ def test_codes_of_train_rows_are_those_without_their_own_fold(rated_run):
 def test_the_recommendation_loss_reaches_encoder_and_items_through_the_codewords():
     quantizer = quantize.Quantizer(torch.randn(5, 2), torch.randn(3, 2), 0.25)
     surrogate = quantize.Surrogate([2], 4)
-    quantized, _, _ = quantizer(torch.randn(6, 5))
+    quantized, _, _ = quantizer(torch.randn(6, 5), torch.ones(6).bool())
     surrogate([quantized], torch.randint(4, (6,))).sum().backward()
     assert quantizer.transform.grad.abs().sum() > 0 and surrogate.item.weight.grad.abs().sum() > 0
 

@@ -219,6 +219,16 @@ def test_a_row_that_also_reads_the_two_means_is_not_scored_without_them(small_ru
     assert "scores without codes are left out" in capsys.readouterr().out
 
 
+def test_a_fact_of_0_or_false_is_told(small_run):
+    run = case_study.read_run(case_study.parse_args(["--run-dir", str(small_run[1])]))
+    run.user_facts = {"owns a pet": pd.Series([False] * len(run.users), dtype=object),
+                      "children": pd.Series([0] * len(run.users), dtype=object),
+                      "job": pd.Series([None] * len(run.users), dtype=object)}
+    found = argparse.Namespace(scored=np.array([3, 4]), words={}, clicks={}, meanings=[["a"] * 9] * len(run.names))
+    known = case_study.user_tables(run, found, 0)["What is known of the user (no model reads it)"]
+    assert known.to_numpy().tolist() == [["owns a pet", False], ["children", 0]]
+
+
 def test_one_users_page_is_printed_and_written_and_the_report_stays(small_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_run[1], run)

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import re
+import shutil
 import threading
 import zipfile
 
@@ -114,6 +115,18 @@ def test_an_archive_is_checked_by_its_digest_and_unpacked(tmp_path, server, monk
     monkeypatch.setitem(ARCHIVES, "ml-100k", (hashlib.md5(content).hexdigest(), "u.data"))
     table, *_ = read_raw(tmp_path, "ml-100k", "--download", server.url)
     assert len(table) == 360 and (tmp_path / "raw/ml-100k/u.item").exists()
+    # a kill while it is unpacked leaves nothing that could be taken for the whole
+    shutil.rmtree(tmp_path / "raw/ml-100k")
+
+    def killed(archive, folder):
+        archive.extract("ml-100k/u.data", folder)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extractall", killed)
+        with pytest.raises(KeyboardInterrupt):
+            read_raw(tmp_path, "ml-100k", "--download", server.url)
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["ml-100k.zip"]
+    assert len(read_raw(tmp_path, "ml-100k", "--download", server.url)[0]) == 360
     (tmp_path / "raw/ml-100k.zip").unlink()
     before = len(server.requests)
     read_raw(tmp_path, "ml-100k", "--download", server.url)  # what is unpacked there is not fetched again

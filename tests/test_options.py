@@ -17,7 +17,8 @@ MOVES, SAME, REFUSED, STOPS, ELSEWHERE = "moves an artifact", "same bits", "refu
 # option -> cases of (its value, options beside it in both runs, what happens); ELSEWHERE: a test of its own
 OPTIONS = {
     "01_prepare.py": {
-        "run-dir": ELSEWHERE, "dataset": ELSEWHERE, "raw": ELSEWHERE, "seed": [([1], [], MOVES)],
+        "run-dir": ELSEWHERE, "dataset": ELSEWHERE, "raw": ELSEWHERE,
+        "seed": [([1], [], MOVES), ([1], ["--split", "temporal"], REFUSED)],
         "category": [(["Books"], [], REFUSED)], "columns": ELSEWHERE, "fold": [([2], [], REFUSED)],
         "download": [([], [], REFUSED)], "max-bad": [([0.5], [], REFUSED)], "max-line": [([2], [], SAME)],
         "max-ratio": [([100], [], SAME)], "min-interactions": ELSEWHERE, "threshold": [([4], [], MOVES)],

@@ -98,6 +98,7 @@ def test_of_a_damaged_file_the_lines_before_are_used(tmp_path):
 def test_pieces_join_to_the_whole_however_they_are_cut(tmp_path, size):
     content = bytes(range(256)) * 40
     files = {"plain": content, "gz": gzip.compress(content), "padded": gzip.compress(content) + b"\0" * 600,
+             "padded beyond a read": gzip.compress(content, 0) + b"\0" * (1 << 18) + gzip.compress(b""),
              "members": gzip.compress(content[:5000]) + b"" + gzip.compress(content[5000:]), "empty": b""}
     for name, stored in files.items():
         (tmp_path / name).write_bytes(stored)

@@ -215,6 +215,12 @@ def test_numbers_and_lists_in_parquet_are_text_or_refused(tmp_path):
     assert stored["title"].iloc[3] == "1953" and set(stored["category"]) == {"Chess"}
     assert stored["brand"].iloc[:2].tolist()[1] == "7" and stored["brand"].isna().sum() == 20
     assert stored["price"].iloc[0] == 3.5
+    table = pq.read_table(path).set_column(1, "title", pa.array(np.where(number == 7, np.nan, number)))
+    pq.write_table(table, path)  # pandas would have made it null
+    assert "nan" not in set(read_raw(tmp_path, "table")[1]["title"])
+    table = table.set_column(0, "item_id", pa.array(np.where(number == 7, np.nan, number)))
+    pq.write_table(table, path)
+    assert "row 8: item_id is no printable text" in read_raw(tmp_path, "table", ok=False)
     items.assign(category=[[{"name": "Games"}]] * 40).to_parquet(path)
     assert "column category: list<" in read_raw(tmp_path, "table", ok=False)
     for column in ("item_id", "title", "price"):

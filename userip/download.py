@@ -2,9 +2,11 @@
 
 import hashlib
 import shutil
+import tempfile
 import urllib.request
 import zipfile
 from http.client import HTTPException
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -38,8 +40,13 @@ def download(args):
     if (digest := hashlib.md5(path.read_bytes()).hexdigest()) != md5:
         path.unlink()
         fail(f"{path} had the digest {digest}, not {md5} as published, and was deleted: try another mirror")
-    with zipfile.ZipFile(path) as archive:
-        archive.extractall(args.raw)
+    with tempfile.TemporaryDirectory(dir=args.raw) as folder, zipfile.ZipFile(path) as archive:
+        archive.extractall(folder)
+        for entry in Path(folder).iterdir():  # a kill leaves all of it or nothing
+            if (args.raw / entry.name).exists():
+                shutil.copytree(entry, args.raw / entry.name, dirs_exist_ok=True)
+            else:
+                entry.rename(args.raw / entry.name)
 
 
 def _fetch(url, path):

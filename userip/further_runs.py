@@ -50,7 +50,10 @@ def further_run(args, name, first_stage, changes):
         options = read_sidecar(args, artifact)["options"] | {"run_dir": str(folder)}
         options |= changes if stage == first_stage else {}
         sidecar = sidecar_of(artifact)
-        if sidecar.get("options") == options and all(sidecar_of(file).get("sha256") == digest
+        # the batch may have been halved when memory did not suffice
+        others = lambda options: {key: option for key, option in (options or {}).items()
+                                  if key != "tokens_per_batch"}
+        if others(sidecar.get("options")) == others(options) and all(sidecar_of(file).get("sha256") == digest
                                                      for file, digest in sidecar["inputs"].items()):
             continue
         command = [sys.executable, str(Path(__file__).resolve().parents[1] / stage), *command_line(options)]

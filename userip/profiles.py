@@ -36,6 +36,15 @@ def theta_of(stored, k, width):
     return theta if theta.shape[-1] == width else torch.cat([theta, stored["habits"]], -1)
 
 
+def nearest_codes(part, theta, num_evidence):
+    """Eq. 6: part of codebook.pt, theta [..., D], num_evidence [...] -> codes [...], K without evidence"""
+    # in double precision, so that a user's code does not depend on the other users of the batch
+    mean, transform, codebook = part["mean"], part["transform"].double(), part["codebook"].double()
+    codes = torch.cat([torch.cdist((block.double() - mean) @ transform, codebook).argmin(-1)
+                       for block in theta.flatten(0, -2).split(2**16)]).view(theta.shape[:-1])
+    return torch.where(num_evidence > 0, codes, len(codebook))
+
+
 def read_profiles(args, stored, rows, defaults):
     """profiles.pt -> a namespace per profile name, θ of all users without each of the F folds and, last, with
     all evidence; sets args.codes. defaults: of stage 3's options
@@ -56,9 +65,6 @@ def read_profiles(args, stored, rows, defaults):
     if len(sizes) != len(names):
         fail(f"--codes gives {len(sizes)} size(s) ({' '.join(map(str, sizes))}), but profiles.pt holds "
              f"{len(names)} profiles ({', '.join(names)}): give one size for each")
-    if num_fitted < max(sizes):
-        fail(f"only {num_fitted} users have evidence and train rows, fewer than the {max(sizes)} codes asked "
-             f"for: lower --codes")
     args.codes, profiles = sizes, []
     for k, name in enumerate(names):
         theta_dim = len(stored["noise"][k])
@@ -66,6 +72,9 @@ def read_profiles(args, stored, rows, defaults):
         theta = theta_of(stored, k, width)  # [F + 1, N, D], of ratings D + H wide
         num_evidence = stored["num_evidence"][:, :, k]  # [F + 1, N]
         is_fitted = is_warm & (num_evidence[-1] > 0)  # [N], whose θ moves codewords
+        if is_fitted.sum() < sizes[k]:
+            fail(f"only {int(is_fitted.sum())} users have evidence of {name} and train rows, fewer than the "
+                 f"{sizes[k]} codes asked for: lower --codes, or leave the profile out of stage 2")
         mean = theta[-1, is_fitted].mean(0)  # [D]
         profiles.append(SimpleNamespace(
             name=name, num_codes=sizes[k], theta=theta, theta_dim=theta_dim, num_evidence=num_evidence,

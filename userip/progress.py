@@ -70,7 +70,7 @@ class Progress:
     def __init__(self, args, recipe, generator, rank=0, world=1):
         self.args, self.generator, self.rank, self.world = args, generator, rank, world
         self.folder = Path(args.run_dir) / "progress"
-        manifest = self.folder / "recipe.json"
+        manifest = self.manifest = self.folder / "recipe.json"
         if rank == 0:
             recipe = json.loads(json.dumps(recipe, default=str))
             before = read_recipe(manifest) if manifest.exists() else recipe
@@ -80,14 +80,17 @@ class Progress:
             if changed or not manifest.exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
-                content = {"recipe": recipe, "tokens_per_batch": args.tokens_per_batch}
-                with whole_file(manifest) as file:
-                    file.write(json.dumps(content).encode())
+                self._keep_recipe(recipe)
             else:
                 num_done = len(list(self.folder.glob("*.pt")))
                 print(f"going on with the unfinished run in {self.folder}: {num_done} pieces are done")
         self._wait()
         args.tokens_per_batch = json.loads(manifest.read_text())["tokens_per_batch"]
+
+    def _keep_recipe(self, recipe):
+        content = {"recipe": recipe, "tokens_per_batch": self.args.tokens_per_batch}
+        with whole_file(self.manifest) as file:
+            file.write(json.dumps(content).encode())
 
     def _wait(self):
         if self.world > 1:
@@ -123,6 +126,8 @@ class Progress:
             if self.args.tokens_per_batch < 16:
                 fail("memory does not suffice for 16 tokens: take a smaller LLM or a larger machine")
             print(f"out of memory: going on with --tokens-per-batch {self.args.tokens_per_batch}")
+            if self.rank == 0:  # a resumed run goes on with these batches
+                self._keep_recipe(read_recipe(self.manifest))
             self.generator.set_state(state)
             torch.cuda.empty_cache()
 

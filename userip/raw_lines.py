@@ -107,12 +107,14 @@ def unzip(file, size=1 << 19):
         return
     decompressor, rest = zlib.decompressobj(31), b""
     while data := rest or file.read(1 << 17):
-        if decompressor.eof:  # another member
+        if decompressor.eof:  # another member; zeros before it fill a block of a tape
+            if not (data := data.lstrip(b"\0")):
+                rest = b""
+                continue
             decompressor = zlib.decompressobj(31)
         if piece := decompressor.decompress(data, size):
             yield piece
-        # zeros behind a member fill a block of a tape
-        rest = decompressor.unused_data.lstrip(b"\0") if decompressor.eof else decompressor.unconsumed_tail
+        rest = decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
     if not decompressor.eof:
         raise EOFError("cut off")
 

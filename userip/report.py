@@ -53,6 +53,13 @@ def overrepresented(counts, names, num_words):
     return result
 
 
+def one_hot(values):
+    """A column of texts, maybe missing -> sparse [rows, W] of 0 and 1, and the W texts in order"""
+    number, names = pd.factorize(values, sort=True)
+    row = np.flatnonzero(number >= 0)
+    return sparse.csr_array((np.ones(len(row)), (row, number[row])), (len(number), len(names))), list(names)
+
+
 def item_features(items):
     """Categories, brands, price levels, title words: {term: (counts [M, W], names [W])}"""
     price = items["price"].astype(float)
@@ -61,8 +68,7 @@ def item_features(items):
                       f"above ${high:.2f}")
     columns = {"categories": items["category"], "brands": items["brand"],
                "price levels": pd.Series(level).where(price.notna())}
-    one_hot = {term: pd.get_dummies(column) for term, column in columns.items()}
-    features = {term: (counts.to_numpy(float), list(counts)) for term, counts in one_hot.items()}
+    features = {term: one_hot(column) for term, column in columns.items()}
     vectorizer = CountVectorizer(token_pattern=WORD, min_df=2, stop_words="english")
     try:
         features["title words"] = vectorizer.fit_transform(items["title"]), vectorizer.get_feature_names_out()
@@ -81,7 +87,7 @@ def user_facts(users):
         if pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
             quarter = pd.qcut(values, 4, labels=False, duplicates="drop")
             values = values.groupby(quarter).transform(lambda part: f"{part.min():g} to {part.max():g}")
-        if 1 < values.nunique() <= max(8, len(users) / 20):
+        if 1 < values.nunique() <= min(50, max(8, len(users) / 20)):
             facts[column.replace("_", " ")] = values.astype(object).where(values.notna(), None)
     return facts
 
@@ -127,8 +133,8 @@ def code_cards(run, k, num_words, seed):
     for term, habit in habits.groupby(train["user"]).mean().items():  # by user with train rows
         cards[term] = [mean_with_interval(habit[member[habit.index] > 0]) for member in is_member]
     for fact, values in run.user_facts.items():
-        one_hot = pd.get_dummies(values)
-        names = overrepresented(is_member @ one_hot.to_numpy(float), list(one_hot.columns), num_words)
+        is_of, groups = one_hot(values)
+        names = overrepresented(is_member @ is_of, groups, num_words)
         cards[fact] = list(map(odds_text, names))
     cards = pd.DataFrame(cards, index=[f"{run.names[k]} {code}" for code in range(num_codes)])
     meanings = [", ".join(meaning) or "nothing above chance" for meaning in meanings]

@@ -29,7 +29,7 @@ LARGEST = {"rating": 3e38, "timestamp": 1e20}  # of float32; nanoseconds in the 
 # a terminal would obey them, or nobody sees them; blank
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]|^\s*$"
 LAST_SECOND = 4102444800  # the year 2100 begins
-EXACT = {"halffloat": 2**11, "float": 2**24, "double": 2**53}  # below which whole numbers differ
+EXACT = {"float": 2**24, "double": 2**53}  # below which whole numbers differ
 ESCAPE = r"""\\(?:[\\"'/,;tnr\t\r\n]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|$)"""  # of databases; not AC\DC
 
 
@@ -54,13 +54,15 @@ def check_columns(frame, path):
     for column in frame.columns.intersection(["user_id", "item_id"]):
         frame[column] = frame[column].str.strip()
     _refuse(frame, path, ["user_id", "item_id"], UNPRINTABLE, "is no printable text", is_missing_bad=True)
-    for text in frame.get("category", pd.Series(dtype="str")).dropna().unique():
-        if LIST_TEXT.fullmatch(text):
-            name, odd_part = read_category(text)
-            rows = (frame["category"] == text).to_numpy(dtype=bool, na_value=False)
-            if odd_part is not None:
-                _fail_at(frame, path, int(rows.argmax()), f"category {text[:60]!r} is no list of names")
-            frame.loc[rows, "category"] = name or None
+    names = {}  # of categories that are lists
+    for text in filter(LIST_TEXT.fullmatch, frame.get("category", pd.Series(dtype="str")).dropna().unique()):
+        name, odd_part = read_category(text)
+        if odd_part is not None:
+            row = int((frame["category"] == text).to_numpy(dtype=bool, na_value=False).argmax())
+            _fail_at(frame, path, row, f"category {text[:60]!r} is no list of names")
+        names[text] = name or None
+    if names:
+        frame["category"] = frame["category"].map(lambda text: names.get(text, text), na_action="ignore")
     for column in frame.columns.intersection(LARGEST):
         numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype="float64", na_value=np.nan)
         is_good = np.abs(numbers) <= LARGEST[column]  # false for nan, too
@@ -311,7 +313,9 @@ def _plain(name, column):
     if name in ("rating", "price"):
         raise TypeError  # a time
     if pa.types.is_floating(column.type):  # 7.0 is the id 7, in a column with gaps
-        limit = EXACT[str(column.type)]
+        if str(column.type) not in EXACT:
+            raise TypeError  # a number of two bytes
+        column, limit = pc.if_else(pc.is_nan(column), None, column), EXACT[str(column.type)]
         if name in ("user_id", "item_id") and (pc.max(pc.abs(column)).as_py() or 0) >= limit:
             raise TypeError  # neighbours are one number
         with contextlib.suppress(pa.ArrowInvalid):
@@ -323,11 +327,11 @@ def _check_line_breaks(frame, path, interactions):
     """Exit code 2 where a field of a csv file holds a line with ids as in a record: a quote swallowed it."""
     if path.suffix == ".parquet":
         return
-    names = frame.columns.intersection(["user_id", "item_id"])
+    ids = {name: set(interactions[name]) for name in frame.columns.intersection(["user_id", "item_id"])}
     for column in frame.columns[frame.dtypes == "str"]:
         for number, text in frame.loc[frame[column].str.contains("\n", na=False), column].items():
             for line in text.split("\n")[1:]:
                 fields = dict(zip(frame.columns, re.split("[,;]", line)))
-                if all((interactions[name] == fields.get(name)).any() for name in names):
+                if all(fields.get(name) in known for name, known in ids.items()):
                     fail(f"{path}, line {number}: {column} goes on with {line[:60]!r}, which looks like a "
                          f"record: close the quote before it")
