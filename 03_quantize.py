@@ -212,7 +212,7 @@ def recommendation_losses(codes, num_codes, rows, valid_rows, seed):
 
 
 class Quantizer(nn.Module):
-    """One profile: deviation [B, D] -> quantized [B, C]; of rows with evidence VQ loss [], squared drift []"""
+    """One profile: deviation [B, D] -> quantized [B, C]; of rows with evidence VQ loss [], squared drift"""
 
     def __init__(self, transform, codebook, beta):
         super().__init__()
