@@ -118,7 +118,7 @@ FOREIGN = [
     ("profiles.pt", lambda s: s | {"noise": -s["noise"]}, "no covariance"),
     ("profiles.pt", asymmetric, "no covariance"),
     *(("scores.pt", lambda s, key=key, value=value: s | {key: value}, problem) for key, value, problem in (
-        ("names", None, "no list names"), ("words", 3, "no list words"), ("num_verdicts", [1, 0], "num_verdicts[1] 0"),
+        ("names", None, "no list names"), ("num_verdicts", [1, 0], "num_verdicts[1] 0"),
         ("num_verdicts", [1, 2], "unlike numbers of items"), ("told", [True, True], "no tensor told[0]"),
         ("lift", torch.zeros(2, 9, 3), "does not fit"), ("pull", torch.zeros(2).double(), "no tensor pull"))),
     ("scores.pt", lambda s: s | {"tables": [table[:9] for table in s["tables"]]}, "does not fit"),

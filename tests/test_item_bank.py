@@ -187,7 +187,7 @@ def test_stage_4_reads_the_code_of_each_rows_item_and_its_control_deals_codes_to
     run_dir = item_runs[0][0]
     bank, table = read_artifacts(argparse.Namespace(run_dir=run_dir), "item_bank.parquet", "interactions.parquet")
     features = ["codes+items", "random+random"]
-    run, args = ctr.read_run(run_dir, features), argparse.Namespace(features=features)
+    run, args = ctr.read_run(run_dir, features), argparse.Namespace(features=features, with_means=False)
     fields, sizes, _ = ctr.further_fields(args, "codes+items", run, 0)
     dealt, dealt_sizes, _ = ctr.further_fields(args, "random+random", run, 0)
     assert sizes == dealt_sizes == [3, 3, 3]  # two profiles with "unknown", and the item
