@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llm_cases import events_of, prompt_of, rating_route, routes_for, run_of, soft_for, weights_of
-from userip.evidence import FIELDS
+from userip.evidence import FIELDS, Route, tokenize
 from userip.score import (audience, centred_scores, field_weights, incidence, project_scores, text_scores,
                           user_steps)
 
@@ -110,6 +110,25 @@ def test_field_weights_bring_all_fields_to_the_same_noise(llm):
             scores = text_scores(prompt, route, rows, shared, only, 500)
             noise = float((scores - scores.mean(0)).square().sum((1, 2)).mean())
             assert noise == pytest.approx(1, rel=1e-3)
+
+
+def test_a_field_that_few_texts_have_is_weighed_by_these_and_one_that_tells_nothing_is_left_out(llm, capsys):
+    prompt, shared = prompt_of(llm), soft_for(prompt_of(llm), 1)[0]
+    brands = [("brand", f" by {name}") for name in ("Acme", "Bolt", "Frugo")]
+
+    def weights_with(texts, num_sample):
+        pieces = [[("price", f" costs ${number}"), *texts.get(number, [])] for number in range(40)]
+        route = Route(("brand", "price"), torch.tensor([False, True]), 1, pieces, tokenize(llm[1], pieces))
+        run = run_of(llm, prompt, [route], events_of([0] * 40, list(range(40))))
+        return field_weights(run, shared, num_sample)[[FIELDS.index(name) for name in ("brand", "price")]]
+
+    rare = {number: [brand] for number, brand in zip((5, 20, 33), brands)}
+    few, all_texts = weights_with(rare, 3), weights_with(rare, 512)
+    assert few[0] == pytest.approx(float(all_texts[0]), rel=1e-4) and 0.2 < few[1] / all_texts[1] < 5
+    for texts in ({}, {7: [brands[0]]}):  # no brand, and one
+        weights = weights_with(texts, 512)
+        assert weights[0] == 0 and weights[1] > 0
+        assert "field brand is left out" in capsys.readouterr().out
 
 
 def test_directions_by_blocks_of_users_are_those_of_the_covariance(monkeypatch):

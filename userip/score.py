@@ -37,7 +37,8 @@ def text_scores(prompt, route, index, shared, weights, max_tokens):
 
 
 def field_weights(run, shared, num_sample):
-    """1 / (root mean square of a field's score at θ̄ over a sample of texts): [len(FIELDS)]
+    """1 / (root mean square of a field's score at θ̄ over texts): [len(FIELDS)]; 0 where no two texts of the
+    sample tell anything. A field's sample is of texts that have it: one that few have is not missed.
 
     # differs from the paper: the scores of fields have variances that depend on the LLM and say nothing about
     # what they know: a title's has more than a category's and knows less of the hobby. In a plain sum the
@@ -46,12 +47,18 @@ def field_weights(run, shared, num_sample):
     weights, run.prompt.purpose = torch.zeros(len(FIELDS)), "field weights"
     for route in run.routes:
         scored = (route.text_counts(run.observed.train) * route.texts.num_scored_tokens()).nonzero()[:, 0]
-        index = scored[torch.randperm(len(scored), generator=run.progress.generator)[:num_sample]]
-        for field in route.fields:
-            only = torch.tensor([float(other == field) for other in FIELDS])
-            scores = text_scores(run.prompt, route, index, shared, only, run.args.tokens_per_batch)
-            noise = (scores - scores.mean(0)).square().sum((1, 2)).mean()
-            weights[FIELDS.index(field)] = noise.clamp(min=1e-20).rsqrt()
+        scored = scored[torch.randperm(len(scored), generator=run.progress.generator)]
+        for number, field in [(FIELDS.index(field), field) for field in route.fields]:
+            has_field = (route.texts.field[scored] == number).any(1)
+            index, share = scored[has_field][:num_sample], float(has_field.float().mean())
+            if len(index) > 1:
+                only = torch.tensor([float(other == field) for other in FIELDS])
+                scores = text_scores(run.prompt, route, index, shared, only, run.args.tokens_per_batch)
+                mean = scores.mean(0)  # of all texts: share · mean, since those without the field have score 0
+                noise = share * ((scores - mean).square().sum((1, 2)).mean() + (1 - share) * mean.square().sum())
+                weights[number] = noise.rsqrt() if noise > 0 else 0.0
+            if not weights[number]:
+                print(f"field {field} is left out: its texts do not tell items apart ({len(index)} were read)")
     listed = "  ".join(f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights) if weight)
     print(f"field weights: {listed}")
     return weights

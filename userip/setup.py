@@ -139,8 +139,8 @@ def plan(args, prompt, evidence):
     tune, report = share(1 / 8, 1500), share(1 / 4, 1500)
     if args.heldout:
         tune, report = args.heldout // 2, args.heldout - args.heldout // 2
-    return SimpleNamespace(catalogue=catalogue, tokens=tokens, weight_texts=share(1 / 20, 512), tune=tune,
-                           report=report)
+    return SimpleNamespace(catalogue=catalogue, tokens=tokens, weight_texts=max(16, share(1 / 20, 512)),
+                           tune=tune, report=report)
 
 
 def set_up(args, rank, world):
