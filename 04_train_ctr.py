@@ -116,6 +116,8 @@ def parse_args(argv=None):
         "layers": (has_layers, "dcn, dcnv2 or autoint in --models")})
     if "afn" in args.models and args.field_dim == 1:
         parser.error("--field-dim 1: afn normalizes over the rows of a batch and needs two numbers at least")
+    if args.with_means and args.features and all(name == joined_with_means(name) for name in args.features):
+        parser.error(f"--with-means means nothing for {' '.join(args.features)}: leave it out")
     for name in ("dropout", "id_dropout"):
         if getattr(args, name) >= 1:
             parser.error(f"{option_name(name)} must be below 1, not {getattr(args, name)}")

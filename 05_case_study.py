@@ -269,6 +269,7 @@ def click_scores(run, users):
     for title, feature, num_fields in (("without codes", "none", 0), ("with codes", "codes", len(run.names))):
         rows = run.results.query("model == @options.models[0] and features == @feature")
         if not len(rows) or options.models == ["means"]:
+            print(f"scores {title} are left out: stage 4 trained no model with the features `{feature}`")
             continue
         if "with_means" in rows and rows["with_means"].iloc[0]:
             print(f"scores {title} are left out: this row of stage 4 also reads the two means (--with-means)")

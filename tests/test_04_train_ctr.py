@@ -148,6 +148,13 @@ def test_with_means_reads_the_two_means_where_valid_says_so(tmp_path, capsys):
         "dense", "dense-means", "codes+dense-means", "dense-means"]
 
 
+def test_with_means_is_refused_where_no_set_could_take_them():
+    for features in (["dense-means"], ["dense", "codes+dense-means"]):
+        with pytest.raises(SystemExit):
+            settings("--with-means", "--features", *features)
+    assert settings("--with-means", "--features", "dense", "codes").with_means
+
+
 def test_with_means_random_deals_what_it_deals_without():
     """`random` deals the codes, also beside the means, whichever set of two parts comes first"""
     args = settings("--with-means", "--features", "leniency16+tfidf", "codes", "random")

@@ -71,6 +71,15 @@ def test_joined_sets_are_compared_with_their_control_their_first_part_and_the_mo
     assert len(lines) == 2 + 4
 
 
+def test_a_set_that_valid_gave_the_means_says_so_in_both_tables():
+    rows = frame_of({"codes": 0.1, "random": 0.0}, splits=(0, 1))
+    rows["with_means"] = (rows["features"] == "codes") & (rows["split_seed"] == 1)
+    groups = groups_of(rows)
+    means, (differences, _) = ctr_report.table_of_means(groups), ctr_report.table_of_differences(groups, 0.1)
+    assert any("| codes (means in 1 of 2 draws) |" in line for line in means)
+    assert any("| codes (means in 1 of 2 draws) - random |" in line for line in differences)
+
+
 def test_the_interval_over_splits_is_wider_by_their_overlap():
     differences = np.random.default_rng(0).normal(size=9)
     _, plain, p = ctr_report.paired_interval(differences)
@@ -93,6 +102,6 @@ def test_the_papers_tables_stand_beside_ours_where_it_is_the_papers_data():
     run = small_run_of()
     run.prepared = {"dataset": "nete", "interactions": 441_783, "split": "random"}
     text, _ = ctr_report.summarize({"seeds": 2, "models": ["dcn", "pnn"]}, results, [run])
-    assert "its figures on movies" in text and "`04_train_ctr.py --seeds 2 --models dcn pnn`" in text
+    assert "its figures on movies" in text and "`04_train_ctr.py --run-dir RUN --seeds 2 --models dcn pnn`" in text
     run.prepared["interactions"] = 27_024
     assert "its figures" not in ctr_report.summarize({"seeds": 2}, results, [run])[0]

@@ -1,5 +1,6 @@
 import argparse
 import copy
+import shutil
 import socket
 
 import numpy as np
@@ -36,10 +37,11 @@ def test_auto_says_which_llm_and_why_within_seconds(monkeypatch):
 
 
 def test_a_folder_without_weights_or_tokenizer(small_run, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "no tokenizer" in infer_run(small_run, tmp_path, "--llm", empty, ok=False)
     llm = save_llm(tmp_path / "llm", "gpt2")
+    bare = shutil.copytree(llm, tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in infer_run(small_run, tmp_path, "--llm", bare, ok=False)
     (llm / "model.safetensors").unlink()
     line = infer_run(small_run, tmp_path, "--llm", llm, ok=False)
     assert "no weights" in line and "--llm" in line
@@ -103,6 +105,13 @@ def test_a_gguf_file_names_the_packages_that_it_needs(small_run, tmp_path, monke
     assert "`pip install gguf accelerate`" in infer_run(small_run, tmp_path, "--llm", file, ok=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert "no tokenizer could be loaded" in infer_run(small_run, tmp_path, "--llm", file, ok=False)
+
+
+def test_a_file_or_a_folder_that_is_no_llm_is_told_for_what_it_is(small_run, tmp_path):
+    (tmp_path / "text.txt").write_text("not a LLM")
+    (tmp_path / "empty").mkdir()
+    for name, told in (("text.txt", "this file is no GGUF file"), ("empty", "no config.json in it")):
+        assert told in infer_run(small_run, tmp_path, "--llm", tmp_path / name, ok=False)
 
 
 def test_a_saved_llm_of_either_architecture_runs(small_run, tmp_path, llm_folder):

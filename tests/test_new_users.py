@@ -44,6 +44,7 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
     pd.concat([table.assign(timestamp=2), older]).to_csv(file, index=False)
     told = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file)
     assert f"{len(table)} rows repeat a user and an item: the last one counts" in told
+    assert f"{table['user_id'].nunique()} of {table['user_id'].nunique()} users are in the run already" in told
     (new,) = read_artifacts(options, "new_profiles.pt")
     place = users.set_index("user_id")["user"].reindex(new["user_id"]).to_numpy().astype(int)
     assert torch.equal(new["profiles"], stored["profiles"][-1][place])
@@ -55,7 +56,7 @@ def test_new_users_get_the_bits_that_the_run_would_give_them(tmp_path):
     assert "no column rating" in line
     table.assign(user_id=["", *table["user_id"].iloc[1:]]).to_csv(file, index=False)
     line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)
-    assert "line 2: user_id is no printable text" in line
+    assert "line 2: user_id is missing" in line
     for strange in ("good", "nan"):
         table.assign(rating=[*table["rating"].iloc[1:], strange]).to_csv(file, index=False)
         line = run_stage("02_infer_profiles.py", "--run-dir", run, "--only-users", file, ok=False)

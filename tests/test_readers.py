@@ -265,7 +265,7 @@ def test_ids_that_are_blank_or_not_printable_are_bad_lines(tmp_path, bad):
 @pytest.mark.parametrize("change, complaint", [
     ({"user": "a\x1b[31m"}, "reviews.pickle, record 1: user_id is no printable text"),
     ({"item": " "}, "record 1: item_id is"), ({"user": None}, "None is neither text"), ({"user": ["u"]}, "['u'] is"),
-    ({"user": "\ud800"}, "surrogates"), ({"rating": "nan"}, "record 1: rating 'nan'"), ({"rating": 1e39}, "beyond 3e+38"),
+    ({"user": "\ud800"}, "surrogates"), ({"rating": "nan"}, "record 1: rating is missing"), ({"rating": 1e39}, "beyond 3e+38"),
     ({"template": ("a", "b", {"c": 1}, 1)}, "{'c': 1} is neither text"), ({"item": True}, "True is neither")])
 def test_values_of_a_dump_that_cannot_be_are_refused(tmp_path, change, complaint):
     reviews = write_nete(tmp_path / "raw")

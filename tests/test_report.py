@@ -30,6 +30,9 @@ def test_facts_are_groups_and_agree_with_codes_that_follow_them():
     users = pd.DataFrame({"user": range(80), "user_id": "u", "age": [20 + k // 2 for k in range(80)],
                           "gender": ["F", None, "M", "M"] * 20, "zip_code": [str(k) for k in range(80)]})
     facts = user_facts(users)
+    as_text = user_facts(users.astype({name: str for name in users.columns if name != "user"}))  # of a csv file
+    assert {name: list(values) for name, values in as_text.items()} == {
+        name: list(values) for name, values in facts.items()}
     assert list(facts) == ["age", "gender"]
     assert facts["age"].iloc[[0, 79]].tolist() == ["20 to 29", "50 to 59"] and facts["age"].nunique() == 4
     codes = np.stack([np.arange(80) // 20, np.random.default_rng(0).integers(4, size=80)], 1)

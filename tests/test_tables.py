@@ -189,8 +189,8 @@ def test_times_are_seconds_whatever_their_type_and_unit(tmp_path, convert, secon
 
 
 @pytest.mark.parametrize("column, value, complaint", [
-    ("timestamp", pd.NaT, "timestamp 'nan' is not a number"), ("rating", 1e39, "is beyond 3e+38"),
-    ("timestamp", 1e300, "is beyond 1e+20"), ("rating", None, "is not a number"),
+    ("timestamp", pd.NaT, "timestamp is missing"), ("rating", 1e39, "is beyond 3e+38"),
+    ("timestamp", 1e300, "is beyond 1e+20"), ("rating", None, "rating is missing"),
     ("user_id", None, "user_id is"), ("user_id", "a\x1b[31m", "user_id is")])
 def test_a_value_that_cannot_be_is_refused_with_its_row(tmp_path, column, value, complaint):
     interactions, _ = write_table(tmp_path / "raw", suffix=".parquet")
@@ -220,12 +220,21 @@ def test_numbers_and_lists_in_parquet_are_text_or_refused(tmp_path):
     assert "nan" not in set(read_raw(tmp_path, "table")[1]["title"])
     table = table.set_column(0, "item_id", pa.array(np.where(number == 7, np.nan, number)))
     pq.write_table(table, path)
-    assert "row 8: item_id is no printable text" in read_raw(tmp_path, "table", ok=False)
+    assert "row 8: item_id is missing" in read_raw(tmp_path, "table", ok=False)
     items.assign(category=[[{"name": "Games"}]] * 40).to_parquet(path)
     assert "column category: list<" in read_raw(tmp_path, "table", ok=False)
     for column in ("item_id", "title", "price"):
         items.assign(**{column: [[1]] * 40}).to_parquet(path)
         assert f"column {column}: list<" in read_raw(tmp_path, "table", ok=False)
+
+
+def test_an_id_that_is_the_text_nan_is_an_id_and_a_line_says_so(tmp_path):
+    interactions, _ = write_table(tmp_path / "raw", suffix=".csv")
+    user = interactions["user_id"]
+    interactions["user_id"] = user.where(user != user[0], "nan")
+    interactions.to_csv(tmp_path / "raw/interactions.csv", index=False)
+    *_, printed = read_raw(tmp_path, "table")
+    assert f"{(interactions['user_id'] == 'nan').sum()} rows have a user_id such as nan" in printed
 
 
 def test_ids_that_never_match_are_shown_one_of_each_side(tmp_path):

@@ -68,11 +68,20 @@ def spread(figures):
     return f"{figures.mean():.4f} ± {figures.std():.4f}".replace(" ± nan", "")
 
 
+def set_name(feature, frame):
+    """A feature set as the tables name it: in how many draws valid chose the two means, too (--with-means)"""
+    if "with_means" not in frame or not frame["with_means"].any():
+        return feature
+    chosen = frame.groupby("split_seed")["with_means"].any()
+    return f"{feature} (means in {chosen.sum()} of {len(chosen)} draws)"
+
+
 def table_of_means(groups, data=None):
     """Tables 2 (`none`), 3 (`dense`), 4 (`codes`): means over draws, the paper's on `data` beside"""
     lines, paper = [], pd.read_csv(PAPER, index_col=["data", "model", "features"])
     for key, frame in groups.items():
-        reference, line = groups.get((key[0], "none")), [*key, spread(frame["auc"]), spread(frame["logloss"])]
+        reference, name = groups.get((key[0], "none")), set_name(key[1], frame)
+        line = [key[0], name, spread(frame["auc"]), spread(frame["logloss"])]
         line += ["", ""] if reference is None or reference is frame else [
             f"{rela_impr_auc(frame['auc'].mean(), reference['auc'].mean()):+.2f}".replace("+nan", "–"),
             f"{rela_impr_logloss(frame['logloss'].mean(), reference['logloss'].mean()):+.2f}"]
@@ -137,7 +146,8 @@ def table_of_differences(groups, overlap):
             continue
         one, two = (groups[key][["auc", "logloss"]].to_numpy() for key in keys)
         auc, loss = (paired_interval(differences, overlap) for differences in (one - two).T)
-        lines.append([model, f"{first} - {second}", with_interval(*auc[:2]), p_text(auc[2]),
+        names = [set_name(name, groups[key]) for name, key in zip((first, second), keys)]
+        lines.append([model, " - ".join(names), with_interval(*auc[:2]), p_text(auc[2]),
                       with_interval(*loss[:2]), p_text(loss[2])])
         if (first, second) == ("codes", "random"):
             gains[model] = {"auc_gain": auc[0], "auc_half_interval": auc[1]}
@@ -159,7 +169,8 @@ def summarize(options, results, runs):
             f"Split: {prepared['split']}. Draws: {num_splits}, seeds of each: {options['seeds']}. "
             f"Test rows of the first draw of users without a train row: {num_cold:,}, of such items: "
             f"{num_new:,}.", "",
-            f"`04_train_ctr.py {shlex.join(command_line(options))}`", "", "## Tables 2, 3 and 4", "",
+            f"`04_train_ctr.py --run-dir RUN {shlex.join(command_line(options))}`", "",
+            "## Tables 2, 3 and 4", "",
             "Features: see `--help`; a gain counts only against `random`. Logloss in nats. ± is the standard "
             "deviation over draws and seeds. RelaImpr (eq. 10, 11): against the same model with `none`. "
             "`none` is table 2, `dense` table 3 (without VQ), `codes` (UserIP) table 4. `means`: logistic "

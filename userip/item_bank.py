@@ -83,6 +83,9 @@ def infer_new_items(args):
     if items["item_id"].duplicated().any():
         item = items.loc[items["item_id"].duplicated(), "item_id"].iloc[0]
         fail(f"{args.only_items} has the item_id {item!r} twice: give each item one row")
+    known = read_artifacts(args, "items.parquet")[0]["item_id"]
+    if num_known := int(items["item_id"].isin(known).sum()):
+        print(f"{num_known} of {len(items)} items are in the run already: here they are read as new ones")
     tokenizer, prompt = load_again(args, stored, options)
     texts = item_texts(prompt, tokenizer, items)
     vectors = hidden_states(prompt, texts, stored["shared"], torch.arange(len(items)),

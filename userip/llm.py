@@ -36,6 +36,11 @@ def load_llm(args, llm, device="cpu", dtype=torch.float32, **model_options):
             fail(f"--llm {llm}: there is no such file")
         if missing := [name for name in GGUF_PACKAGES if importlib.util.find_spec(name) is None]:
             fail(f"--llm {llm}: a GGUF file needs one more package: `pip install {' '.join(missing)}`")
+    elif Path(source).is_file():
+        fail(f"--llm {llm}: this file is no GGUF file; give a folder, a GGUF file or a hub name")
+    elif llm != "tiny" and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        fail(f"--llm {llm}: no config.json in it; give a folder that save_pretrained wrote for both model "
+             f"and tokenizer")
     elif (llm == "tiny" or llm.startswith(("/", ".", "~"))) and not Path(source).is_dir():
         fail(f"--llm {llm}: there is no folder {source}; "
              + ("run stage 2 again" if llm == "tiny" else "give a folder, a GGUF file or a hub name"))

@@ -42,6 +42,10 @@ def read_new_users(args, items, interactions=None):
             fail(f"{args.run_dir}/interactions.parquet.json does not say --threshold: run stage 1 again")
         rows["rating"] = table["rating"].to_numpy()
         rows["label"] = (rows["rating"] > threshold).astype(int)
+    is_again = np.isin(user_ids, read_artifacts(args, "users.parquet")[0]["user_id"])
+    if is_again.any():
+        print(f"{int(is_again.sum())} of {len(user_ids)} users are in the run already, the first of them "
+              f"{user_ids[is_again][0]!r}: their profiles here are of these rows alone")
     is_known = np.isfinite(item)
     if not is_known.all():
         print(f"{int((~is_known).sum())} of {len(table)} rows are left out, of items that the run does not "

@@ -84,9 +84,13 @@ def user_facts(users):
     facts = {}
     for column in users.columns.drop(["user", "user_id"]):
         values = users[column]
-        if pd.api.types.is_numeric_dtype(values) and values.nunique() > 8:
-            quarter = pd.qcut(values, 4, labels=False, duplicates="drop")
-            values = values.groupby(quarter).transform(lambda part: f"{part.min():g} to {part.max():g}")
+        numbers = pd.to_numeric(values.astype(object), errors="coerce")
+        is_number = pd.api.types.is_numeric_dtype(values)
+        if not is_number:  # of a csv file all is text: numbers that users share are no zip codes
+            is_number = (numbers.isna() == values.isna()).all() and 2 * numbers.nunique() <= numbers.count()
+        if is_number and numbers.nunique() > 8:
+            quarter = pd.qcut(numbers, 4, labels=False, duplicates="drop")
+            values = numbers.groupby(quarter).transform(lambda part: f"{part.min():g} to {part.max():g}")
         if 1 < values.nunique() <= min(50, max(8, len(users) / 20)):
             facts[column.replace("_", " ")] = values.astype(object).where(values.notna(), None)
     return facts

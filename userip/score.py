@@ -54,11 +54,12 @@ def field_weights(run, shared, num_sample):
             if len(index) > 1:
                 only = torch.tensor([float(other == field) for other in FIELDS])
                 scores = text_scores(run.prompt, route, index, shared, only, run.args.tokens_per_batch)
-                mean = scores.mean(0)  # of all texts: share · mean, since those without the field have score 0
-                noise = share * ((scores - mean).square().sum((1, 2)).mean() + (1 - share) * mean.square().sum())
+                mean = scores.mean(0)  # of all texts share · mean: those without the field have score 0
+                spread = (scores - mean).square().sum((1, 2)).mean()
+                noise = share * (spread + (1 - share) * mean.square().sum())
                 weights[number] = noise.rsqrt() if noise > 0 else 0.0
             if not weights[number]:
-                print(f"field {field} is left out: its texts do not tell items apart ({len(index)} were read)")
+                print(f"field {field} is left out: its texts do not differ ({len(index)} were read)")
     listed = "  ".join(f"{field} {weight:.3g}" for field, weight in zip(FIELDS, weights) if weight)
     print(f"field weights: {listed}")
     return weights

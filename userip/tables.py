@@ -43,6 +43,8 @@ def _refuse(frame, path, columns, pattern, problem, is_missing_bad=False):
         is_bad = frame[column].str.contains(pattern, na=is_missing_bad)
         if is_bad.any():
             text = str(frame[column].iloc[row := int(is_bad.argmax())])
+            if pd.isna(frame[column].iloc[row]):
+                _fail_at(frame, path, row, f"{column} is missing")
             start = max(0, match.start() - 20) if (match := re.search(pattern, text)) else 0
             _fail_at(frame, path, row, f"{column} {problem}: {text[start:start + 60]!r}")
 
@@ -53,6 +55,8 @@ def check_columns(frame, path):
     """
     for column in frame.columns.intersection(["user_id", "item_id"]):
         frame[column] = frame[column].str.strip()
+        if num_nan := int(frame[column].isin(["nan", "NaN", "None", "<NA>"]).sum()):
+            print(f"{path}: {num_nan:,} rows have a {column} such as nan or None; it is taken as an id")
     _refuse(frame, path, ["user_id", "item_id"], UNPRINTABLE, "is no printable text", is_missing_bad=True)
     names = {}  # of categories that are lists
     for text in filter(LIST_TEXT.fullmatch, frame.get("category", pd.Series(dtype="str")).dropna().unique()):
@@ -69,7 +73,9 @@ def check_columns(frame, path):
         if not is_good.all():
             row = int(is_good.argmin())
             problem = "is not a number" if np.isnan(numbers[row]) else f"is beyond {LARGEST[column]:g}"
-            _fail_at(frame, path, row, f"{column} {str(frame[column].iloc[row])!r} {problem}")
+            value = frame[column].iloc[row]
+            _fail_at(frame, path, row, f"{column} is missing" if pd.isna(value) else
+                     f"{column} {str(value)!r} {problem}")
         frame[column] = numbers
     if "timestamp" in frame:
         if frame["timestamp"].between(19000101, 21001231).all():
