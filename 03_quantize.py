@@ -225,7 +225,7 @@ class Quantizer(nn.Module):
         z = deviation @ self.transform
         quantized, codes, loss = self.vq(z)
         if not has_evidence.all():
-            z, deviation = z[has_evidence], deviation[has_evidence]
+            z, deviation = z[has_evidence], deviation[has_evidence]  # [B', C], [B', D]
             if not len(z):
                 return quantized, z.sum(), z.sum()
             _, codes, loss = self.vq(z)

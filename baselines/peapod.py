@@ -21,7 +21,7 @@ rows read profiles of ratings without their own fold, and in training a target's
 Reads   interactions.parquet, items.parquet, users.parquet
 Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr; references have no seed
         peapod/: the run's interactions, items, users and profiles.pt of the first variant
-        baselines/: the tiny LLM (PEPLER's and PeaPOD's is one), and finished epochs
+        baselines/: the tiny LLM (one for PEPLER and PeaPOD), and each training's state
 
 Example: python baselines/peapod.py        (about 12 minutes on two cores, estimated)
   wrote … and runs/demo/peapod.parquet: 24 rows | sequential NDCG@10 item-kNN 0.0450, neighbours 0.0362 …

@@ -17,7 +17,7 @@ Reads   interactions.parquet, items.parquet, users.parquet
 Writes  baseline-pepler.parquet: features (the head), seed, auc, logloss, valid figures; where there are
         reviews, bleu4, rouge1, rouge2, rougeL, distinct1, distinct2, usr of the explanations
         pepler.csv: user, item, written and generated text of the first head and seed
-        baselines/: the tiny LLM (PEPLER's and PeaPOD's is one), and finished epochs
+        baselines/: the tiny LLM (one for PEPLER and PeaPOD), and each training's state
 
 Example: python baselines/pepler.py        (about 12 minutes on two cores, estimated)
   wrote runs/demo/baseline-pepler.parquet: 6 rows | mlp AUC 0.6561 logloss 0.6313 | mf AUC …

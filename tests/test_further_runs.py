@@ -63,6 +63,10 @@ def test_further_splits_are_made_by_the_stages_with_the_same_options(small_run, 
     assert "01_prepare.py" not in again and "finished before" in again
     assert pd.read_parquet(run / "results.parquet").equals(results)
     assert "Nadeau" in (run / "results.md").read_text()
+    path = run / "split-1/profiles.pt.json"  # as if memory had not sufficed for the batch that was asked for
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"options": stored["options"] | {"tokens_per_batch": 77}}))
+    assert "02_infer_profiles.py" not in run_stage(*argv)
     # as after a kill between stages 1 and 2: the options are as asked for, but stage 2 has read other rows
     path = run / "split-1/interactions.parquet"
     sidecar = json.loads((run / "split-1/interactions.parquet.json").read_text())

@@ -58,7 +58,7 @@ OPTIONS = {
         "features": [(["none"], [], MOVES), (["truth"], [], REFUSED), (["none+codes"], [], REFUSED)],
         "fields": [(["brand"], [], MOVES), (["colour"], [], REFUSED)],
         "models": [(["pnn"], [], MOVES), (["means"], [], REFUSED)],
-        "field-dim": [([4], [], MOVES), ([4], ["--models", "means"], REFUSED)], "layers": [([1], [], MOVES), ([1], ["--models", "pnn"], REFUSED)],
+        "field-dim": [([4], [], MOVES), ([4], ["--models", "means"], REFUSED), ([1], ["--models", "afn"], REFUSED)], "layers": [([1], [], MOVES), ([1], ["--models", "pnn"], REFUSED)],
         "hidden": [([8], [], MOVES), ([8], ["--models", "ffm"], REFUSED), ([8], ["--models", "means"], REFUSED)],
         "dropout": [([0.5], [], MOVES), ([0.5], ["--models", "ffm"], REFUSED), ([1.5], [], REFUSED)],
         "with-means": [([], [], MOVES), ([], ["--models", "means"], REFUSED)],

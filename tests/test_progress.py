@@ -50,6 +50,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on_with_the_same_draws(tmp_path
     progress.compute("piece", make)
     assert progress.args.tokens_per_batch == 16 and len(set(drawn)) == 1 and len(drawn) == 3
     assert capsys.readouterr().out.count("out of memory: going on with --tokens-per-batch") == 2
+    resumed = progress_of(tmp_path)  # with the batches of the run that was killed
+    assert resumed.args.tokens_per_batch == 16
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from conftest import run_stage, save_llm, write_table
-from llm_cases import fresh
+from llm_cases import fresh, prompt_of
 from test_progress import GRADIENT, small
+from userip.setup import tokens_that_fit
+
+
+def test_a_system_that_does_not_tell_its_free_memory_gets_the_most_that_pays(llm, monkeypatch):
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+    monkeypatch.setattr("os.sysconf", unknown)
+    assert tokens_that_fit(prompt_of(llm)) == 4096
 
 
 @pytest.mark.parametrize("options", [[], GRADIENT, [*GRADIENT, "--ratings", "--folds", 2]])
