@@ -10,8 +10,9 @@ As in the paper: generated answers (--text generated), greedy; mean pool as enco
 with softmax gates; adaptor and click model trained together on binary cross-entropy.
 What differs from the paper: the LLM itself is the encoder; prompts are one sentence; vectors are
 standardized by users and items of train rows; a train row's own rating is not in the prompt (--folds: r_u is
-made without each fold of the rows, and a train row reads the one without its own); the click model is a DCN
-with stage 4's options. --text history encodes the prompt itself, without generation.
+made without each fold of the rows, and a train row reads the one without its own); users beyond --max-users,
+drawn at random, have the mean r_u; the click model is a DCN with stage 4's options. --text history encodes
+the prompt itself, without generation.
 
 Sets of features: `none` (the DCN alone), `random` (the first --text's vectors, dealt to other users and
 items: the control), and `generated` or `history`. Training stops early on valid logloss, the best epoch's
@@ -43,8 +44,8 @@ from tqdm import tqdm
 
 from common import DCN, logloss
 from userip.artifacts import fail
-from userip.baseline import (SPLITS, WORDS, Finished, answer, baseline_parser, code_digests, encode_items,
-                             figures_of, load_baseline_llm, pool_in_blocks, read_data,
+from userip.baseline import (SPLITS, WORDS, Finished, answer, baseline_parser, capped, code_digests,
+                             encode_items, figures_of, load_baseline_llm, pool_in_blocks, read_data,
                              refuse_beyond_context, refuse_unread, write_baseline)
 from userip.ctr_training import table_rows
 from userip.evidence import assign_folds
@@ -64,6 +65,7 @@ def parse_args(argv=None):
     add.data("--max-history", type=at_least(1), default=20, help="latest rated items of a user in the prompt")
     add.data("--folds", type=at_least(2, at_most=100), default=5,
              help="r_u is made without each of so many folds of the train rows, too")
+    add.data("--max-users", type=at_least(1), help="users that the LLM writes about, at most (default: all)")
     add.method("--text", nargs="+", choices=["generated", "history"], default=["generated"],
                help="encode what the LLM answers, the prompt itself, or each in turn")
     add.method("--new-tokens", type=at_least(1, at_most=1000), default=24, help="of an answer, at most")
@@ -132,12 +134,17 @@ def knowledge(args, llm, data, finished, text):
     fold = pd.Series(assign_folds(train, args.folds, args.seed), index=train.index)
     fold_of_row = fold.reindex(history.index, fill_value=-1)
     is_warm, is_train_item = torch.from_numpy(data.is_warm), torch.from_numpy(data.is_train_item)
-    prompts = [text for left_out in range(args.folds + 1)
-               for text in user_prompts(args, data, history[fold_of_row != left_out])]
-    users, num_tokens = encode(args, llm, finished, prompts, user_question)
-    users = standardized(users, is_warm.repeat(args.folds + 1)).unflatten(0, (args.folds + 1, -1))
+    chosen = capped(data.num_users, args.max_users, args.seed)
+    if not data.is_warm[chosen].any():
+        fail(f"--max-users {args.max_users}: none of those drawn has a train row: take more")
+    prompts = [texts[user] for texts in (user_prompts(args, data, history[fold_of_row != left_out])
+                                         for left_out in range(args.folds + 1)) for user in chosen]
+    read, num_tokens = encode(args, llm, finished, prompts, user_question)
+    read = standardized(read, is_warm[chosen].repeat(args.folds + 1))
+    users = torch.zeros(args.folds + 1, data.num_users, read.shape[1])  # 0, the mean, of all others
+    users[:, chosen] = read.unflatten(0, (args.folds + 1, -1))
     items, count = encode_items(data, lambda texts: encode(args, llm, finished, texts, item_question))
-    tokens_per_user = (num_tokens + count) / data.num_users
+    tokens_per_user = num_tokens / len(chosen) + count / data.num_users
     return users, standardized(items, is_train_item), fold.to_numpy(), tokens_per_user
 
 

@@ -20,7 +20,7 @@ from userip.evidence import assign_folds
 
 SMALL = ("--epochs", 2, "--seeds", 2, "--folds", 2, "--max-history", 3, "--new-tokens", 2)
 TRAINING = {"lr": 0.01, "batch_size": 256, "epochs": 8, "patience": 3, "id_dropout": 0.0, "shared_experts": 1,
-            "own_experts": 2, "expert_dim": 4, "folds": 2, "max_history": 3}
+            "own_experts": 2, "expert_dim": 4, "folds": 2, "max_history": 3, "max_users": None}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,23 @@ def test_a_train_row_reads_a_text_without_its_own_rating(monkeypatch):
     _, (r_u, _) = reader.read("test", torch.tensor([0]))
     user = data.split["test"]["user"].iloc[0]
     assert asked[0][int(r_u)] == kar.user_prompts(args, data, data.history)[user]
+
+
+def test_the_llm_writes_about_max_users_and_the_others_have_the_mean(monkeypatch, capsys):
+    data, args = data_of(), options_of(**TRAINING | {"max_users": 7})
+    asked = []
+    monkeypatch.setattr(kar, "encode", lambda args, llm, finished, prompts, question: (
+        asked.append(prompts), (torch.randn(len(prompts), 3), 7 * len(prompts)))[1])
+    users, items, _, num_tokens = kar.knowledge(args, None, data, None, "history")
+    chosen = kar.capped(data.num_users, 7, args.seed)
+    every = kar.user_prompts(args, data, data.history)
+    assert asked[0][-7:] == [every[user] for user in chosen] and len(asked[0]) == 7 * (args.folds + 1)
+    is_asked = np.isin(np.arange(data.num_users), chosen)
+    assert (users[:, is_asked] != 0).all() and (users[:, ~is_asked] == 0).all()
+    assert torch.allclose(users[:, data.is_warm & is_asked].mean((0, 1)), torch.zeros(3), atol=1e-5)
+    assert num_tokens == pytest.approx(7 * (args.folds + 1) + 7 * data.num_items / data.num_users)
+    data.is_warm[:] = False
+    assert "take more" in dies(capsys, kar.knowledge, args, None, data, None, "history")
 
 
 def test_vectors_are_standardized_by_the_fitted_ones_alone():
