@@ -1,0 +1,159 @@
+"""What do LLM-based recommenders gain over their controls, and what do they cost? The systems of baselines/
+beside this method's codes on one data set.
+
+    python tests/compare_baselines.py --run-dir runs/systems --splits 3 --dataset ml-100k --raw data/ml-100k
+    python tests/compare_baselines.py --run-dir runs/smol --llm models/SmolLM2 --systems kar rella …
+
+Each split has a folder below --run-dir: stage 1, stages 2 to 4 (a DCN, 3 seeds) for this method (`codes`),
+the baselines, and PeaPOD's profiles through stages 3 and 4. What is finished is kept, so systems and splits
+can be added later. A LLM other than `tiny` reads fewer users and rows (CAPS): no system should need more than
+45 minutes on two cores.
+
+Differences: of test AUC and logloss, with the same split and seed, to the control that the line names;
+intervals of several splits are corrected for their overlap. Serving: milliseconds per 10,000 rows, MB held.
+LLM tokens per user. Minutes: a system's in one split, all seeds and stages, by the clock.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import with_interval  # noqa: E402  (needs the path)
+from compare_llms import QUICK, STAGE_2, run  # noqa: E402
+from userip.ctr_report import markdown, paired_interval  # noqa: E402
+
+SETS = {"titles": ["none", "random", "leniency", "codes"],
+        "ratings": ["none", "random", "leniency", "codes", "random+random", "codes+items"]}
+OPTIONS = {"kar": ["--folds", 2, "--max-history", 10, "--new-tokens", 12],
+           "pepler": ["--head", "mlp", "--text-rows", 500],
+           "rella": ["--num-items", 5, "--shots", 512, "--test-rows", 2000, "--valid-rows", 500],
+           "peapod": ["--variant", "pool", "neighbours", "shared", "--seeds", 1]}
+CAPS = {"kar": ["--max-users", 500],
+        "pepler": ["--seeds", 1, "--text-rows", 200, "--max-texts", 50, "--epochs", 30],
+        "rella": ["--seeds", 1, "--shots", 128, "--epochs", 3, "--test-rows", 500, "--valid-rows", 200],
+        "peapod": ["--max-users", 500, "--max-texts", 50, "--prompts", 500, "--epochs", 8]}
+# a line's name, the system, the file and the set of features, and the line that it is compared with
+LINES = [("DCN, none", "codes", "results", "none", None),
+         ("DCN, random codes", "codes", "results", "random", "DCN, none"),
+         ("DCN, leniency", "codes", "results", "leniency", "DCN, random codes"),
+         ("DCN, codes", "codes", "results", "codes", "DCN, random codes"),
+         ("DCN, random + random", "codes", "results", "random+random", "DCN, none"),
+         ("DCN, codes+items", "codes", "results", "codes+items", "DCN, random + random"),
+         ("KAR, none", "kar", "baseline-kar", "none", None),
+         ("KAR, random", "kar", "baseline-kar", "random", "KAR, none"),
+         ("KAR, generated", "kar", "baseline-kar", "generated", "KAR, random"),
+         ("PEPLER", "pepler", "baseline-pepler", "mlp", "DCN, none"),
+         ("ReLLa, zero-shot", "rella", "baseline-rella", "semantic zero-shot", None),
+         ("ReLLa, LoRA", "rella", "baseline-rella", "semantic lora", "ReLLa, zero-shot"),
+         ("DCN, PeaPOD's random codes", "peapod", "peapod/results", "random", "DCN, none"),
+         ("DCN, PeaPOD's codes", "peapod", "peapod/results", "codes", "DCN, PeaPOD's random codes")]
+
+
+def steps_of(args, is_cold):
+    """What each system runs: {system: list of (script, folder below the split's, options)}"""
+    llm, is_tiny = ["--llm", args.llm], args.llm == "tiny"
+    llm += ["--tiny-steps", 100] * is_tiny
+    dropout = ["--id-dropout", 0.3] * is_cold
+    stage_4 = ["--models", "dcn", "--seeds", 3, *dropout, "--features"]
+    baseline = {name: [*llm, *options, *CAPS[name] * (not is_tiny)] for name, options in OPTIONS.items()}
+    baseline["kar"] += dropout
+    steps = {name: [(f"baselines/{name}.py", ".", options)] for name, options in baseline.items()}
+    steps["peapod"] += [("03_quantize.py", "peapod", ["--codes", 12, "--stability", 0]),
+                        ("04_train_ctr.py", "peapod", [*stage_4, "none", "random", "codes"])]
+    return steps | {"codes": [("02_infer_profiles.py", ".", [*llm, *STAGE_2[args.evidence], *QUICK]),
+                              ("03_quantize.py", ".", ["--stability", 0]),
+                              ("04_train_ctr.py", ".", [*stage_4, *SETS[args.evidence]])]}
+
+
+def climb(args, folder, of_stage_1, split):
+    """Run what this split lacks -> seconds by system, which seconds.json keeps"""
+    log = folder / "seconds.json"
+    seconds = json.loads(log.read_text()) if log.exists() else {}
+    if not (folder / "users.parquet.json").exists():
+        run("01_prepare.py", folder, *of_stage_1, "--split-seed", split)
+    options = json.loads((folder / "interactions.parquet.json").read_text())["options"]
+    steps = steps_of(args, options["split"] != "random")
+    for system in [name for name in args.systems if name not in seconds]:
+        started = time.time()
+        for script, below, options in steps[system]:
+            run(script, folder / below, *options)
+        seconds[system] = time.time() - started
+        log.write_text(json.dumps(seconds))
+    return seconds
+
+
+def rows_of(folders, file, features):
+    """Rows of all splits of one set of features, by split and seed; None where a split has none"""
+    frames = []
+    for folder in folders:
+        path = folder / f"{file}.parquet"
+        frame = pd.read_parquet(path) if path.exists() else pd.DataFrame({"features": [], "model": []})
+        frames.append(frame[(frame["features"] == features) & ~frame["model"].isin(["means", "base rate"])])
+    if any(frame.empty for frame in frames):
+        return None
+    return pd.concat(frames).set_index(["split_seed", "seed"])
+
+
+def costs_of(folders, system, file, features, rows):
+    """Cells: ms, MB, tokens per user; of a DCN as KAR measured it"""
+    if "bytes" in rows:
+        mean = rows[["milliseconds", "bytes", "tokens_per_user"]].mean()
+        return [f"{mean['milliseconds']:,.4g}", f"{mean['bytes'] / 2**20:.2f}",
+                f"{mean['tokens_per_user']:,.0f}"]
+    kar, profiles = (json.loads(path.read_text()) if (path := folders[0] / f"{name}.json").exists() else {}
+                     for name in ("baseline-kar.parquet", "profiles.pt"))
+    mode = kar.get("modes", {}).get("DCN" if features == "none" else "DCN + bank")
+    has_llm = system == "codes" and "codes" in features
+    tokens = sum(profiles["tokens"].values()) / profiles["users"] if has_llm else 0
+    return [*([f"{1000 * mode['median_10000']:.4g}", f"{mode['megabytes']:.2f}"] if mode else ["–", "–"]),
+            f"{tokens:,.0f}" if system != "peapod" else "–"]
+
+
+def table(folders, seconds):
+    """Lines of the table; folders and seconds by split"""
+    split = pd.read_parquet(folders[0] / "interactions.parquet", columns=["split"])["split"].value_counts()
+    overlap = split["test"] / split["train"] if len(folders) > 1 else 0.0
+    found = {name: rows_of(folders, file, features) for name, _, file, features, _ in LINES}
+    lines = []
+    for name, system, file, features, control in LINES:
+        rows = found[name]
+        if rows is None:
+            continue
+        cells = [name, f"{len(rows)}", f"{rows['test_rows'].mean():,.0f}" if "test_rows" in rows else "all",
+                 *(f"{rows[key].mean():.4f}" for key in ("auc", "logloss"))]
+        cells += [control or "–"]
+        if control:
+            gains = (rows[["auc", "logloss"]] - found[control][["auc", "logloss"]]).dropna()
+            cells += [with_interval(*paired_interval(gains[key], overlap)[:2]) for key in gains]
+        else:
+            cells += ["–", "–"]
+        minutes = sum(part[system] for part in seconds) / len(seconds) / 60
+        lines.append([*cells, *costs_of(folders, system, file, features, rows), f"{minutes:.1f}"])
+    return markdown(["system", "runs", "test rows", "AUC", "logloss", "control", "AUC - control",
+                     "logloss - control", "ms", "MB", "tokens", "minutes"], lines)
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/systems"), help="folder of all runs")
+    parser.add_argument("--llm", default="tiny", help="as stage 2's --llm")
+    parser.add_argument("--evidence", choices=SETS, default="ratings", help="what the codes are made of")
+    parser.add_argument("--systems", nargs="+", choices=["codes", *OPTIONS], default=["codes", *OPTIONS],
+                        help="what is run (the table has all that is there)")
+    parser.add_argument("--splits", type=int, default=1, help="how many splits")
+    # all else goes to stage 1, which refuses what it does not know
+    args, of_stage_1 = parser.parse_known_args()
+    folders = [args.run_dir / f"split-{split}" for split in range(args.splits)]
+    seconds = [climb(args, folder, of_stage_1, split) for split, folder in enumerate(folders)]
+    print("\n".join(table(folders, seconds)))
+
+
+if __name__ == "__main__":
+    main()
