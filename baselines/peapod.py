@@ -71,10 +71,11 @@ def parse_args(argv=None):
     add.method("--soft-tokens", type=at_least(1, at_most=1000), default=3, help="soft tokens of a user, S")
     add.method("--rank", type=at_least(1, at_most=1000), default=16, help="PMF: width of a vector, C")
     add.method("--penalty", type=at_least(1e-6, float), default=5.0, help="PMF: penalty of vectors, λ")
-    add.training("--epochs", type=at_least(1), default=8, help="epochs at most")
+    add.training("--epochs", type=at_least(1), default=30, help="epochs at most")
     add.training("--prompts", type=at_least(1), default=2000, help="prompts of each task in an epoch at most")
-    add.training("--patience", type=at_least(1), default=3, help="stop after so many epochs without progress")
-    add.training("--lr", type=at_least(1e-12, float), default=0.01, help="learning rate of AdamW")
+    add.training("--patience", type=at_least(1), default=6, help="stop after so many epochs without progress")
+    add.training("--lr", type=at_least(1e-12, float), default=0.02,
+                 help="learning rate of AdamW; falls linearly to 0 over the epochs")
     add.training("--weight-decay", type=at_least(0, float), default=0.1, help="weight decay of AdamW")
     add.training("--batch-size", type=at_least(1), default=64, help="prompts per step")
     args = parser.parse_args(argv)
@@ -229,7 +230,8 @@ def train(args, run, variant, seed):
             valid = target_nll(args, model, run, run.valid, model.soft(run, valid_users)).mean(0)  # [2]
         return losses, float(valid.sum())
 
-    return train_epochs(args, run.finished, [variant, seed], model, args.weight_decay, epoch)[0]
+    return train_epochs(args, run.finished, [variant, seed], model, args.weight_decay, epoch,
+                        rate_falls=True)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -33,11 +33,11 @@ SETS = {"titles": ["none", "random", "leniency", "codes"],
 OPTIONS = {"kar": ["--folds", 2, "--max-history", 10, "--new-tokens", 12],
            "pepler": ["--head", "mlp", "--text-rows", 500],
            "rella": ["--num-items", 5, "--shots", 512, "--test-rows", 2000, "--valid-rows", 500],
-           "peapod": ["--variant", "pool", "neighbours", "shared", "--seeds", 1]}
+           "peapod": ["--variant", "pool", "shared", "--seeds", 1]}
 CAPS = {"kar": ["--max-users", 500],
         "pepler": ["--seeds", 1, "--text-rows", 200, "--max-texts", 50, "--epochs", 30],
         "rella": ["--seeds", 1, "--shots", 128, "--epochs", 3, "--test-rows", 500, "--valid-rows", 200],
-        "peapod": ["--max-users", 500, "--max-texts", 50, "--prompts", 500, "--epochs", 8]}
+        "peapod": ["--max-users", 300, "--max-texts", 50, "--prompts", 500, "--epochs", 8]}
 # a line's name, the system, the file and the set of features, and the line that it is compared with
 LINES = [("DCN, none", "codes", "results", "none", None),
          ("DCN, random codes", "codes", "results", "random", "DCN, none"),

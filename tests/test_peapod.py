@@ -10,6 +10,7 @@ import torch
 from baseline_cases import kill_at_call, poisoned, trained_states
 from conftest import read_raw, run_process, run_stage, write_amazon, write_interactions, write_table
 from userip.artifacts import read_artifacts
+from userip.epochs import train_epochs
 
 peapod = importlib.import_module("baselines.peapod")
 SMALL = ["--llm", "tiny", "--tiny-steps", 4, "--epochs", 2, "--seeds", 1, "--batch-size", 32, "--rank", 4,
@@ -119,6 +120,20 @@ def test_a_killed_run_goes_on_with_the_same_bits(prepared, tmp_path, monkeypatch
     assert len([*run_dir.glob("baselines/peapod/*.pt")]) == 1  # a training's state, not one an epoch
     for name in ("profiles", "noise", "shared"):
         assert torch.equal(profiles[name], again[name]), name
+
+
+@pytest.mark.parametrize("falls, expected", [(True, [0.4, 0.3, 0.2, 0.1]), (False, [0.4] * 4)])
+def test_the_learning_rate_falls_linearly_where_it_shall(falls, expected):
+    rates = []
+    finished = argparse.Namespace(read=lambda key: None, write=lambda key, state: None, seconds=0.0)
+
+    def epoch(optimizer, generator):
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+        return {}, -len(rates)
+
+    args = argparse.Namespace(lr=0.4, epochs=4, patience=1)
+    train_epochs(args, finished, ["x", 0], torch.nn.Linear(1, 1), 0.0, epoch, rate_falls=falls)
+    assert rates == pytest.approx(expected)
 
 
 def test_an_epoch_has_at_most_so_many_prompts_of_each_task(monkeypatch):

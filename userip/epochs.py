@@ -11,9 +11,10 @@ import torch
 from userip.artifacts import fail
 
 
-def train_epochs(args, finished, key, model, weight_decay, epoch):
+def train_epochs(args, finished, key, model, weight_decay, epoch, rate_falls=False):
     """Train the model by AdamW until the valid loss does not fall for args.patience epochs -> the model with
-    the weights of the best epoch, and how many epochs there were
+    the weights of the best epoch, and how many epochs there were. rate_falls: the learning rate falls from
+    epoch to epoch, linearly, to 0 behind the last one
 
     finished: see userip.baseline; key: the names and seed that tell the training from others, the seed last;
     epoch(optimizer, generator) trains one and gives {name: loss}, valid loss.
@@ -30,6 +31,8 @@ def train_epochs(args, finished, key, model, weight_decay, epoch):
         generator.set_state(state["generator"])
     while state["number"] < args.epochs and state["number"] - state["best"] < args.patience:
         started = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - rate_falls * state["number"] / args.epochs)
         losses, valid = epoch(optimizer, generator)
         state["number"] += 1
         if valid < state["loss"]:
