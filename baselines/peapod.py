@@ -230,8 +230,7 @@ def train(args, run, variant, seed):
             valid = target_nll(args, model, run, run.valid, model.soft(run, valid_users)).mean(0)  # [2]
         return losses, float(valid.sum())
 
-    return train_epochs(args, run.finished, [variant, seed], model, args.weight_decay, epoch,
-                        rate_falls=True)[0]
+    return train_epochs(args, run.finished, [variant, seed], model, epoch, rate_falls=True)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------

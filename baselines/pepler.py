@@ -174,7 +174,8 @@ def train(args, run, head, seed):
         return losses, logloss(valid_labels, probabilities(model, run, "valid"))
 
     decay = WEIGHT_DECAY[head] if args.weight_decay is None else args.weight_decay
-    return train_epochs(args, run.finished, [head, seed], model, decay, epoch)
+    options = SimpleNamespace(**vars(args) | {"weight_decay": decay})
+    return train_epochs(options, run.finished, [head, seed], model, epoch)
 
 
 # ----------------------------------------------------------------------------------------------------------

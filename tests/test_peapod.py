@@ -131,8 +131,8 @@ def test_the_learning_rate_falls_linearly_where_it_shall(falls, expected):
         rates.extend(group["lr"] for group in optimizer.param_groups)
         return {}, -len(rates)
 
-    args = argparse.Namespace(lr=0.4, epochs=4, patience=1)
-    train_epochs(args, finished, ["x", 0], torch.nn.Linear(1, 1), 0.0, epoch, rate_falls=falls)
+    args = argparse.Namespace(lr=0.4, weight_decay=0.0, epochs=4, patience=1)
+    train_epochs(args, finished, ["x", 0], torch.nn.Linear(1, 1), epoch, rate_falls=falls)
     assert rates == pytest.approx(expected)
 
 

@@ -11,7 +11,7 @@ import torch
 from userip.artifacts import fail
 
 
-def train_epochs(args, finished, key, model, weight_decay, epoch, rate_falls=False):
+def train_epochs(args, finished, key, model, epoch, rate_falls=False):
     """Train the model by AdamW until the valid loss does not fall for args.patience epochs -> the model with
     the weights of the best epoch, and how many epochs there were. rate_falls: the learning rate falls from
     epoch to epoch, linearly, to 0 behind the last one
@@ -19,9 +19,9 @@ def train_epochs(args, finished, key, model, weight_decay, epoch, rate_falls=Fal
     finished: see userip.baseline; key: the names and seed that tell the training from others, the seed last;
     epoch(optimizer, generator) trains one and gives {name: loss}, valid loss.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     generator, named = torch.Generator().manual_seed(key[-1]), f"{key[0]} seed {key[-1]}"
-    key = [*key, weight_decay, args.epochs, args.patience]
+    key = [*key, args.weight_decay, args.epochs, args.patience]
     state = finished.read(key) or {"number": 0, "seconds": 0.0, "loss": math.inf, "best": 0,
                                    "best_model": None}
     if state["number"]:
