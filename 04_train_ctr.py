@@ -4,7 +4,8 @@ Every model reads user id, item id (features `none`), --fields, and more fields 
 user: the `codes` of the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the codes
 dealt to users at random, the control against which a gain counts; `cf`, k-means of SVD factors; `leniency`,
 quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `habits16`, 16 levels of
-the rating habits that codes of ratings read, without a LLM; `dense`, profiles not quantized (table 3). Of the
+the rating habits that codes of ratings read, without a LLM; `dense`, profiles not quantized (table 3);
+`peapod`, the codes of the profiles that baselines/peapod.py infers (RUN_DIR/peapod, after stage 3). Of the
 item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that other items' texts foretell;
 `items`, the item bank, where a LLM reads these texts. Of both, numbers: `dense-means`, the shrunk means of
 item and user; `taste`, how the user's ratings foretell the item's by the texts that a LLM read;
@@ -43,7 +44,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from common import logloss, with_interval
-from userip.artifacts import fail, read_artifacts, read_sidecar, sha256_of, whole_file, write_artifact
+from userip.artifacts import (fail, read_artifacts, read_sidecar, run_of, sha256_of, whole_file,
+                              write_artifact)
 from userip.ctr_models import MODELS, build
 from userip.ctr_report import draw_figure, read_baselines, summarize, table_of_baselines
 from userip.ctr_training import CHOICES, Member, Rows, table_rows, train_stack
@@ -137,7 +139,7 @@ def parse_args(argv=None):
 def read_run(run_dir, features, fields=()):
     """What models read in one run, as a namespace: interactions and labels int8 [n] by split, codes int64
     [N, P], train_codes [n, P], described (the fields of --fields), for `dense` profiles.pt and codebook.pt,
-    for `items` item_codes int64 [M], for `taste` item_vectors [M, V]
+    for `items` item_codes int64 [M], for `taste` item_vectors [M, V], for `peapod` what is read in peapod/
     """
     folder = SimpleNamespace(run_dir=run_dir)
     prepared, bank = (read_sidecar(folder, name) for name in ("interactions.parquet", "feature_bank.parquet"))
@@ -147,7 +149,8 @@ def read_run(run_dir, features, fields=()):
     inputs += ["profiles.pt", "codebook.pt"] * ("dense" in features)
     inputs += ["train_codes.parquet"] * bool(bank.get("has_folds"))
     of_items = {"items": "item_bank.parquet", "taste": "item_vectors.pt"}
-    asked = [name for name in of_items if name in "+".join(features).split("+")]
+    parts = "+".join(features).split("+")
+    asked = [name for name in of_items if name in parts]
     if asked and not read_sidecar(folder, "profiles.pt")["options"].get("items"):
         fail(f"--features {asked[0]}: {run_dir} has no item bank: run stages 2 (with --items) and 3 again")
     inputs += [of_items[name] for name in asked]
@@ -163,8 +166,11 @@ def read_run(run_dir, features, fields=()):
     codes = tables["feature_bank.parquet"][bank["names"]]
     train_codes = tables.get("train_codes.parquet", codes.iloc[split["train"]["user"]])[bank["names"]]
     items, has_items = tables["items.parquet"], "items" in asked
+    digests = {name: sha256_of(Path(run_dir) / name) for name in inputs}
+    peapod = read_peapod(run_dir) if "peapod" in parts else None
+    digests |= {f"peapod/{name}": digest for name, digest in peapod.digests.items()} if peapod else {}
     return SimpleNamespace(
-        inputs=inputs, prepared=prepared, split_seed=prepared["split_seed"], split=split, labels=labels,
+        inputs=[*digests], prepared=prepared, split_seed=prepared["split_seed"], split=split, labels=labels,
         users=users, names=bank["names"], code_sizes=bank["codes"], codes=codes.to_numpy(dtype=np.int64),
         train_codes=train_codes.to_numpy(dtype=np.int64), num_items=len(items), items=items,
         item_codes=tables["item_bank.parquet"]["code"].to_numpy() if has_items else None,
@@ -172,7 +178,16 @@ def read_run(run_dir, features, fields=()):
         described=described_columns(fields, items, users, split["train"]),
         stored=tables.get("profiles.pt"), codebook=tables.get("codebook.pt"),
         item_vectors=tables["item_vectors.pt"]["vectors"] if "taste" in asked else None,
-        digests={name: sha256_of(Path(run_dir) / name) for name in inputs})
+        peapod=peapod, digests=digests)
+
+
+def read_peapod(run_dir):
+    """`read_run` of RUN_DIR/peapod, which must be of the same split"""
+    folder = Path(run_dir) / "peapod"
+    if run_of(folder) != run_of(run_dir) or not (folder / "profiles.pt").exists():
+        fail(f"--features peapod: {folder} has no profiles of this split: run `python baselines/peapod.py "
+             f"--run-dir {run_dir}`, then `python 03_quantize.py --run-dir {folder}`")
+    return read_run(folder, [])
 
 
 def check_features(args, run):

@@ -13,6 +13,7 @@ import torch
 
 from conftest import SMALL, ctr, dies, run_stage
 from ctr_data import small_run_of, small_split
+from test_checks import overwrite
 from userip import ctr_training
 
 
@@ -389,6 +390,26 @@ def test_figures_5_and_6_show_what_stage_3_makes_of_other_sizes(small_run, tmp_p
         assert set(figures["size"]) == sizes and len(figures) == 6 * len(sizes)
     made = json.loads((run / "codes-5-2/feature_bank.parquet.json").read_text())
     assert made["options"]["codes"] == [5, 2]
+
+
+def test_peapod_is_one_more_feature_set_beside_the_codes(small_run, tmp_path):
+    run = shutil.copytree(small_run[1], tmp_path / "run")
+    stage = lambda *features, ok=True: run_stage("04_train_ctr.py", "--run-dir", run, "--models", "dcn", "--seeds",
+                                                 1, "--epochs", 2, "--features", *features, ok=ok)
+    auc = lambda: pd.read_parquet(run / "results.parquet").set_index("features")["auc"]
+    assert "baselines/peapod.py" in stage("peapod", ok=False)
+    folder = shutil.copytree(small_run[1], run / "peapod")
+    stage("codes", "peapod", "codes+peapod")
+    assert auc()["codes"] == auc()["peapod"] != auc()["codes+peapod"]  # here they are the same codes
+    bank = pd.read_parquet(folder / "feature_bank.parquet")
+    names = [*bank.columns.drop(["user", "user_id"])]
+    overwrite(folder, "feature_bank.parquet", bank.assign(**{name: np.roll(bank[name], 1) for name in names}))
+    before = auc()
+    stage("codes", "peapod")
+    assert auc()["codes"] == before["codes"] and auc()["peapod"] != before["peapod"]
+    sidecar = folder / "interactions.parquet.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"run": "another"}))
+    assert "of this split" in stage("peapod", ok=False)
 
 
 def test_each_model_has_a_penalty_of_its_own_unless_one_is_asked_for():

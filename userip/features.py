@@ -61,6 +61,11 @@ def bank_columns(run, seed):
             for code, size, train in zip(run.codes.T, run.code_sizes, run.train_codes.T)]
 
 
+def peapod_columns(run, seed):
+    """The codes of PeaPOD's profiles"""
+    return bank_columns(run.peapod, seed)
+
+
 def item_bank_columns(run, seed):
     """The codes of the item bank"""
     return [Column("item", run.item_codes[None], run.num_item_codes)]
@@ -196,7 +201,7 @@ def described_columns(names, items, users, train):
 
 # run and seed -> list of Column, or a Taste. run: see read_run of stage 4
 PARTS = {"codes": bank_columns, "truth": truth_columns, "cf": cf_columns, "leniency": leniency_columns,
-         "leniency16": shrunk_columns("user", 16), "habits16": habits_columns,
+         "leniency16": shrunk_columns("user", 16), "habits16": habits_columns, "peapod": peapod_columns,
          "item-mean": shrunk_columns("item", 8), "tfidf": tfidf_columns, "items": item_bank_columns,
          "taste": taste_columns, "tfidf-taste": tfidf_taste_columns, "dense-means": dense_means_columns}
 FEATURES = ("none", "random", "dense", *PARTS)
