@@ -19,7 +19,8 @@ decay pulls back to it. The LLM is frozen and decoder-only. A prompt names no ca
 rows read profiles of ratings without their own fold, and in training a target's interests leave out its fold.
 
 Reads   interactions.parquet, items.parquet, users.parquet
-Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr; references have no seed
+Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr, tokens_per_user that the LLM
+        read in training, seconds of training; references have no seed and no costs
         peapod/: the run's interactions, items, users and profiles.pt of the first variant
         baselines/: the tiny LLM (one for PEPLER and PeaPOD), and each training's state
 
@@ -217,7 +218,9 @@ def train_epoch(args, run, model, optimizer, generator):
 
 
 def train(args, run, variant, seed):
-    """Train a model until the valid targets of both tasks are not more likely -> the best epoch's model"""
+    """Train a model until the valid targets of both tasks are not more likely -> the best epoch's model, how
+    many epochs there were
+    """
     torch.manual_seed(seed)
     num_prompts = 1 if variant == "shared" else args.pool
     prompt = PROMPTS[variant](args.rank, num_prompts, args.soft_tokens, run.item_text.shape[1])
@@ -230,7 +233,18 @@ def train(args, run, variant, seed):
             valid = target_nll(args, model, run, run.valid, model.soft(run, valid_users)).mean(0)  # [2]
         return losses, float(valid.sum())
 
-    return train_epochs(args, run.finished, [variant, seed], model, epoch, rate_falls=True)[0]
+    return train_epochs(args, run.finished, [variant, seed], model, epoch, rate_falls=True)
+
+
+def tokens_per_user(args, run, num_epochs):
+    """Tokens that the LLM reads in so many epochs of training, per user: BOS, soft tokens, items and words"""
+    lengths = {SEQUENTIAL: [len(items) for items in run.sequences], TOP_N: [0] * len(run.warm),
+               EXPLAIN: (1 + text_tokens(run.llm, run.texts)[1].sum(1)).tolist() if run.texts else []}
+    count = 0
+    for task, parts in lengths.items():
+        prefix = len(run.bos) + args.soft_tokens + len(run.task_text[task])
+        count += min(1, args.prompts / max(1, len(parts))) * (sum(parts) + prefix * len(parts))
+    return num_epochs * count / len(run.pmf.nearest[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -356,8 +370,11 @@ def main(args):
         rows.append(item_review_row(data.split["train"], run.explained, run.sentences))
     for variant in args.variant:
         for seed in range(args.seed, args.seed + args.seeds):
-            model = train(args, run, variant, seed)
-            rows += evaluate(args, run, model, variant, seed)
+            before = run.finished.seconds
+            model, num_epochs = train(args, run, variant, seed)
+            cost = {"tokens_per_user": tokens_per_user(args, run, num_epochs),
+                    "seconds": run.finished.seconds - before}
+            rows += [row | cost for row in evaluate(args, run, model, variant, seed)]
             if (variant, seed) == (args.variant[0], args.seed):
                 profiles = write_profiles(args, run, data, model)
     table = pd.DataFrame(rows).assign(split_seed=data.split_seed)

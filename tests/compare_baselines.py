@@ -100,19 +100,23 @@ def rows_of(folders, file, features):
     return pd.concat(frames).set_index(["split_seed", "seed"])
 
 
-def costs_of(folders, system, file, features, rows):
-    """Cells: ms, MB, tokens per user; of a DCN as KAR measured it"""
+def costs_of(folder, system, features, rows):
+    """Cells of a line, of the first split: ms, MB, tokens per user; of a DCN ms and MB as KAR measured them"""
+    cells = lambda ms, megabytes, tokens: [f"{ms:,.4g}", f"{megabytes:.2f}", f"{tokens:,.0f}"]
     if "bytes" in rows:
         mean = rows[["milliseconds", "bytes", "tokens_per_user"]].mean()
-        return [f"{mean['milliseconds']:,.4g}", f"{mean['bytes'] / 2**20:.2f}",
-                f"{mean['tokens_per_user']:,.0f}"]
-    kar, profiles = (json.loads(path.read_text()) if (path := folders[0] / f"{name}.json").exists() else {}
-                     for name in ("baseline-kar.parquet", "profiles.pt"))
-    mode = kar.get("modes", {}).get("DCN" if features == "none" else "DCN + bank")
-    has_llm = system == "codes" and "codes" in features
-    tokens = sum(profiles["tokens"].values()) / profiles["users"] if has_llm else 0
-    return [*([f"{1000 * mode['median_10000']:.4g}", f"{mode['megabytes']:.2f}"] if mode else ["–", "–"]),
-            f"{tokens:,.0f}" if system != "peapod" else "–"]
+        return cells(mean["milliseconds"], mean["bytes"] / 2**20, mean["tokens_per_user"])
+    tokens, sidecar = 0.0, lambda name: json.loads((folder / f"{name}.json").read_text())
+    if system == "peapod" and features == "codes":
+        ranked = pd.read_parquet(folder / "peapod.parquet")
+        tokens = ranked.loc[ranked["model"] == "pool", "tokens_per_user"].mean()
+    elif "codes" in features:
+        profiles = sidecar("profiles.pt")
+        tokens = sum(profiles["tokens"].values()) / profiles["users"]
+    if not (folder / "baseline-kar.parquet.json").exists():
+        return ["–", "–", f"{tokens:,.0f}"]
+    mode = sidecar("baseline-kar.parquet")["modes"]["DCN" if features == "none" else "DCN + bank"]
+    return cells(1000 * mode["median_10000"], mode["megabytes"], tokens)
 
 
 def table(folders, seconds):
@@ -134,7 +138,7 @@ def table(folders, seconds):
         else:
             cells += ["–", "–"]
         minutes = sum(part[system] for part in seconds) / len(seconds) / 60
-        lines.append([*cells, *costs_of(folders, system, file, features, rows), f"{minutes:.1f}"])
+        lines.append([*cells, *costs_of(folders[0], system, features, rows), f"{minutes:.1f}"])
     return markdown(["system", "runs", "test rows", "AUC", "logloss", "control", "AUC - control",
                      "logloss - control", "ms", "MB", "tokens", "minutes"], lines)
 

@@ -21,13 +21,16 @@ def write_rows(path, rows, **columns):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What the systems leave in the folder of a split; nothing of ReLLa and PeaPOD"""
+    """What the systems leave in the folder of a split; nothing of ReLLa"""
     pd.DataFrame({"split": ["train"] * 8 + ["test"]}).to_parquet(tmp_path / "interactions.parquet")
     write_rows(tmp_path / "results.parquet", {"none": [0.70, 0.72], "random": [0.71, 0.71],
                                               "codes": [0.74, 0.76]})
     cost = {"milliseconds": 20.0, "bytes": 2**20, "tokens_per_user": 300.0, "test_rows": 90}
     write_rows(tmp_path / "baseline-kar.parquet", {"none": [0.60], "random": [0.62], "generated": [0.65]}, **cost)
     write_rows(tmp_path / "baseline-pepler.parquet", {"mlp": [0.73]}, **cost)
+    write_rows(tmp_path / "peapod/results.parquet", {"random": [0.70, 0.70], "codes": [0.73, 0.73]})
+    pd.DataFrame({"model": ["item-kNN", "pool", "pool", "shared"],
+                  "tokens_per_user": [None, 40, 60, 9]}).to_parquet(tmp_path / "peapod.parquet")
     modes = {name: {"median_10000": 0.0012, "megabytes": size} for name, size in (
         ("DCN", 0.07), ("DCN + bank", 0.08))}
     (tmp_path / "baseline-kar.parquet.json").write_text(json.dumps({"modes": modes}))
@@ -36,17 +39,19 @@ def folder(tmp_path):
 
 
 def test_a_line_has_the_difference_to_its_control_and_what_the_system_costs(folder):
-    seconds = [{"codes": 90, "kar": 120, "pepler": 30}]
+    seconds = [{"codes": 90, "kar": 120, "pepler": 30, "peapod": 60}]
     lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:]
              for line in compare_baselines.table([folder], seconds)[2:]}
     assert [*lines] == ["DCN, none", "DCN, random codes", "DCN, codes", "KAR, none", "KAR, random",
-                        "KAR, generated", "PEPLER"]
+                        "KAR, generated", "PEPLER", "DCN, PeaPOD's random codes", "DCN, PeaPOD's codes"]
     assert lines["DCN, none"] == ["2", "all", "0.7100", "0.2900", "–", "–", "–", "1.2", "0.07", "0", "1.5"]
     codes = lines["DCN, codes"]
     assert codes[4] == "DCN, random codes" and codes[5].startswith("+0.0400 ± 0.127")  # .03 and .05
     assert codes[6].startswith("-0.0400 ± ") and codes[7:] == ["1.2", "0.08", "20", "1.5"]
     assert lines["KAR, generated"][4:6] == ["KAR, random", "+0.0300 (one run, no interval)"]
     assert lines["KAR, generated"][7:] == ["20", "1.00", "300", "2.0"]
+    peapod = lines["DCN, PeaPOD's codes"]
+    assert peapod[5] == "+0.0300 ± 0.0000" and peapod[7:] == ["1.2", "0.08", "50", "1.0"]
     assert lines["PEPLER"][:2] == ["1", "90"] and lines["PEPLER"][5].startswith("+0.0300 (")  # seed 0 alone
 
 

@@ -87,6 +87,8 @@ def test_end_to_end_and_stage_3_reads_its_profiles(prepared):
     assert set(table["model"]) == {"most popular", "item-kNN", "Markov chain", "neighbours", "shared"}
     assert set(table["task"]) == {"sequential", "top-n"}
     assert table.filter(regex="@").apply(lambda column: column.between(0, 1)).all(axis=None)
+    trained = table["model"].isin(["neighbours", "shared"])
+    assert (table.loc[trained, ["tokens_per_user", "seconds"]] > 0).all(axis=None)
     assert profiles["profiles"].shape == (6, 60, 1, 3 * 128) and profiles["has_evidence"].all()
     rows = pd.read_parquet(run_dir / "interactions.parquet")
     counts = rows[rows["split"].isin(["train", "support"])].groupby("user").size()
@@ -149,6 +151,25 @@ def test_an_epoch_has_at_most_so_many_prompts_of_each_task(monkeypatch):
                                 torch.optim.SGD([weight], lr=0.1), torch.Generator().manual_seed(0))
     assert losses == {"sequential": 0.0, "top_n": 0.0}
     assert len(set(seen["sequential_loss"])) == 6 and sorted(seen["top_n_loss"]) == [0, 1, 2, 3]
+
+
+def test_tokens_per_user_are_those_that_the_llm_reads_in_all_epochs(prepared):
+    args = peapod.parse_args(["--run-dir", str(prepared[0]), *map(str, SMALL)])
+    run = peapod.set_up(args, data := peapod.read_data(args))
+    model = peapod.PeaPOD(peapod.PROMPTS["pool"](4, 6, 3, run.item_text.shape[1]), run.item_text, run.share,
+                          run.scale)
+    read = []
+    run.llm.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True)
+    for index in range(len(run.sequences)):  # one by one, so that there are no pads
+        peapod.sequential_loss(model, run, torch.tensor([index]), 0)
+    for index in range(len(run.warm)):
+        peapod.top_n_loss(model, run, torch.tensor([index]), 0)
+    assert peapod.tokens_per_user(args, run, 3) == pytest.approx(3 * sum(read) / data.num_users)
+    args.prompts = 10
+    parts = read[:len(run.sequences)], read[len(run.sequences):]
+    assert peapod.tokens_per_user(args, run, 3) == pytest.approx(
+        3 * sum(10 * np.mean(part) for part in parts) / data.num_users)
 
 
 def test_in_training_no_interest_has_seen_the_rating_of_its_target(prepared, monkeypatch):
