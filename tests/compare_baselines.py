@@ -101,7 +101,7 @@ def rows_of(folders, file, features):
 
 
 def costs_of(folder, system, features, rows):
-    """Cells of a line, of the first split: ms, MB, tokens per user; of a DCN ms and MB as KAR measured them"""
+    """Cells of a line, of the first split: ms, MB, tokens per user; of a DCN, ms and MB that KAR measured"""
     cells = lambda ms, megabytes, tokens: [f"{ms:,.4g}", f"{megabytes:.2f}", f"{tokens:,.0f}"]
     if "bytes" in rows:
         mean = rows[["milliseconds", "bytes", "tokens_per_user"]].mean()
