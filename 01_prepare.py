@@ -10,7 +10,8 @@ Reads   --raw DIR, files as published (Amazon, Yelp and tables: plain or gzip):
           nete      reviews.pickle, item.json, folders 1, 2, … with train.index, validation.index, test.index
           ml-100k, ml-1m   MovieLens
           table     interactions.*, items.* and, if there, users.* as csv, tsv (both also .gz) or parquet
-Writes  interactions.parquet  user, item int64, rating float32, label int8, timestamp int64 (s), split, review
+Writes  interactions.parquet  user, item int64, rating float32, label int8, timestamp int64 (s), split,
+                              review, of nete also feature, what the review is about
         items.parquet         item, item_id, title, category, brand, price (dollars; Yelp: its range, 1 to 4)
         users.parquet         user, user_id, and what is known of the user: for checking, and --fields
         prepare.json          the row of the paper's table 1, and counts of what was dropped
@@ -281,6 +282,8 @@ def row_groups(table, reviews, size=1 << 16):
                    for name in ("user", "item", "rating", "label", "timestamp", "split")}
         columns["review"] = take_texts(reviews, part.index.to_numpy()) if reviews else \
             pa.nulls(len(part), pa.large_string())
+        if "feature" in part:  # of NETE's reviews
+            columns["feature"] = pa.array(part["feature"], pa.large_string(), from_pandas=True)
         yield pa.table(columns)
 
 

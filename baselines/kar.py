@@ -11,8 +11,8 @@ with softmax gates; adaptor and click model trained together on binary cross-ent
 What differs from the paper: the LLM itself is the encoder; prompts are one sentence; vectors are
 standardized by users and items of train rows; a train row's own rating is not in the prompt (--folds: r_u is
 made without each fold of the rows, and a train row reads the one without its own); users beyond --max-users,
-drawn at random, have the mean r_u; the click model is a DCN with stage 4's options. --text history encodes
-the prompt itself, without generation.
+drawn at random, have the mean r_u; the click model is a DCN with stage 4's options, but for Adam, which
+pulls the embeddings of all ids in every step. --text history encodes the prompt itself, without generation.
 
 Sets of features: `none` (the DCN alone), `random` (the first --text's vectors, dealt to other users and
 items: the control), and `generated` or `history`. Training stops early on valid logloss, the best epoch's
@@ -46,7 +46,7 @@ from common import DCN, logloss
 from userip.artifacts import fail
 from userip.baseline import (SPLITS, WORDS, Finished, answer, baseline_parser, capped, code_digests,
                              encode_items, figures_of, load_baseline_llm, pool_in_blocks, read_data,
-                             refuse_beyond_context, refuse_unread, write_baseline)
+                             refuse_beyond_context, refuse_unread, tell_of_cut, write_baseline)
 from userip.ctr_training import table_rows
 from userip.evidence import assign_folds
 from userip.options import at_least, run_program, start_stage
@@ -72,7 +72,8 @@ def parse_args(argv=None):
     add.method("--shared-experts", type=at_least(1, at_most=100), default=2, help="that read r_u and r_i")
     add.method("--own-experts", type=at_least(1, at_most=100), default=2, help="of r_u, and of r_i")
     add.method("--expert-dim", type=at_least(1, at_most=4096), default=16, help="width of an expert's output")
-    add.method("--id-dropout", type=at_least(0, float, 0.99), default=0.0, help="share of unknown users")
+    add.method("--id-dropout", type=at_least(0, float, 0.99), default=0.0,
+               help="share of users, or of items on a cold-item split, that are unknown in training")
     add.training("--lr", type=at_least(1e-12, float), default=0.005, help="learning rate of Adam")
     add.training("--batch-size", type=at_least(1), default=512, help="rows per step")
     add.training("--epochs", type=at_least(1), default=50, help="passes over the train rows at most")
@@ -99,9 +100,8 @@ def user_prompts(args, data, rows):
             for user in range(data.num_users)]
 
 
-def answers(args, llm, finished, prompts, question):
-    """The LLM's answers, one per prompt, and the tokens that it read or wrote"""
-    asked = [f"{prompt} {question}" for prompt in prompts]
+def answers(args, llm, finished, asked):
+    """The LLM's answers, one per text that is asked, and the tokens that it read or wrote"""
     blocks = [asked[first:first + BLOCK] for first in range(0, len(asked), BLOCK)]
     sizes = args.new_tokens, args.tokens_per_batch
     parts = [finished.compute([llm.digest, "answer", llm.device, *sizes, block],
@@ -113,7 +113,9 @@ def answers(args, llm, finished, prompts, question):
 def encode(args, llm, finished, prompts, question):
     """Prompts, some alike, each answered if there is a question, and encoded once: float32 [R, D], tokens"""
     unique = list(dict.fromkeys(prompts))
-    texts, num_written = answers(args, llm, finished, unique, question) if question else (unique, 0)
+    asked = [f"{prompt} {question}".rstrip() for prompt in unique]
+    tell_of_cut(llm, asked, args.new_tokens * bool(question), "lower --max-history")
+    texts, num_written = answers(args, llm, finished, asked) if question else (unique, 0)
     vectors, num_read = pool_in_blocks(args, llm, finished, texts)
     index = {text: number for number, text in enumerate(unique)}
     return vectors[[index[prompt] for prompt in prompts]], num_written + num_read
@@ -213,7 +215,8 @@ class Reader:
         """vectors: () or r_u [F + 1, N, D], r_i [M, D], fold of each train row [n]"""
         split = {name: data.split[name] for name in SPLITS}
         nothing = {name: np.zeros((len(frame), 0), dtype=np.int64) for name, frame in split.items()}
-        ids, self.num_rows, self.unknown = table_rows(split, nothing, [], data.num_users, data.num_items, 0)
+        ids, self.num_rows, self.unknown = table_rows(split, nothing, [], data.num_users, data.num_items,
+                                                      data.dropped)
         self.ids = {name: part.to(device) for name, part in ids.items()}
         self.users, self.items = (part.to(device) for part in vectors[:2]) if vectors else (None, None)
         self.index = {name: [torch.tensor(frame[key].to_numpy(), device=device) for key in ("user", "item")]
@@ -267,7 +270,7 @@ def train(args, data, vectors, seed):
         for rows in order.split(args.batch_size):
             ids, read = reader.read("train", rows)
             if args.id_dropout:
-                ids[is_dropped[rows].to(device), 0] = reader.unknown  # of a copy
+                ids[is_dropped[rows].to(device), data.dropped] = reader.unknown  # of a copy
             loss = F.binary_cross_entropy_with_logits(model(ids, *read), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -358,7 +361,7 @@ def main(args):
     finished = Finished(args, "kar", code_digests("userip/baseline.py"))
     decisive = {key: option for key, option in vars(args).items() if key not in ("run_dir", "seeds", "text")}
     decisive |= data.digests | {"llm": llm.digest, "device": llm.device} | code_digests(
-        "baselines/kar.py", "common.py", "userip/ctr_training.py")
+        "baselines/kar.py", "common.py", "userip/baseline.py", "userip/ctr_training.py", "userip/evidence.py")
     vectors, costs, rows = {}, {"none": {"tokens_per_user": 0.0, "seconds": 0.0}}, []
     for text in args.text:
         before = finished.seconds
@@ -375,7 +378,8 @@ def main(args):
                                             range(args.seed, args.seed + args.seeds)):
         read = () if features == "none" else vectors.get(features) or dealt(data, vectors[args.text[0]], seed)
         before = finished.seconds
-        trained = finished.compute([decisive, features, args.text[0], seed],
+        told = args.text[0] if features == "random" else ""  # whose vectors are dealt
+        trained = finished.compute([decisive, features, told, seed],
                                    lambda: train(args, data, read, seed))
         seconds = costs[features]["seconds"] + finished.seconds - before
         rows.append({"features": features} | trained["row"] | costs[features] | {"seconds": seconds})

@@ -3,13 +3,13 @@
 As in the paper's abstract (PErsonAlized PrOmpt Distillation), a shared set of prompts is weighted by the
 user's interests, and the weighted sum is the user's soft prompt: θ_u = Σ_m a_m(u) p_m, a = softmax(W v_u).
 Interests v_u are the user's vector of a probabilistic matrix factorization (PMF) of the train ratings. One
-soft prompt serves three tasks, which are trained in turn by the language model loss on train rows:
+soft prompt serves three tasks, which are trained together by the language model loss on train rows:
   sequential   "[θ_u] The user has bought <item> <item> …": the next item among all; leave one out
   top-n        "[θ_u] The user likes": the user's items; the target among 99 sampled ones
   explanation  "[θ_u] <item> The user says": the first sentence of the review, where there are reviews
 --variant neighbours: attention over the PMF vectors of the 20 nearest other users makes three soft tokens.
 --variant shared: one prompt for all users, the control against which a personalized prompt counts.
-Valid rows stop the training. Test rows are ranked once: the last test row of each user.
+Valid rows stop the training. Test rows, the last one of each user, choose nothing.
 
 What differs from the paper: of it only the abstract was at hand. Items are tokens of their own: the mean
 embedding of the item's text, a trained offset, and a bias, so that all items are ranked in one forward pass,
@@ -58,7 +58,7 @@ from userip.ranking import (count_matrix, cut_sequences, leave_one_out, pad_item
                             reference_rows, sampled_ranks)
 
 CODE = "baselines/peapod.py", *(f"userip/{room}.py" for room in (
-    "baseline", "ranking", "explanations", "pmf", "epochs"))
+    "baseline", "evidence", "ranking", "explanations", "pmf", "prompt", "epochs"))
 
 
 def parse_args(argv=None):
@@ -81,6 +81,9 @@ def parse_args(argv=None):
     add.training("--batch-size", type=at_least(1), default=64, help="prompts per step")
     args = parser.parse_args(argv)
     args.variant = list(dict.fromkeys(args.variant))
+    if args.variant[0] == "shared" and len(args.variant) > 1:
+        parser.error("--variant: the first one's profiles are written, and shared has one for all users: put "
+                     "it behind another")
     has_interests = (args.variant != ["shared"], "--variant pool or neighbours")
     refuse_unread(parser, args, {
         "pool": ("pool" in args.variant, "--variant pool"), "rank": has_interests, "penalty": has_interests})
@@ -344,7 +347,8 @@ def set_up(args, data):
                    for split in ("valid", "test"))
     texts = train[has_text]
     options = {name: value for name, value in vars(args).items()
-               if name not in ("run_dir", "variant", "seeds", "epochs", "patience", "max_texts")}
+               if name not in ("run_dir", "variant", "seeds", "epochs", "patience", "max_texts",
+                               "tokens_per_batch")}
     finished = Finished(args, "peapod", [options, data.digests, llm.digest, llm.device, code_digests(*CODE)])
     return SimpleNamespace(
         llm=llm, pmf=pmf, finished=finished, sequences=sequences, sequence_user=sequence_user,

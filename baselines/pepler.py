@@ -47,8 +47,8 @@ from userip.options import at_least, run_program, start_stage
 from userip.serving import time_modes
 from userip.text_metrics import text_figures
 
-CODE = ("baselines/pepler.py", "userip/baseline.py", "userip/explanations.py", "userip/epochs.py",
-        "common.py")
+CODE = "baselines/pepler.py", "common.py", *(f"userip/{room}.py" for room in (
+    "baseline", "epochs", "evidence", "explanations", "prompt"))
 WEIGHT_DECAY = {"mlp": 1.0, "mf": 0.3}  # chosen on valid rows of planted data
 
 
@@ -196,8 +196,10 @@ def costs(args, run, model, num_epochs):
     """Milliseconds of the head per 10,000 rows on a CPU, bytes of what it holds, tokens per user that the LLM
     reads in so many epochs of training, BOS, u and i included: at serving there is no LLM
     """
-    num_tokens = int(text_tokens(run.llm, run.texts)[1].sum()) + len(run.texts) * (2 + run.bos.shape[0])
-    num_tokens *= num_epochs * num_texts_of_epoch(args, run) / len(run.texts)
+    num_tokens = 0
+    if args.text_weight:
+        num_tokens = int(text_tokens(run.llm, run.texts)[1].sum()) + len(run.texts) * (2 + run.bos.shape[0])
+        num_tokens *= num_epochs * num_texts_of_epoch(args, run) / len(run.texts)
     served = copy.deepcopy(model).cpu()
     modes = {"head": (served, [*served.parameters()])}
     figures = time_modes(modes, [len(known) for known in run.is_known], rounds=((10_000, 30),))["head"]
@@ -221,7 +223,8 @@ def set_up(args, data):
     items = item_texts(data.items)
     texts = sentences[train.index].where(sentences[train.index] != "", train["item"].map(items.__getitem__))
     options = {name: value for name, value in vars(args).items()
-               if name not in ("run_dir", "head", "seed", "seeds", "epochs", "patience", "max_texts")}
+               if name not in ("run_dir", "head", "seed", "seeds", "epochs", "patience", "max_texts",
+                               "tokens_per_batch")}
     finished = Finished(args, "pepler", [options, data.digests, llm.digest, llm.device, code_digests(*CODE)])
     ids = {name: torch.tensor(data.split[name][["user", "item"]].to_numpy(), device=llm.device)
            for name in data.labels}
@@ -252,7 +255,8 @@ def main(args):
                 with torch.no_grad():
                     texts = explain(run.llm, functools.partial(model.prefix, run.bos), run.explained,
                                     max(1, args.tokens_per_batch // 32))
-                rows[-1] |= text_figures(texts, run.sentences[run.explained.index])
+                rows[-1] |= text_figures(texts, run.sentences[run.explained.index],
+                                         run.explained.get("feature"))
                 if (head, seed) == (args.head[0], args.seed):
                     write_texts(args, run, texts)
             rows[-1] |= costs(args, run, model, num_epochs)

@@ -48,7 +48,7 @@ from common import logloss
 from userip.artifacts import fail
 from userip.baseline import (WORDS, Finished, baseline_parser, batches, capped, code_digests, encode_items,
                              figures_of, item_texts, load_baseline_llm, pad, pool_in_blocks, read_data,
-                             refuse_unread, tokenize, write_baseline)
+                             refuse_unread, tell_of_cut, tokenize, write_baseline)
 from userip.evidence import own_space
 from userip.options import at_least, run_program, start_stage
 
@@ -256,7 +256,8 @@ def load(trained, state):
 
 
 def tune(args, llm, finished, key, sets, seed):
-    """Train LoRA until valid logloss stops falling; the LLM then has the best epoch's -> key of that epoch
+    """Train LoRA until valid logloss stops falling; the LLM then has the best epoch's -> key of that epoch,
+    tokens of the shots in all epochs
 
     sets: prompts and labels by name, of the shots as `train`, of `valid`
     """
@@ -278,7 +279,7 @@ def tune(args, llm, finished, key, sets, seed):
     if best.state is None:
         fail(f"LoRA diverged with --lr {args.lr:g}: no finite logloss on valid; lower it")
     load(trained, best.state)
-    return [key, best.epoch]
+    return [key, best.epoch], epoch * sum(map(len, shots[0]))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -324,7 +325,8 @@ def main(args):
     data = read_data(args)
     llm = load_baseline_llm(args, data, [QUESTION.format("it"), " Yes", " No", OPENING], "rella")
     finished = Finished(args, "rella", [
-        data.digests, llm.digest, llm.device, code_digests("baselines/rella.py", "userip/baseline.py")])
+        data.digests, llm.digest, llm.device,
+        code_digests("baselines/rella.py", "userip/baseline.py", "userip/evidence.py")])
     # what the weights of an epoch depend on; a piece of scores is named by its prompts, too
     decisive = {name: getattr(args, name) for name in (
         "num_items", "shots", "rank", "alpha", "lr", "batch_size", "epochs", "dtype", "tokens_per_batch")}
@@ -336,12 +338,15 @@ def main(args):
     for method, (shots, seed) in itertools.product(args.retrieval, [
             (0, args.seed), *((args.shots, seed) for seed in seeds)]):
         before, sets = finished.seconds, draw_sets(args, data, vectors, method, shots, seed)
-        key = [args.dtype, args.tokens_per_batch, "zero-shot"]
+        for part in sets.values():
+            tell_of_cut(llm, part.prompts, 2, "lower --num-items")
+        key, trained_tokens = [args.dtype, args.tokens_per_batch, "zero-shot"], 0
         if shots:
-            key = tune(args, llm, finished, [decisive, method, "lora", seed], sets, seed)
+            key, trained_tokens = tune(args, llm, finished, [decisive, method, "lora", seed], sets, seed)
         row, seconds, tokens_per_row = evaluate(args, llm, finished, key, sets)
         of_items = (num_tokens, encoding_seconds, vectors.nbytes) if method == "semantic" else (0, 0.0, 0)
-        all_tokens = len(data.split["test"]) * tokens_per_row + of_items[0]  # if all test rows were scored
+        # as if all test rows were scored
+        all_tokens = of_items[0] + trained_tokens + tokens_per_row * len(data.split["test"])
         rows.append({
             "features": f"{method} {'lora' if shots else 'zero-shot'}", "seed": seed,
             "rows": len(sets["train"].prompts), **row, "tokens_per_user": all_tokens / data.num_users,

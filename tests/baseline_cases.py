@@ -44,7 +44,7 @@ def poisoned(run, folder):
     items.loc[only_test, ["title", "category"]] = "poison poison of quite another length than any other title"
     options = argparse.Namespace(run_dir=str(folder), seed=0, threshold=3.0, split="cold-item")
     for name, frame in frames.items():
-        write_artifact(options, f"{name}.parquet", frame)
+        write_artifact(options, f"{name}.parquet", frame, split="cold-item")
     return folder
 
 

@@ -42,7 +42,7 @@ def data_of(seed=0):
     return SimpleNamespace(split=split, labels={name: split[name]["label"].to_numpy() for name in SPLITS},
                            history=history, items=run.items.assign(price=5.0), num_users=len(run.users),
                            num_items=run.num_items, codes=torch.tensor(run.codes),
-                           is_warm=np.isin(np.arange(len(run.users)), split["train"]["user"]),
+                           dropped=0, is_warm=np.isin(np.arange(len(run.users)), split["train"]["user"]),
                            is_train_item=np.isin(np.arange(run.num_items), split["train"]["item"]))
 
 
@@ -209,6 +209,17 @@ def test_an_option_of_the_training_moves_what_is_trained(option):
     assert rows[0]["valid_logloss"] != rows[1]["valid_logloss"]
 
 
+def test_ids_are_dropped_of_users_and_where_items_are_cold_of_items():
+    for dropped, first in ((0, 0), (1, data_of().num_users)):
+        data = data_of()
+        data.dropped = dropped
+        reader, args = kar.Reader(data, (), "cpu"), options_of(**TRAINING | {"epochs": 1, "id_dropout": 0.9})
+        assert first <= reader.unknown < first + (data.num_users + 1, data.num_items)[dropped]
+        state = kar.train(args, data, (), 0)["state"]["table.weight"]
+        untrained = kar.start_model(args, reader, 0).state_dict()["table.weight"]
+        assert not torch.equal(state[reader.unknown], untrained[reader.unknown])
+
+
 def test_the_best_epoch_is_restored_and_scores_test(monkeypatch):
     data, args = data_of(), options_of(**TRAINING)
     losses, predict = [], kar.predict
@@ -262,10 +273,20 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_asks_the_llm_nothing_twice(
     assert rows_of(other, "kar").equals(rows_of(folder, "kar"))
 
 
-def test_another_text_or_seed_changes_what_it_should(run):
+def test_another_text_or_seed_changes_what_it_should(run, tmp_path, monkeypatch):
     folder, options = run
     before = rows_of(folder, "kar")
     assert before.groupby("features")["auc"].nunique().max() == 2  # seeds differ
+    kinds = "history", "generated"  # vectors of `history`, the first, are what `random` deals
+    other = shutil.copytree(folder, tmp_path / "other")
+    trained = []
+    monkeypatch.setattr(kar, "train", lambda args, data, vectors, seed, train=kar.train: (
+        trained.append(seed), train(args, data, vectors, seed))[1])
+    run_stage("baselines/kar.py", "--run-dir", other, *options, "--text", *kinds)
+    after = rows_of(other, "kar")
+    auc = lambda rows, name: rows.loc[rows["features"] == name, "auc"].tolist()
+    assert len(trained) == 4 and all(auc(before, name) == auc(after, name) for name in ("none", "generated"))
+    assert auc(after, "random") != auc(before, "random") and auc(after, "history") != auc(after, "generated")
     tokens, held = (before.groupby("features")[name].first() for name in ("tokens_per_user", "bytes"))
     assert tokens["none"] == 0 and tokens["random"] == tokens["generated"] > 9
     assert held["generated"] > held["none"] > 0

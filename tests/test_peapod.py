@@ -172,9 +172,13 @@ def test_tokens_per_user_are_those_that_the_llm_reads_in_all_epochs(prepared):
         3 * sum(10 * np.mean(part) for part in parts) / data.num_users)
 
 
-def test_in_training_no_interest_has_seen_the_rating_of_its_target(prepared, monkeypatch):
+def test_in_training_no_interest_has_seen_the_rating_of_its_target(prepared, tmp_path, monkeypatch):
     """Each loss asks for interests without a fold, and its targets are the train rows of this fold"""
-    args = peapod.parse_args(["--run-dir", str(prepared[0]), *map(str, SMALL)])
+    shutil.copytree(prepared[0], tmp_path / "run")
+    rows = pd.read_parquet(tmp_path / "run/interactions.parquet")
+    rows["review"] = np.where(rows["user"] % 2 == 1, "Good. More.", None)
+    write_interactions(argparse.Namespace(run_dir=tmp_path / "run", seed=0), rows)
+    args = peapod.parse_args(["--run-dir", str(tmp_path / "run"), *map(str, SMALL)])
     data = peapod.read_data(args)
     run, seen = peapod.set_up(args, data), {}
     prompt = peapod.PROMPTS["pool"](4, 6, 3, run.item_text.shape[1])
@@ -194,6 +198,10 @@ def test_in_training_no_interest_has_seen_the_rating_of_its_target(prepared, mon
         users, items = seen["log_p"].grad.nonzero().T.tolist()
         pairs = {(int(run.warm[user]), item) for user, item in zip(users, items)}
         assert seen["fold"] == fold and pairs == {*zip(own["user"], own["item"])}
+    told, index = train[train["user"] % 2 == 1], torch.tensor([0, 5, 20, 3])
+    peapod.explanation_loss(model, run, index, 0)
+    assert seen["fold"].tolist() == told["fold"].iloc[index].tolist()  # of each row its own
+    assert len(run.texts) == len(told) and len(set(seen["fold"].tolist())) > 1
 
 
 def test_without_a_train_review_nothing_is_explained(prepared, tmp_path):

@@ -138,15 +138,20 @@ def test_the_published_split_of_nete_is_kept_as_it_is(tmp_path):
         assert facts["interactions"] == len(table) == len(reviews) and facts["split_seed"] == fold
         assert facts["users"] == len(users) == len({review["user"] for review in reviews})
         assert facts["items"] == len(items) == len({review["item"] for review in reviews})
-        key = ["user_id", "item_id", "review"]
+        key = ["user_id", "item_id", "review", "feature"]
         for ours, theirs in (("train", "train"), ("valid", "validation"), ("test", "test")):
             index = map(int, (tmp_path / f"raw/{fold}/{theirs}.index").read_text().split())
-            expected = sorted((reviews[i]["user"], reviews[i]["item"], reviews[i]["template"][2])
+            expected = sorted((reviews[i]["user"], reviews[i]["item"], reviews[i]["template"][2],
+                               reviews[i]["template"][0])
                               for i in index)
             assert sorted(map(tuple, table.loc[table["split"] == ours, key].to_numpy())) == expected
     assert items["title"].iloc[0] == "Film & 0" and items["category"].iloc[0] == "Drama"
     assert "1 rows repeat a (user, item)" in printed
+    for review in reviews[::3]:
+        review.pop("template", None)
+    (tmp_path / "raw/reviews.pickle").write_bytes(pickle.dumps(reviews))
     filtered, *_ = read_raw(tmp_path, "nete", "--split", "random")
+    assert 0 < filtered["feature"].isna().sum() < len(filtered)
     assert "rare" not in set(filtered["user_id"]) and len(filtered) < len(reviews)
     assert "same time" in read_raw(tmp_path, "nete", "--split", "temporal", ok=False)
 

@@ -1,8 +1,10 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from userip.explanations import explanation_rows
 from userip.text_metrics import (bleu, distinct, feature_matching_ratio, ngrams, rouge_l, rouge_n,
                                  text_figures, unique_sentence_ratio, words)
 
@@ -98,3 +100,12 @@ def test_figures_are_of_all_texts_and_features_are_optional():
     assert figures["rouge1"] == pytest.approx((1 + 1 / 2) / 2) and "fmr" not in figures
     assert figures["usr"] == 1.0
     assert text_figures(texts, references, ["plot", "script"])["fmr"] == 0.5
+    assert text_figures(texts, references, ["Plot", None])["fmr"] == 1.0
+    assert math.isnan(text_figures(texts, references, [None, None])["fmr"])
+
+
+def test_rows_with_a_feature_have_a_matching_ratio():
+    sentences = pd.Series(["The plot is great.", "Bad acting."], index=[7, 9])
+    rows = pd.DataFrame({"user": [0, 1], "item": [2, 3], "feature": ["plot", "acting"]}, index=[7, 9])
+    row = lambda rows: explanation_rows("pool", 0, ["A plot.", "A plot."], rows, sentences)
+    assert row(rows)["fmr"] == 0.5 and "fmr" not in row(rows.drop(columns="feature"))

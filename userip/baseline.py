@@ -1,11 +1,13 @@
 """What the scripts of baselines/ share: options, the split of stage 1, the LLM, finished work, their rows.
 
 Only train rows, and a cold user's support rows for that user, are evidence. Valid rows stop the training and
-calibrate; test rows are scored once. A baseline's tiny LLM lies in RUN_DIR/baselines, apart from stage 2's.
+calibrate; test rows are scored once. A baseline's tiny LLM lies in RUN_DIR/baselines, apart from stage 2's:
+it is pretrained on the train rows with their ratings, also those that a prompt leaves out.
 """
 
 import hashlib
 import json
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +42,8 @@ def baseline_parser(doc):
     add.training("--tiny-steps", type=at_least(1), default=400, help="tiny: steps of its pretraining")
     add.machine("--dtype", choices=["auto", "float32", "mixed"], default="auto",
                 help="mixed: products in bfloat16 (auto: for large LLMs on CPUs that have it; CUDA bfloat16)")
-    add.machine("--tokens-per-batch", type=at_least(16), default=4096, help="tokens per forward pass")
+    add.machine("--tokens-per-batch", type=at_least(16), default=4096,
+                help="tokens per forward pass without gradients")
     return parser, add
 
 
@@ -54,7 +57,8 @@ def read_data(args):
     """Stage 1's artifacts -> a namespace: interactions, items, users; split, frames by name, and labels int8
     [n] of train, valid, test; history, the rows that are evidence (train, and cold users' support), by user
     and time; num_users, num_items; is_warm bool [N], is_train_item bool [M], which have train rows;
-    split_seed, digests of the files
+    dropped, the field of ids whose --id-dropout makes ready for cold ones (0 user, 1 item); split_seed,
+    digests of the files
     """
     interactions, items, users = read_artifacts(args, *INPUTS)
     split = {name: interactions[interactions["split"] == name] for name in (*SPLITS, "support")}
@@ -70,6 +74,7 @@ def read_data(args):
         history=interactions[interactions["split"].isin(["train", "support"])],
         num_users=len(users), num_items=len(items), is_warm=has_train_rows("user", len(users)),
         is_train_item=has_train_rows("item", len(items)),
+        dropped=int(prepared.get("split") == "cold-item"),
         split_seed=prepared.get("split_seed", prepared["seed"]),
         digests={name: sha256_of(Path(args.run_dir) / name) for name in INPUTS})
 
@@ -92,7 +97,8 @@ def encode_items(data, encode):
 
 
 def load_baseline_llm(args, data, prompt_texts, name="", reviews=None):
-    """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights.
+    """The frozen LLM -> a namespace: name, model, tokenizer, device, context (tokens), digest of its weights
+    and arithmetic.
     name: the folder in RUN_DIR/baselines that holds the tiny LLM
 
     tiny is pretrained on train rows, "<item> liked." or "disliked.", in random order by user; prompt_texts:
@@ -122,7 +128,7 @@ def load_baseline_llm(args, data, prompt_texts, name="", reviews=None):
     print(f"LLM {source}: {size:,} parameters, {'mixed' if is_mixed else model.dtype} on {device}")
     context = getattr(model.config, "max_position_embeddings", None) or 2048
     return SimpleNamespace(name=source, model=model, tokenizer=tokenizer, device=device, context=context,
-                           digest=digest_of_weights(model))
+                           digest=f"{digest_of_weights(model)} {'mixed' if is_mixed else model.dtype}")
 
 
 class Finished:
@@ -133,6 +139,7 @@ class Finished:
 
     def __init__(self, args, name, facts):
         self.folder, self.facts, self.seconds = Path(args.run_dir) / "baselines" / name, facts, 0.0
+        self.counted = set()  # pieces whose seconds are in the sum
 
     def path(self, key):
         decisive = json.dumps([self.facts, key, torch.__version__, version("transformers")], sort_keys=True)
@@ -157,7 +164,9 @@ class Finished:
             started = time.time()
             self.write(key, {"value": function(), "seconds": time.time() - started})
             piece = self.read(key)
-        self.seconds += piece["seconds"]
+        if (path := self.path(key)) not in self.counted:
+            self.counted.add(path)
+            self.seconds += piece["seconds"]
         return piece["value"]
 
 
@@ -171,6 +180,14 @@ def tokenize(llm, texts, max_tokens):
     start = [] if llm.tokenizer.bos_token_id is None else [llm.tokenizer.bos_token_id]
     ids = llm.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
     return [start + one[-max(1, max_tokens - len(start)):] or [0] for one in ids]
+
+
+def tell_of_cut(llm, prompts, num_more, advice):
+    """Say how many prompts, with so many tokens more, are longer than what the LLM reads"""
+    lengths = [len(ids) + num_more for ids in tokenize(llm, prompts, sys.maxsize)]
+    if num_cut := sum(length > llm.context for length in lengths):
+        print(f"{num_cut:,} of {len(prompts):,} prompts are longer than the {llm.context:,} tokens that the "
+              f"LLM reads and lose their beginning: {advice}")
 
 
 def refuse_beyond_context(llm, texts, num_more, options):

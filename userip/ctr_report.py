@@ -25,7 +25,7 @@ DIFFERENCES = [("codes", "none"), ("codes", "random"), ("truth", "random"), ("co
                ("cf", "none"), ("leniency", "none"), ("leniency16", "leniency"), ("leniency16", "random"),
                ("dense", "none"), ("none", "means"), ("codes", "means"), ("codes", "habits16"),
                ("habits16", "leniency16"), ("dense-means", "none"), ("dense-means", "means"),
-               ("peapod", "none"), ("peapod", "random"), ("codes", "peapod"), ("items", "none"),
+               ("peapod", "none"), ("codes", "peapod"), ("items", "none"),
                ("items", "random"), ("items", "tfidf"), ("codes+items", "codes+tfidf"),
                ("leniency16+items", "leniency16+tfidf"), ("taste", "none"), ("tfidf-taste", "none"),
                ("taste", "tfidf-taste"), ("dense-means+taste", "dense-means+tfidf-taste"),

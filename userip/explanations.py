@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -19,8 +20,10 @@ SEQUENTIAL, TOP_N, EXPLAIN = TASKS = "The user has bought", "The user likes", "T
 
 def first_sentences(args):
     """The first sentence of each row's review: a Series of texts, "" where there is none"""
-    reviews = pd.read_parquet(Path(args.run_dir) / "interactions.parquet", columns=["review"])["review"]
-    return reviews.fillna("").astype(str).map(lambda text: re.split(r"(?<=[.!?])\s", text.strip())[0])
+    path = Path(args.run_dir) / "interactions.parquet"
+    names = [name for name in pq.read_schema(path).names if name in ("user", "review")]
+    reviews = pd.read_parquet(path, columns=names).reindex(columns=["review"])["review"].astype(object)
+    return reviews.where(reviews.notna(), "").map(lambda text: re.split(r"(?<=[.!?])\s", text.strip())[0])
 
 
 def read_reviews(args, data):
@@ -74,7 +77,7 @@ def explain(llm, make_prefix, rows, batch_size):
 def explanation_rows(model, seed, texts, rows, sentences):
     """A row of figures of the texts generated for rows (a frame), beside the written ones"""
     return {"model": model, "task": "explanation", "seed": seed, "users": len(rows),
-            **text_figures(texts, sentences[rows.index])}
+            **text_figures(texts, sentences[rows.index], rows.get("feature"))}
 
 
 def item_review_row(train, rows, sentences):

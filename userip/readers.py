@@ -1,7 +1,7 @@
 """Readers of Amazon's, Yelp's and NETE's files as published: options of stage 1 -> three frames.
 
-interactions: user_id, item_id, rating, timestamp (s), review, with --split published also split; items:
-ITEM_FIELDS; users: user_id and what is known, or None. A file that cannot be read exits with code 2.
+interactions: user_id, item_id, rating, timestamp (s), review, of NETE feature, with --split published also
+split; items: ITEM_FIELDS; users: user_id and what is known, or None. A bad file exits with code 2.
 """
 
 import json
@@ -238,14 +238,18 @@ def read_nete(args):
     """The dumps that the paper's Movies and Yelp are (from NETE, Li et al., 2020).
 
     reviews.pickle: list of {user, item, rating, template: (feature, adjective, sentence, sentiment)};
+    The sentence is the review, the feature (such as "plot") what it is about.
     item.json: list (or lines) of {item, title or name, categories, …}; N/train.index, …: row numbers.
     """
     dump, text = (args.raw / "reviews.pickle").read_bytes(), (args.raw / "item.json").read_bytes()
     try:
-        rows = [(_nete_text(review["user"]), _nete_text(review["item"]), float(review["rating"]),
-                 (review.get("template") or (None,) * 3)[2] or review.get("text"))
-                for review in SafeUnpickler(BytesIO(dump)).load()]
-        rows = [(*row, text if text is None else _nete_text(text)) for *row, text in rows]
+        rows = []
+        for review in SafeUnpickler(BytesIO(dump)).load():
+            feature, _, sentence = (review.get("template") or (None,) * 3)[:3]
+            texts = [text if text is None else _nete_text(text)
+                     for text in (sentence or review.get("text"), feature)]
+            rows.append((_nete_text(review["user"]), _nete_text(review["item"]), float(review["rating"]),
+                         *texts))
         if problem := problem_of(text):
             raise ValueError(f"item.json {problem}")
         records = json.loads(text) if text.lstrip().startswith(b"[") else map(parse_line, text.splitlines())
@@ -253,7 +257,7 @@ def read_nete(args):
     except Exception as error:  # a broken pickle raises nearly anything
         fail(f"reviews.pickle or item.json in {args.raw} is not what NETE published ({type(error).__name__}: "
              f"{error}): download it again")
-    interactions = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "review"])
+    interactions = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "review", "feature"])
     interactions["timestamp"] = 0  # the dumps have none
     for frame, name in ((interactions, "reviews.pickle"), (items[["item_id"]], "item.json")):
         frame.index = pd.RangeIndex(1, len(frame) + 1, name="record")

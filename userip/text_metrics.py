@@ -72,14 +72,17 @@ def unique_sentence_ratio(texts):
 
 
 def feature_matching_ratio(texts, features):
-    """FMR (Li et al., 2020): the share of the texts that name the feature (words) of their reference"""
-    return float(np.mean([tuple(feature) in ngrams(text, len(feature))
-                          for text, feature in zip(texts, features)]))
+    """FMR (Li et al., 2020): of the texts whose reference has a feature (words, maybe none), the share of
+    those that name it; nan if none has
+    """
+    is_named = [tuple(feature) in ngrams(text, len(feature))
+                for text, feature in zip(texts, features) if feature]
+    return float(np.mean(is_named)) if is_named else float("nan")
 
 
 def text_figures(texts, references, features=None):
     """The figures of generated texts beside written ones, both plain texts: a dict of fractions; FMR where
-    the features of the references are known
+    the features of the references are known (texts, None where one has none)
     """
     texts, references = (list(map(words, part)) for part in (texts, references))
     rouge = {"rouge1": lambda *pair: rouge_n(*pair, 1), "rouge2": lambda *pair: rouge_n(*pair, 2),
@@ -90,5 +93,5 @@ def text_figures(texts, references, features=None):
     figures |= {"distinct1": distinct(texts, 1), "distinct2": distinct(texts, 2),
                 "usr": unique_sentence_ratio(texts)}
     if features is not None:
-        figures["fmr"] = feature_matching_ratio(texts, list(map(words, features)))
+        figures["fmr"] = feature_matching_ratio(texts, [words(feature or "") for feature in features])
     return figures
