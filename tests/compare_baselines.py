@@ -9,13 +9,15 @@ the baselines, and PeaPOD's profiles through stages 3 and 4. What is finished is
 can be added later. A LLM other than `tiny` reads fewer users and rows (CAPS): no system should need more than
 45 minutes on two cores.
 
-Differences: of test AUC and logloss, with the same split and seed, to the control that the line names;
-intervals of several splits are corrected for their overlap. Serving: milliseconds per 10,000 rows, MB held.
-LLM tokens per user. Minutes: a system's in one split, all seeds and stages, by the clock.
+Differences: of test AUC and logloss, with the same split and seed, to the control that the line names. Their
+intervals are over splits, each the mean of its seeds, corrected for the overlap of their train rows; with one
+split over its seeds. Serving: milliseconds per 10,000 rows, MB held. LLM tokens per user. Minutes: a system's
+in one split, all seeds and stages, by the clock.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,8 +27,11 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import with_interval  # noqa: E402  (needs the path)
-from compare_llms import QUICK, STAGE_2, run  # noqa: E402
+from compare_llms import QUICK, STAGE_2, link, run  # noqa: E402
+from userip.artifacts import whole_file  # noqa: E402
+from userip.baseline import INPUTS  # noqa: E402
 from userip.ctr_report import markdown, paired_interval  # noqa: E402
+from userip.options import at_least  # noqa: E402
 
 SETS = {"titles": ["none", "random", "leniency", "codes"],
         "ratings": ["none", "random", "leniency", "codes", "random+random", "codes+items"]}
@@ -48,7 +53,8 @@ LINES = [("DCN, none", "codes", "results", "none", None),
          ("KAR, none", "kar", "baseline-kar", "none", None),
          ("KAR, random", "kar", "baseline-kar", "random", "KAR, none"),
          ("KAR, generated", "kar", "baseline-kar", "generated", "KAR, random"),
-         ("PEPLER", "pepler", "baseline-pepler", "mlp", "DCN, none"),
+         ("PEPLER without text", "pepler", "without-text/baseline-pepler", "mlp without text", "DCN, none"),
+         ("PEPLER", "pepler", "baseline-pepler", "mlp", "PEPLER without text"),
          ("ReLLa, zero-shot", "rella", "baseline-rella", "semantic zero-shot", None),
          ("ReLLa, LoRA", "rella", "baseline-rella", "semantic lora", "ReLLa, zero-shot"),
          ("DCN, PeaPOD's random codes", "peapod", "peapod/results", "random", "DCN, none"),
@@ -64,6 +70,8 @@ def steps_of(args, is_cold):
     baseline = {name: [*llm, *options, *CAPS[name] * (not is_tiny)] for name, options in OPTIONS.items()}
     baseline["kar"] += dropout
     steps = {name: [(f"baselines/{name}.py", ".", options)] for name, options in baseline.items()}
+    control = [*llm, "--head", "mlp", "--text-weight", 0, *[] if is_tiny else ["--seeds", 1, "--epochs", 30]]
+    steps["pepler"] += [("baselines/pepler.py", "without-text", control)]
     steps["peapod"] += [("03_quantize.py", "peapod", ["--codes", 12, "--stability", 0]),
                         ("04_train_ctr.py", "peapod", [*stage_4, "none", "random", "codes"])]
     return steps | {"codes": [("02_infer_profiles.py", ".", [*llm, *STAGE_2[args.evidence], *QUICK]),
@@ -72,32 +80,56 @@ def steps_of(args, is_cold):
 
 
 def climb(args, folder, of_stage_1, split):
-    """Run what this split lacks -> seconds by system, which seconds.json keeps"""
-    log = folder / "seconds.json"
-    seconds = json.loads(log.read_text()) if log.exists() else {}
+    """Run what this split lacks -> {system: seconds} of what is finished, kept in finished.json"""
+    path, asked = folder / "finished.json", [args.llm, args.evidence, of_stage_1]
+    state = json.loads(path.read_text()) if path.exists() else {"asked": asked, "seconds": {}, "finished": []}
+    if state["asked"] != asked:
+        sys.exit(f"{folder} has runs of other options, {state['asked']}: take another --run-dir")
     if not (folder / "users.parquet.json").exists():
-        run("01_prepare.py", folder, *of_stage_1, "--split-seed", split)
+        run("01_prepare.py", folder, *of_stage_1, *["--split-seed", split] * (split > 0))
     options = json.loads((folder / "interactions.parquet.json").read_text())["options"]
-    steps = steps_of(args, options["split"] != "random")
-    for system in [name for name in args.systems if name not in seconds]:
-        started = time.time()
+    steps, seconds = steps_of(args, options["split"] != "random"), state["seconds"]
+
+    def keep():
+        with whole_file(path) as file:
+            file.write(json.dumps(state).encode())
+
+    for system in [name for name in args.systems if name not in state["finished"]]:
         for script, below, options in steps[system]:
-            run(script, folder / below, *options)
-        seconds[system] = time.time() - started
-        log.write_text(json.dumps(seconds))
-    return seconds
+            if below == "without-text":
+                (folder / below).mkdir(exist_ok=True)
+                link(INPUTS, folder, folder / below)
+            started = time.time()
+            try:
+                run(script, folder / below, *options)
+            finally:  # a killed step goes on later, and its seconds add up
+                seconds[system] = seconds.get(system, 0.0) + time.time() - started
+                keep()
+        state["finished"].append(system)
+        keep()
+    return {system: seconds[system] for system in state["finished"]}
 
 
 def rows_of(folders, file, features):
-    """Rows of all splits of one set of features, by split and seed; None where a split has none"""
-    frames = []
-    for folder in folders:
-        path = folder / f"{file}.parquet"
-        frame = pd.read_parquet(path) if path.exists() else pd.DataFrame({"features": [], "model": []})
-        frames.append(frame[(frame["features"] == features) & ~frame["model"].isin(["means", "base rate"])])
-    if any(frame.empty for frame in frames):
-        return None
-    return pd.concat(frames).set_index(["split_seed", "seed"])
+    """Rows of one set of features of those splits that have it, by split and seed; None if none has"""
+    paths = [path for folder in folders if (path := folder / f"{file}.parquet").exists()]
+    frames = [frame[(frame["features"] == features) & ~frame["model"].isin(["means", "base rate"])]
+              for frame in map(pd.read_parquet, paths)]
+    frames = [frame for frame in frames if len(frame)]
+    return pd.concat(frames).set_index(["split_seed", "seed"]) if frames else None
+
+
+def gains_over(rows, control):
+    """Differences of AUC and logloss, with the same split and seed, or the same split where the control has
+    one seed; with several splits each one's mean
+    """
+    columns, splits = ["auc", "logloss"], control.index.get_level_values("split_seed")
+    if not splits.duplicated().any():
+        control = control.droplevel("seed").reindex(rows.index.get_level_values("split_seed"))
+        control.index = rows.index
+    gains = (rows[columns] - control[columns]).dropna()
+    by_split = gains.groupby("split_seed").mean()
+    return by_split if len(by_split) > 1 else gains
 
 
 def costs_of(folder, system, features, rows):
@@ -113,32 +145,32 @@ def costs_of(folder, system, features, rows):
     elif "codes" in features:
         profiles = sidecar("profiles.pt")
         tokens = sum(profiles["tokens"].values()) / profiles["users"]
-    if not (folder / "baseline-kar.parquet.json").exists():
+    mode = {"none": "DCN", "codes": "DCN + bank"}.get(features)
+    if not mode or not (folder / "baseline-kar.parquet.json").exists():
         return ["–", "–", f"{tokens:,.0f}"]
-    mode = sidecar("baseline-kar.parquet")["modes"]["DCN" if features == "none" else "DCN + bank"]
+    mode = sidecar("baseline-kar.parquet")["modes"][mode]
     return cells(1000 * mode["median_10000"], mode["megabytes"], tokens)
 
 
 def table(folders, seconds):
     """Lines of the table; folders and seconds by split"""
     split = pd.read_parquet(folders[0] / "interactions.parquet", columns=["split"])["split"].value_counts()
-    overlap = split["test"] / split["train"] if len(folders) > 1 else 0.0
     found = {name: rows_of(folders, file, features) for name, _, file, features, _ in LINES}
     lines = []
     for name, system, file, features, control in LINES:
-        rows = found[name]
-        if rows is None:
+        if (rows := found[name]) is None:
             continue
+        minutes = [part[system] / 60 for part in seconds if system in part]
+        has_llm = system != "codes" or "codes" in features
         cells = [name, f"{len(rows)}", f"{rows['test_rows'].mean():,.0f}" if "test_rows" in rows else "all",
-                 *(f"{rows[key].mean():.4f}" for key in ("auc", "logloss"))]
-        cells += [control or "–"]
-        if control:
-            gains = (rows[["auc", "logloss"]] - found[control][["auc", "logloss"]]).dropna()
+                 *(f"{rows[key].mean():.4f}" for key in ("auc", "logloss")), control or "–"]
+        if control and found[control] is not None and len(gains := gains_over(rows, found[control])):
+            overlap = split["test"] / split["train"] if gains.index.nlevels == 1 else 0.0  # of several splits
             cells += [with_interval(*paired_interval(gains[key], overlap)[:2]) for key in gains]
         else:
             cells += ["–", "–"]
-        minutes = sum(part[system] for part in seconds) / len(seconds) / 60
-        lines.append([*cells, *costs_of(folders[0], system, features, rows), f"{minutes:.1f}"])
+        lines.append([*cells, *costs_of(folders[0], system, features, rows),
+                      f"{sum(minutes) / len(minutes):.1f}" if minutes and has_llm else "–"])
     return markdown(["system", "runs", "test rows", "AUC", "logloss", "control", "AUC - control",
                      "logloss - control", "ms", "MB", "tokens", "minutes"], lines)
 
@@ -151,11 +183,15 @@ def main():
     parser.add_argument("--evidence", choices=SETS, default="ratings", help="what the codes are made of")
     parser.add_argument("--systems", nargs="+", choices=["codes", *OPTIONS], default=["codes", *OPTIONS],
                         help="what is run (the table has all that is there)")
-    parser.add_argument("--splits", type=int, default=1, help="how many splits")
+    parser.add_argument("--splits", type=at_least(1), default=1, help="how many splits")
     # all else goes to stage 1, which refuses what it does not know
     args, of_stage_1 = parser.parse_known_args()
+    args.systems = list(dict.fromkeys(args.systems))
     folders = [args.run_dir / f"split-{split}" for split in range(args.splits)]
-    seconds = [climb(args, folder, of_stage_1, split) for split, folder in enumerate(folders)]
+    try:
+        seconds = [climb(args, folder, of_stage_1, split) for split, folder in enumerate(folders)]
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # the stage has said why
     print("\n".join(table(folders, seconds)))
 
 
