@@ -70,7 +70,7 @@ def steps_of(args, is_cold):
     baseline = {name: [*llm, *options, *CAPS[name] * (not is_tiny)] for name, options in OPTIONS.items()}
     baseline["kar"] += dropout
     steps = {name: [(f"baselines/{name}.py", ".", options)] for name, options in baseline.items()}
-    control = [*llm, "--head", "mlp", "--text-weight", 0, *[] if is_tiny else ["--seeds", 1, "--epochs", 30]]
+    control = [*llm, "--head", "mlp", "--text-weight", 0, *["--seeds", 1, "--epochs", 30] * (not is_tiny)]
     steps["pepler"] += [("baselines/pepler.py", "without-text", control)]
     steps["peapod"] += [("03_quantize.py", "peapod", ["--codes", 12, "--stability", 0]),
                         ("04_train_ctr.py", "peapod", [*stage_4, "none", "random", "codes"])]
