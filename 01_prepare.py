@@ -315,7 +315,7 @@ def main(args):
     items, counts_of_items = clean_items(items)
     counts |= counts_of_items
     if counts["untitled_items"] > len(items) / 2:
-        warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: a LLM reads their ids")
+        warn(f"{counts['untitled_items']:,} of {len(items):,} items have no title: an LLM reads their ids")
     table["label"] = (table["rating"] > args.threshold).astype("int8")
     if table["label"].nunique() < 2:
         fail(f"all ratings ({table['rating'].min():g} to {table['rating'].max():g}) are on one side of "

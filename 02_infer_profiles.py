@@ -3,7 +3,8 @@
 The prompt of user u is "This user's hobby is [θ] his background is [θ] The user has bought" and then what
 they had (paper, section 2.3, eq. 3). The LLM is frozen. Only the θ are fitted, so that the user's behaviour
 becomes likely (eq. 4), under the attention mask of Fig. 4. Only train rows are evidence, and a cold user's
-support rows for their own profile. Validation rows of half of the users choose step lengths, others' report.
+support rows for their own profile. Validation rows of one half of the users choose step lengths; those of the
+other half are only reported.
 
 --method score (default) fits one θ̄ for all users, takes the score (the gradient of the log-likelihood at θ̄)
 of each catalogue item once, and moves each user along the whitened sum of their items' scores: the cost grows

@@ -4,11 +4,11 @@ Every model reads user id, item id (features `none`), --fields, and more fields 
 user: the `codes` of the feature bank (eq. 8); on planted data `truth`, the upper bound; `random`, the codes
 dealt to users at random, the control against which a gain counts; `cf`, k-means of SVD factors; `leniency`,
 quartile of the mean residual rating; `leniency16`, 16 quantiles of the shrunk one; `habits16`, 16 levels of
-the rating habits that codes of ratings read, without a LLM; `dense`, profiles not quantized (table 3);
+the rating habits that codes of ratings read, without an LLM; `dense`, profiles not quantized (table 3);
 `peapod`, the codes of the profiles that baselines/peapod.py infers (RUN_DIR/peapod, after stage 3). Of the
 item: `item-mean`, octile of the shrunk mean rating; `tfidf`, of the mean that other items' texts foretell;
-`items`, the item bank, where a LLM reads these texts. Of both, numbers: `dense-means`, the shrunk means of
-item and user; `taste`, how the user's ratings foretell the item's by the texts that a LLM read;
+`items`, the item bank, where an LLM reads these texts. Of both, numbers: `dense-means`, the shrunk means of
+item and user; `taste`, how the user's ratings foretell the item's by the texts that an LLM read;
 `tfidf-taste`, by their words. A train row reads what was made without its fold. Sets join by +. Within a +,
 each `random` deals the part of its position in the first set listed with as many parts and no `random` (if
 none: codes, then tfidf). The model `means`, a logistic regression on the two shrunk means, reads no ids.

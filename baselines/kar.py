@@ -1,4 +1,4 @@
-"""Baseline KAR: a LLM's knowledge of users and items as dense fields of a click model.
+"""Baseline KAR: an LLM's knowledge of users and items as dense fields of a click model.
 
 KAR (Xi et al., "Towards Open-World Recommendation with Knowledge Augmentation from Large Language Models",
 2023) asks a frozen LLM what a user prefers, by their rated history, and what an item is like. An encoder

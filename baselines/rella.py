@@ -1,4 +1,4 @@
-"""Baseline ReLLa: a LLM reads what a user liked and is asked if they will like one more item.
+"""Baseline ReLLa: an LLM reads what a user liked and is asked if they will like one more item.
 
 ReLLa (Lin et al., "ReLLa: Retrieval-enhanced Large Language Models for Lifelong Sequential Behavior
 Comprehension in Recommendation", 2024) tells the LLM, for each target item, the K items of the user's
@@ -170,8 +170,8 @@ def add_lora(model, rank, alpha, seed):
                 setattr(module, name, LoRA(layer, dim, sizes, adapted, rank, alpha).to(model.device))
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not trained:
-        fail(f"--shots: a {type(model).__name__} has no layers q_proj, v_proj or c_attn for LoRA: take a LLM "
-             f"of the GPT-2 or Llama kind, or --shots 0")
+        fail(f"--shots: a {type(model).__name__} has no layers q_proj, v_proj or c_attn for LoRA: take an "
+             f"LLM of the GPT-2 or Llama kind, or --shots 0")
     return trained
 
 

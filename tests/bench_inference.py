@@ -4,7 +4,7 @@
 
 Prints tables, medians of interleaved repetitions, and as its last line one JSON object (null: not measured).
 
-Speed: personal steps of AdamW on a LLM of GPT-2's shape with random weights (on a GPU with room
+Speed: personal steps of AdamW on an LLM of GPT-2's shape with random weights (on a GPU with room
 Llama-2-7B's, too), in the dtype and with the settings of the stage, histories as long as those of Amazon's
 games (5.5 train rows a user, 11 tokens a title). The naive loop: one forward pass of Hugging Face's model, as
 it is loaded, with all logits over a padded batch of 8 texts, the prompt computed anew for each, a dense AdamW
@@ -16,7 +16,7 @@ only. All take the same steps; ours and the naive loop must come to the same NLL
 stage. What the others take for a text does not depend on how many users there are: they have 8 (--quick 4, on
 a GPU 32) who are as all are in the mean; a user is as many texts as users have on average.
 
-Memory and the score method: whole runs of the stage with a LLM of width 768 and one small layer, so that what
+Memory and the score method: whole runs of the stage with an LLM of width 768 and one small layer, so that what
 users cost is seen; memory in blocks of 1,024 users, titles only.
 """
 
@@ -83,7 +83,7 @@ def typical_users(route, pairs, count):
 
 
 def llm_of_shape(shape, device):
-    """A LLM of that shape with random weights, as transformers builds it, and a tokenizer"""
+    """An LLM of that shape with random weights, as transformers builds it, and a tokenizer"""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -284,7 +284,7 @@ def speed(args, shape, device):
 
 
 def save_wide_llm(folder):
-    """A LLM of width 768 whose one layer costs little: what users cost shows"""
+    """An LLM of width 768 whose one layer costs little: what users cost shows"""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = bpe_tokenizer("gpt2")

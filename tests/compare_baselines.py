@@ -6,8 +6,8 @@ beside this method's codes on one data set.
 
 Each split has a folder below --run-dir: stage 1, stages 2 to 4 (a DCN, 3 seeds) for this method (`codes`),
 the baselines, and PeaPOD's profiles through stages 3 and 4. What is finished is kept, so systems and splits
-can be added later. A LLM other than `tiny` reads fewer users and rows (CAPS): no system should need more than
-45 minutes on two cores.
+can be added later. An LLM other than `tiny` reads fewer users and rows (CAPS): no system should need more
+than 45 minutes on two cores.
 
 Differences: of test AUC and logloss, with the same split and seed, to the control that the line names. Their
 intervals are over splits, each the mean of its seeds, corrected for the overlap of their train rows; with one

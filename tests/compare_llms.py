@@ -1,11 +1,11 @@
-"""Does a LLM that knows the world help a recommender? LLMs side by side on one data set.
+"""Does an LLM that knows the world help a recommender? LLMs side by side on one data set.
 
     python tests/compare_llms.py --run-dir runs/llms --llms tiny models/SmolLM2 words --splits 3 \\
         --dataset table --raw data/games --split cold-user
     python tests/compare_llms.py --run-dir runs/llms-rated --llms tiny models/SmolLM2 words --evidence ratings …
 
 Each LLM has a folder of its own below --run-dir/split-S: stages 2 to 4 (a DCN, 3 seeds). What is finished is
-kept, so LLMs and splits can be added later. `words` is the control without a LLM: in place of a text's score
+kept, so LLMs and splits can be added later. `words` is the control without an LLM: in place of a text's score
 stands its row in the truncated SVD of TF-IDF of the same fields, and all that follows is the same.
 
 With --evidence ratings the LLMs differ in what they read of items, which `items` and `taste` hold: the users'
@@ -96,7 +96,7 @@ def profiles_of_words(folder):
 
 
 def vectors_of_items(llm, data, cache):
-    """What a LLM reads in the items' texts, float32 [M, V], by stage 2's item pass. The soft tokens before them
+    """What an LLM reads in the items' texts, float32 [M, V], by stage 2's item pass. The soft tokens before them
     are untrained, so that one pass, which is kept in the file cache, is for all splits (SmolLM2 on games: .98 is
     the mean cosine to the vectors at θ̄, and they foretell the items' means as well).
     """
@@ -142,7 +142,7 @@ def climb(args, data, folder, llm, first):
 
 
 def line_of(args, folders, firsts, words):
-    """What a LLM found: its folders, the first LLM's and those of `words`, one per split -> cells of a line"""
+    """What an LLM found: its folders, the first LLM's and those of `words`, one per split -> cells of a line"""
     results, of_first, of_words = (pd.concat([pd.read_parquet(folder / "results.parquet") for folder in part])
                                    for part in (folders, firsts, words))
     facts = [json.loads((folder / "feature_bank.parquet.json").read_text()) for folder in folders]
@@ -181,7 +181,7 @@ def main():
     # all else goes to stage 1, which refuses what it does not know
     args, of_stage_1 = parser.parse_known_args()
     if args.evidence == "ratings" and args.llms[0] == "words":
-        parser.error("--evidence ratings: let --llms begin with a LLM, whose users' codes all others take")
+        parser.error("--evidence ratings: let --llms begin with an LLM, whose users' codes all others take")
     folders = {Path(llm).name: [] for llm in args.llms}
     for split in range(args.splits):
         data = args.run_dir / f"split-{split}" / "data"

@@ -1,4 +1,4 @@
-"""LLMs side by side: words find the planted truth without a LLM, and a line of the table says what was measured."""
+"""LLMs side by side: words find the planted truth without an LLM, and a line of the table says what was measured."""
 
 import json
 from types import SimpleNamespace

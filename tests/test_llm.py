@@ -108,7 +108,7 @@ def test_a_gguf_file_names_the_packages_that_it_needs(small_run, tmp_path, monke
 
 
 def test_a_file_or_a_folder_that_is_no_llm_is_told_for_what_it_is(small_run, tmp_path):
-    (tmp_path / "text.txt").write_text("not a LLM")
+    (tmp_path / "text.txt").write_text("not an LLM")
     (tmp_path / "empty").mkdir()
     for name, told in (("text.txt", "this file is no GGUF file"), ("empty", "no config.json in it")):
         assert told in infer_run(small_run, tmp_path, "--llm", tmp_path / name, ok=False)

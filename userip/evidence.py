@@ -218,7 +218,7 @@ def item_texts(prompt, tokenizer, items):
     pieces = [item_pieces(item, ("category", "title", "brand")) for item in items.itertuples()]
     texts = tokenize(tokenizer, pieces)
     prompt.check_context(texts.length, lambda index: f"the text {join(pieces[index])[:60]!r}",
-                         "shorten it or take a LLM with a longer context")
+                         "shorten it or take an LLM with a longer context")
     return texts
 
 
@@ -274,9 +274,9 @@ class Evidence:
         """Exit when a text and its prompt are longer than the LLM's context."""
         for route in self.routes:
             show = lambda index: f"the text {join(route.pieces[index])[:60]!r}"
-            prompt.check_context(route.texts.length, show, "shorten it or take a LLM with a longer context")
+            prompt.check_context(route.texts.length, show, "shorten it or take an LLM with a longer context")
             if self.is_history:
                 length = route.texts.length[route.text_index(self.events)]
                 prompt.check_context(torch.bincount(self.events.user, length).long(),
                                      lambda user: f"the history of user {user}",
-                                     "lower --max-history or take a LLM with a longer context")
+                                     "lower --max-history or take an LLM with a longer context")

@@ -52,7 +52,7 @@ def text_nll(llm, prefix, ids, is_scored):
     """-log P of each scored token behind embeddings prefix [B, L, D]: ids, is_scored [B, T] -> [tokens]"""
     ids, is_scored = ids.to(llm.device), is_scored.to(llm.device)
     embeddings = torch.cat([prefix, llm.model.get_input_embeddings()(ids[:, :-1])], 1)  # [B, L + T - 1, D]
-    embeddings = embeddings.to(llm.model.dtype)  # the prefix is float32, a LLM on CUDA is not
+    embeddings = embeddings.to(llm.model.dtype)  # the prefix is float32, an LLM on CUDA is not
     hidden = llm.model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
     hidden = hidden[:, prefix.shape[1] - 1:]  # [B, T, D], each predicts the next token
     return HeadNLL.apply(hidden[is_scored], llm.model.get_output_embeddings(), ids[is_scored])
@@ -81,7 +81,7 @@ def explanation_rows(model, seed, texts, rows, sentences):
 
 
 def item_review_row(train, rows, sentences):
-    """The reference without a LLM: the item's latest train sentence; where it has none, the latest of all"""
+    """The reference without an LLM: the item's latest train sentence; where it has none, the latest of all"""
     written = train[sentences[train.index] != ""].sort_values("timestamp", kind="stable")
     latest = sentences[written.index].groupby(written["item"]).last()
     texts = rows["item"].map(latest).fillna(sentences[written.index].iloc[-1])

@@ -72,12 +72,12 @@ def item_bank_columns(run, seed):
 
 
 def taste_columns(run, seed):
-    """What the user thinks of items with such texts, as a LLM reads them: a number"""
+    """What the user thinks of items with such texts, as an LLM reads them: a number"""
     return [fit_taste(run.split, run.item_vectors, seed, len(run.users))]
 
 
 def tfidf_taste_columns(run, seed):
-    """The control of `taste`: the same by the words of the texts, without a LLM"""
+    """The control of `taste`: the same by the words of the texts, without an LLM"""
     vectors = torch.from_numpy(word_vectors(run.items, run.split["train"]))
     return [fit_taste(run.split, vectors, seed, len(run.users), is_scaled=False)]
 

@@ -116,7 +116,7 @@ class Prompt:
             product = self.head(self.body(inputs_embeds=embeddings, use_cache=False).last_hidden_state)
         if not torch.allclose(logits, product, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
             fail(f"--llm: a {type(self.model).__name__} changes its logits behind the head, which is not "
-                 f"supported; take a LLM of the GPT-2 or Llama kind")
+                 f"supported; take an LLM of the GPT-2 or Llama kind")
 
     @torch.no_grad()
     def check_mask(self):
@@ -149,7 +149,7 @@ class Prompt:
         if not (others <= 1e-4 and beside <= limit and ways <= 10 * limit and moved[2] > 0):
             fail(f"--llm: a {type(self.model).__name__} does not honour the mask of Fig. 4 (a token moves "
                  f"others that do not read it by {others:.2g} nats, a text beside by {beside:.2g}, cached "
-                 f"keys by {ways:.2g}): take a LLM of the GPT-2 or Llama kind")
+                 f"keys by {ways:.2g}): take an LLM of the GPT-2 or Llama kind")
 
     def check_context(self, lengths, name_of, cure):
         """Exit when a text with its prompt is longer than the LLM's context: lengths [R] in tokens"""

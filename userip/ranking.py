@@ -1,4 +1,4 @@
-"""Ranking items for users: who is asked what (leave one out), metrics, and three references without a LLM.
+"""Ranking items for users: who is asked what (leave one out), metrics, and three references without an LLM.
 
 rows: frames with columns user, item, sorted by user and time, as in interactions.parquet.
 """

@@ -96,7 +96,7 @@ def load_prompt(args, profiles, routes, train, rank):
         prompt.check_mask()
     except Exception as error:  # whatever another architecture does not know
         fail(f"--llm {llm}: a {type(model).__name__} takes no embeddings, mask or cached keys as stage 2 "
-             f"gives them ({type(error).__name__}: {error}): take a LLM of the GPT-2 or Llama kind")
+             f"gives them ({type(error).__name__}: {error}): take an LLM of the GPT-2 or Llama kind")
     if args.method == "score" and args.rank > (width := args.soft_tokens * prompt.embedding.shape[1]):
         fail(f"--rank {args.rank}: a profile has {width} dimensions, S · D, at most")
     for route in routes:

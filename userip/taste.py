@@ -1,8 +1,8 @@
 """Taste: how a user's ratings depart from the other users', as a function of the items' texts.
 
 A residual r_ui, the rating less the item's shrunk mean, is b_u + f_u(x_i) + noise. b_u, of variance τ_b², is
-how generous the user is. x_i is the item's vector: what a LLM reads in its text (item_vectors.pt) or, as a
-control without a LLM, its row in an SVD of TF-IDF. f_u, the taste, is a Gaussian process with τ² times the
+how generous the user is. x_i is the item's vector: what an LLM reads in its text (item_vectors.pt) or, as a
+control without an LLM, its row in an SVD of TF-IDF. f_u, the taste, is a Gaussian process with τ² times the
 item bank's kernel (Rasmussen and Williams, 2006, chapter 2). In the kernel's principal coordinates φ_i [C] it
 is linear, f_u(x_i) = w_uᵀ φ_i, and the posterior mean of (b_u, w_u) is a ridge regression on the user's own
 rows. So a user has C numbers, an item has C, and a model reads w_uᵀ φ_i.
