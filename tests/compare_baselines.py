@@ -121,15 +121,13 @@ def rows_of(folders, file, features):
 
 def gains_over(rows, control):
     """Differences of AUC and logloss, with the same split and seed, or the same split where the control has
-    one seed; with several splits each one's mean
+    one seed
     """
     columns, splits = ["auc", "logloss"], control.index.get_level_values("split_seed")
     if not splits.duplicated().any():
         control = control.droplevel("seed").reindex(rows.index.get_level_values("split_seed"))
         control.index = rows.index
-    gains = (rows[columns] - control[columns]).dropna()
-    by_split = gains.groupby("split_seed").mean()
-    return by_split if len(by_split) > 1 else gains
+    return (rows[columns] - control[columns]).dropna()
 
 
 def costs_of(folder, system, features, rows):
@@ -165,8 +163,8 @@ def table(folders, seconds):
         cells = [name, f"{len(rows)}", f"{rows['test_rows'].mean():,.0f}" if "test_rows" in rows else "all",
                  *(f"{rows[key].mean():.4f}" for key in ("auc", "logloss")), control or "–"]
         if control and found[control] is not None and len(gains := gains_over(rows, found[control])):
-            overlap = split["test"] / split["train"] if gains.index.nlevels == 1 else 0.0  # of several splits
-            cells += [with_interval(*paired_interval(gains[key], overlap)[:2]) for key in gains]
+            splits, overlap = gains.index.get_level_values("split_seed"), split["test"] / split["train"]
+            cells += [with_interval(*paired_interval(gains[key], splits, overlap)[:2]) for key in gains]
         else:
             cells += ["–", "–"]
         lines.append([*cells, *costs_of(folders[0], system, features, rows),

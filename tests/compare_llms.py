@@ -14,7 +14,7 @@ and so are the sets that need no LLM. The others run the item pass alone, once f
 
 To save time θ̄ has 20 steps and the map 5, which move soft tokens and no codes: held-out NLLs are not shown.
 Differences: of test AUC and logloss, with the same split and seed, to the first LLM's sets of the header, and
-to the same set of `words`; intervals of several splits are corrected for their overlap.
+to the same set of `words`; intervals of several splits are over these, corrected for their overlap.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def line_of(args, folders, firsts, words):
                                    for part in (folders, firsts, words))
     facts = [json.loads((folder / "feature_bank.parquet.json").read_text()) for folder in folders]
     split = pd.read_parquet(folders[0] / "interactions.parquet", columns=["split"])["split"].value_counts()
-    overlap = split["test"] / split["train"] if len(folders) > 1 else 0.0
+    overlap = split["test"] / split["train"]
     pair = lambda key: " · ".join("–" if facts[0].get(name) is None else f"{np.mean([f[name] for f in facts]):.3f}"
                                   for name in key)
     cells = [pair([f"{name}_stability" for name in facts[0]["names"]]), pair(["probe_gender", "probe_age_over_30"])]
@@ -157,16 +157,17 @@ def line_of(args, folders, firsts, words):
 
     def figures(frame, model, name):  # AUC and logloss [splits x seeds, 2]
         rows = frame.set_index(["model", "features"]).loc[[(model, name)]]
-        return rows[["auc", "logloss"]].to_numpy()
+        return rows.set_index("split_seed")[["auc", "logloss"]]
 
     for model in args.models:
         for name, others in FEATURES[args.evidence].items():
             own = figures(results, model, name)
-            cells.append(" · ".join(f"{figure:.4f}" for figure in own.mean(0)))
+            cells.append(" · ".join(f"{figure:.4f}" for figure in own.mean()))
             controls = [figures(of_first, model, other) for other in others]
             for other in (*controls, figures(of_words, model, name)):
-                cells.append(" · ".join(with_interval(*paired_interval(column, overlap)[:2])
-                                        for column in (own - other).T) if (own != other).any() else "–")
+                gains = own - other.to_numpy()
+                cells.append(" · ".join(with_interval(*paired_interval(gains[key], gains.index, overlap)[:2])
+                                        for key in gains) if gains.any(axis=None) else "–")
     return cells
 
 

@@ -73,7 +73,7 @@ def test_intervals_of_several_splits_are_over_their_means(folder, tmp_path):
     frame = pd.read_parquet(other / "results.parquet").assign(split_seed=1)
     frame.to_parquet(other / "results.parquet")
     lines = lines_of([folder, other], [{"codes": 60}, {"codes": 180}])
-    mean, half, _ = paired_interval([0.04, 0.11], 1 / 8)
+    mean, half, _ = paired_interval([0.04, 0.11], [0, 1], 1 / 8)
     assert lines["DCN, codes"][5] == with_interval(mean, half) and lines["DCN, codes"][-1] == "2.0"
     assert lines["KAR, generated"][0] == "1"  # the second split has none
 

@@ -23,7 +23,8 @@ def test_words_in_place_of_scores_find_the_planted_truth(tmp_path):
 def folder_of(path, rows, **facts):
     """What stages 3 and 4 leave: rows of (features, AUC of two seeds)"""
     path.mkdir()
-    pd.DataFrame([{"model": "dcn", "features": name, "seed": seed, "auc": auc[seed], "logloss": 1 - auc[seed]}
+    pd.DataFrame([{"model": "dcn", "features": name, "split_seed": 0, "seed": seed, "auc": auc[seed],
+                   "logloss": 1 - auc[seed]}
                   for name, auc in rows.items() for seed in (0, 1)]).to_parquet(path / "results.parquet")
     facts = {"names": ["hobby"], "hobby_stability": 0.912, "probe_gender": None, **facts}
     for name in ("feature_bank", "item_bank"):

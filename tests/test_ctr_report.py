@@ -31,7 +31,7 @@ def test_a_reference_worse_than_chance_gives_a_dash_and_not_nan():
 
 def test_the_paired_interval_is_that_of_a_paired_t_test():
     first, second = np.random.default_rng(0).normal(size=(2, 6))
-    mean, half, p = ctr_report.paired_interval(first - second)
+    mean, half, p = ctr_report.paired_interval(first - second, [3] * 6, 0.5)  # seeds of one split
     test = stats.ttest_rel(first, second)
     low, high = test.confidence_interval(0.95)
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
@@ -80,12 +80,27 @@ def test_a_set_that_valid_gave_the_means_says_so_in_both_tables():
     assert any("| codes (means in 1 of 2 draws) - random |" in line for line in differences)
 
 
-def test_the_interval_over_splits_is_wider_by_their_overlap():
-    differences = np.random.default_rng(0).normal(size=9)
-    _, plain, p = ctr_report.paired_interval(differences)
-    _, wide, corrected = ctr_report.paired_interval(differences, overlap=0.125)
-    assert wide / plain == pytest.approx(np.sqrt((1 / 9 + 0.125) / (1 / 9))) and corrected > p
-    assert ctr_report.paired_interval([0.0, 0.0])[2] == 1 and ctr_report.paired_interval([1.0, 1.0])[2] == 0
+def test_the_interval_over_splits_is_that_of_their_means_and_wider_by_their_overlap():
+    differences, splits = np.random.default_rng(0).normal(size=9), [0, 1, 2] * 3
+    means = differences.reshape(3, 3).mean(0)
+    mean, half, p = ctr_report.paired_interval(differences, splits, 0.0)
+    low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
+    _, wide, corrected = ctr_report.paired_interval(differences, splits, 0.125)
+    assert wide / half == pytest.approx(np.sqrt((1 / 3 + 0.125) / (1 / 3))) and corrected > p
+    for value, p in ((0.0, 1), (1.0, 0)):
+        assert ctr_report.paired_interval([value, value], [0, 0], 0.0)[2] == p
+    assert np.isnan(ctr_report.paired_interval([1.0], [0], 0.125)[1])  # one run has no interval
+
+
+def test_seeds_of_one_split_do_not_count_as_splits():
+    """Nine differences, alike within each split: three figures are known, not nine"""
+    rows = frame_of({"codes": 0.0, "random": 0.0}, splits=(0, 1, 2))
+    rows.loc[rows["features"] == "codes", "auc"] += rows["split_seed"] / 100
+    line = next(line for line in ctr_report.table_of_differences(groups_of(rows), 0.125)[0]
+                if "codes - random" in line)
+    half = stats.t.ppf(0.975, 2) * 0.01 * np.sqrt(1 / 3 + 0.125)
+    assert f"+0.0100 ± {half:.4f}" in line
 
 
 def test_the_papers_tables_stand_beside_ours_where_it_is_the_papers_data():

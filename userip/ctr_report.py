@@ -44,13 +44,16 @@ def rela_impr_logloss(loss, reference):
     return (reference / loss - 1) * 100
 
 
-def paired_interval(differences, overlap=0.0):
-    """Mean of paired differences [S], half of its 95% interval, p that it is 0 (t test); nan for one of them.
+def paired_interval(differences, splits, overlap):
+    """Mean of paired differences [R], half of its 95% interval, p that it is 0 (t test); nan for one of them.
 
-    overlap: test rows per train row, if splits differ whose train sets overlap (the corrected resampled t
-    test, Nadeau and Bengio, 2003); 0 for seeds of one split.
+    splits: of each difference. Seeds of one split share its rows, so of several splits each one's mean is one
+    repetition, and since their train rows overlap the test is the corrected resampled t test (Nadeau and
+    Bengio, 2003); overlap: test rows per train row. Of one split each seed is a repetition.
     """
-    differences = np.asarray(differences)
+    differences, splits = np.asarray(differences), np.asarray(splits)
+    means = np.array([differences[splits == split].mean() for split in np.unique(splits)])
+    differences, overlap = (means, overlap) if len(means) > 1 else (differences, 0.0)
     num, mean = len(differences), float(differences.mean())
     if num < 2:
         return mean, float("nan"), float("nan")
@@ -137,7 +140,7 @@ def pairs_of(features):
 
 
 def table_of_differences(groups, overlap):
-    """Paired differences, and by model what the codes gain over random codes: lines, {model: figures}"""
+    """overlap: test rows per train row. Paired differences, and by model what the codes gain over random codes: lines, {model: figures}"""
     lines, gains = [], {}
     p_text = lambda p: "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
     models, features = (list(dict.fromkeys(names)) for names in zip(*groups))
@@ -146,7 +149,8 @@ def table_of_differences(groups, overlap):
         if model in ("base rate", "means") or not set(keys) <= set(groups):
             continue
         one, two = (groups[key][["auc", "logloss"]].to_numpy() for key in keys)
-        auc, loss = (paired_interval(differences, overlap) for differences in (one - two).T)
+        splits = groups[keys[0]]["split_seed"]
+        auc, loss = (paired_interval(differences, splits, overlap) for differences in (one - two).T)
         names = [set_name(name, groups[key]) for name, key in zip((first, second), keys)]
         lines.append([model, " - ".join(names), with_interval(*auc[:2]), p_text(auc[2]),
                       with_interval(*loss[:2]), p_text(loss[2])])
@@ -165,7 +169,7 @@ def summarize(options, results, runs):
     num_cold, num_new = (int((~test[key].isin(train[key])).sum()) for key in ("user", "item"))
     data, asked = PAPER_DATA.get(prepared["interactions"]), options.get("features") or []
     groups = dict(list(results.groupby(["model", "features"], sort=False)))
-    differences, gains = table_of_differences(groups, num_test / num_train if num_splits > 1 else 0.0)
+    differences, gains = table_of_differences(groups, num_test / num_train)
     text = [f"# Click-through rate: {prepared['dataset']}, {num_test:,} test rows", "",
             f"Split: {prepared['split']}. Draws: {num_splits}, seeds of each: {options['seeds']}. "
             f"Test rows of the first draw of users without a train row: {num_cold:,}, of such items: "
@@ -183,8 +187,9 @@ def summarize(options, results, runs):
             *table_of_means(groups, data), ""]
     if num_lines := len(differences) - 2:
         text += ["## Paired differences", "",
-                 "± is half of the 95% interval of a t test over splits and seeds, corrected for the splits' "
-                 "overlap (Nadeau and Bengio, 2003); seeds of one split say nothing of other splits. p: that "
+                 "± is half of the 95% interval of a t test over splits, each the mean of its seeds, corrected "
+                 "for the splits' overlap (Nadeau and Bengio, 2003); with one split over its seeds, which say "
+                 "nothing of other splits. p: that "
                  f"the difference is 0, not corrected for {2 * num_lines} looks.", "", *differences, ""]
     return "\n".join(text), gains
 
