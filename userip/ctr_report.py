@@ -140,7 +140,9 @@ def pairs_of(features):
 
 
 def table_of_differences(groups, overlap):
-    """overlap: test rows per train row. Paired differences, and by model what the codes gain over random codes: lines, {model: figures}"""
+    """Paired differences, and by model what the codes gain over random codes: lines, {model: figures}.
+    overlap: test rows per train row
+    """
     lines, gains = [], {}
     p_text = lambda p: "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
     models, features = (list(dict.fromkeys(names)) for names in zip(*groups))
@@ -187,9 +189,9 @@ def summarize(options, results, runs):
             *table_of_means(groups, data), ""]
     if num_lines := len(differences) - 2:
         text += ["## Paired differences", "",
-                 "± is half of the 95% interval of a t test over splits, each the mean of its seeds, corrected "
-                 "for the splits' overlap (Nadeau and Bengio, 2003); with one split over its seeds, which say "
-                 "nothing of other splits. p: that "
+                 "± is half of the 95% interval of a t test over splits, each the mean of its seeds, "
+                 "corrected for the splits' overlap (Nadeau and Bengio, 2003); with one split over its "
+                 "seeds, which say nothing of other splits. p: that "
                  f"the difference is 0, not corrected for {2 * num_lines} looks.", "", *differences, ""]
     return "\n".join(text), gains
 
