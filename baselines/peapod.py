@@ -12,7 +12,7 @@ soft prompt serves three tasks, which are trained together by the language model
 Valid rows stop the training. Test rows, the last one of each user, choose nothing.
 
 What differs from the paper: of it only the abstract was at hand. Items are tokens of their own: the mean
-embedding of the item's text, a trained offset, and a bias, so that all items are ranked in one forward pass,
+embedding of the item's text and a trained offset, so that all items are ranked in one forward pass,
 without generation; an item without a train row has no text. Training starts at `most popular`, and weight
 decay pulls back to it. The LLM is frozen and decoder-only. A prompt names no candidates, and the user's last
 --max-history items. RUN_DIR/peapod is a run whose profiles stages 3 and 4 read as those of stage 2. Train
@@ -104,7 +104,6 @@ class PeaPOD(nn.Module):
         self.register_buffer("item_text", item_text)
         self.offset = nn.Parameter(torch.zeros_like(item_text))
         self.register_buffer("popularity", share.log())
-        self.bias = nn.Parameter(torch.zeros_like(share))
         self.gain = nn.Parameter(torch.zeros(()))  # of what the LLM says: at the start nothing
 
     def soft(self, run, users, fold=-1):
@@ -114,7 +113,7 @@ class PeaPOD(nn.Module):
     def soft_of(self, run, vectors, nearest):
         """θ of vectors [B, C] and the nearest users [B, 20] -> [B, S D]"""
         neighbours = run.pmf.vectors[-1, nearest]  # [B, 20, C]
-        return self.scale * self.prompt(vectors.to(self.bias.device), neighbours.to(self.bias.device))
+        return self.scale * self.prompt(*(part.to(self.gain.device) for part in (vectors, neighbours)))
 
     def items(self):
         return self.item_text + self.scale * self.offset  # [M, D], both the input and the output embeddings
@@ -136,7 +135,8 @@ class PeaPOD(nn.Module):
         return torch.cat([*parts, every(run.task_text[task])], 1)
 
     def log_probabilities(self, hidden):  # [..., D] -> [..., M]
-        return (self.gain * hidden @ self.items().T + self.popularity + self.bias).log_softmax(-1)
+        # no bias is trained beside the shares: AdamW would move that of every item, rare ones by noise
+        return (self.gain * hidden @ self.items().T + self.popularity).log_softmax(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------
