@@ -38,7 +38,7 @@ SETS = {"titles": ["none", "random", "leniency", "codes"],
 OPTIONS = {"kar": ["--folds", 2, "--max-history", 10, "--new-tokens", 12],
            "pepler": ["--head", "mlp", "--text-rows", 500],
            "rella": ["--num-items", 5, "--shots", 512, "--test-rows", 2000, "--valid-rows", 500],
-           "peapod": ["--variant", "pool", "shared", "--seeds", 1]}
+           "peapod": ["--variant", "pool", "--seeds", 1]}
 CAPS = {"kar": ["--max-users", 500],
         "pepler": ["--seeds", 1, "--text-rows", 200, "--max-texts", 50, "--epochs", 30],
         "rella": ["--seeds", 1, "--shots", 128, "--epochs", 3, "--test-rows", 500, "--valid-rows", 200],
