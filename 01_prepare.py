@@ -132,6 +132,8 @@ def load(args):
             if frame[column].dtype != "category":
                 frame[column] = frame[column].astype(str)
     interactions = interactions.reset_index(drop=True).astype({"user_id": "category", "item_id": "category"})
+    if args.dataset != "nete":  # a table's own column of this name is another thing
+        interactions = interactions.drop(columns="feature", errors="ignore")
     if "review" not in interactions:
         return interactions, items, users, None
     reviews = pa.Table.from_pandas(interactions[["review"]], preserve_index=False)["review"]

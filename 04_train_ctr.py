@@ -61,9 +61,8 @@ PAPER = {"lr": 0.001}  # the paper gives no penalty, and no batch size of the CT
 # penalty of the embeddings: smaller where no network can scale embeddings or first-order weights up again
 WEIGHT_DECAY = dict.fromkeys(MODELS, 3e-3) | dict.fromkeys(("ffm", "afm", "fibinet"), 1e-4)
 GRID = {"lr": (0.001, 0.005), "weight_decay": (1.0, 0.1), "start": (0.5, 0.05)}  # decay: times the default
-CODE = ("04_train_ctr.py", "common.py", "userip/ctr_models.py", "userip/ctr_training.py",
-        "userip/features.py", "userip/item_bank.py", "userip/rating_means.py",
-        "userip/taste.py")  # other code trains finished rows again
+CODE = "04_train_ctr.py", "common.py", *(f"userip/{room}.py" for room in (  # other code trains again
+    "ctr_models", "ctr_training", "features", "item_bank", "rating_means", "taste"))
 STAGE_1 = ("interactions.parquet", "items.parquet", "users.parquet")
 FIGURES = {"figure5": (4, 16, 64, 256), "figure6": (3, 9, 27, 81)}  # K of hobby, of background
 MAX_NUMBERS = 2**27  # in the embedding tables of one stack: 3 GB with Adam's averages
@@ -113,8 +112,8 @@ def parse_args(argv=None):
                          "weight_decay", "batch_size", "epochs", "patience", "id_dropout", "compile"),
                         (is_trained, "a model beside means in --models")),
         "field_dim": (is_trained or args.bench, "a model beside means in --models"),
-        "hidden": (has_mlp, "a model with a MLP in --models"),
-        "dropout": (has_mlp or "afm" in args.models, "a model with a MLP or afm in --models"),
+        "hidden": (has_mlp, "a model with an MLP in --models"),
+        "dropout": (has_mlp or "afm" in args.models, "a model with an MLP or afm in --models"),
         "layers": (has_layers, "dcn, dcnv2 or autoint in --models")})
     if "afn" in args.models and args.field_dim == 1:
         parser.error("--field-dim 1: afn normalizes over the rows of a batch and needs two numbers at least")
@@ -184,7 +183,8 @@ def read_run(run_dir, features, fields=()):
 def read_peapod(run_dir):
     """`read_run` of RUN_DIR/peapod, which must be of the same split"""
     folder = Path(run_dir) / "peapod"
-    if run_of(folder) != run_of(run_dir) or not (folder / "profiles.pt").exists():
+    made = read_json(folder / "profiles.pt.json") or {}
+    if (made.get("stage"), made.get("run")) != ("baselines/peapod.py", run_of(run_dir)):
         fail(f"--features peapod: {folder} has no profiles of this split: run `python baselines/peapod.py "
              f"--run-dir {run_dir}`, then `python 03_quantize.py --run-dir {folder}`")
     return read_run(folder, [])

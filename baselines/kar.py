@@ -114,7 +114,7 @@ def encode(args, llm, finished, prompts, question):
     """Prompts, some alike, each answered if there is a question, and encoded once: float32 [R, D], tokens"""
     unique = list(dict.fromkeys(prompts))
     asked = [f"{prompt} {question}".rstrip() for prompt in unique]
-    tell_of_cut(llm, asked, args.new_tokens * bool(question), "lower --max-history")
+    tell_of_cut(llm, asked, args.new_tokens * bool(question), "take less (--max-history)")
     texts, num_written = answers(args, llm, finished, asked) if question else (unique, 0)
     vectors, num_read = pool_in_blocks(args, llm, finished, texts)
     index = {text: number for number, text in enumerate(unique)}

@@ -19,8 +19,8 @@ decay pulls back to it. The LLM is frozen and decoder-only. A prompt names no ca
 rows read profiles of ratings without their own fold, and in training a target's interests leave out its fold.
 
 Reads   interactions.parquet, items.parquet, users.parquet
-Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr, tokens_per_user that the LLM
-        read in training, seconds of training; references have no seed and no costs
+Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … usr (nete: fmr), tokens_per_user
+        that the LLM read in training, seconds of training; references have no seed and no costs
         peapod/: the run's interactions, items, users and profiles.pt of the first variant
         baselines/: the tiny LLM (one for PEPLER and PeaPOD), and each training's state
 
@@ -242,7 +242,7 @@ def train(args, run, variant, seed):
 def tokens_per_user(args, run, num_epochs):
     """Tokens that the LLM reads in so many epochs of training, per user: BOS, soft tokens, items and words"""
     lengths = {SEQUENTIAL: [len(items) for items in run.sequences], TOP_N: [0] * len(run.warm),
-               EXPLAIN: (1 + text_tokens(run.llm, run.texts)[1].sum(1)).tolist() if run.texts else []}
+               EXPLAIN: text_tokens(run.llm, run.texts)[1].sum(1).tolist() if run.texts else []}
     count = 0
     for task, parts in lengths.items():
         prefix = len(run.bos) + args.soft_tokens + len(run.task_text[task])
@@ -348,7 +348,7 @@ def set_up(args, data):
     texts = train[has_text]
     options = {name: value for name, value in vars(args).items()
                if name not in ("run_dir", "variant", "seeds", "epochs", "patience", "max_texts",
-                               "tokens_per_batch")}
+                               "tokens_per_batch", "dtype")}
     finished = Finished(args, "peapod", [options, data.digests, llm.digest, llm.device, code_digests(*CODE)])
     return SimpleNamespace(
         llm=llm, pmf=pmf, finished=finished, sequences=sequences, sequence_user=sequence_user,

@@ -15,7 +15,7 @@ same head and vectors, no LLM.
 
 Reads   interactions.parquet, items.parquet, users.parquet
 Writes  baseline-pepler.parquet: features (the head), seed, auc, logloss, valid figures; where there are
-        reviews, bleu4, rouge1, rouge2, rougeL, distinct1, distinct2, usr of the explanations
+        reviews, bleu4, rouge1, rouge2, rougeL, distinct1, distinct2, usr (nete: fmr) of the explanations
         pepler.csv: user, item, written and generated text of the first head and seed
         baselines/: the tiny LLM (one for PEPLER and PeaPOD), and each training's state
 
@@ -194,11 +194,11 @@ def write_texts(args, run, texts):
 @torch.no_grad()
 def costs(args, run, model, num_epochs):
     """Milliseconds of the head per 10,000 rows on a CPU, bytes of what it holds, tokens per user that the LLM
-    reads in so many epochs of training, BOS, u and i included: at serving there is no LLM
+    reads in so many epochs of training, BOS, u and i included, not the EOS: at serving there is no LLM
     """
     num_tokens = 0
     if args.text_weight:
-        num_tokens = int(text_tokens(run.llm, run.texts)[1].sum()) + len(run.texts) * (2 + run.bos.shape[0])
+        num_tokens = int(text_tokens(run.llm, run.texts)[1].sum()) + len(run.texts) * (1 + run.bos.shape[0])
         num_tokens *= num_epochs * num_texts_of_epoch(args, run) / len(run.texts)
     served = copy.deepcopy(model).cpu()
     modes = {"head": (served, [*served.parameters()])}
@@ -224,7 +224,7 @@ def set_up(args, data):
     texts = sentences[train.index].where(sentences[train.index] != "", train["item"].map(items.__getitem__))
     options = {name: value for name, value in vars(args).items()
                if name not in ("run_dir", "head", "seed", "seeds", "epochs", "patience", "max_texts",
-                               "tokens_per_batch")}
+                               "tokens_per_batch", "dtype")}
     finished = Finished(args, "pepler", [options, data.digests, llm.digest, llm.device, code_digests(*CODE)])
     ids = {name: torch.tensor(data.split[name][["user", "item"]].to_numpy(), device=llm.device)
            for name in data.labels}

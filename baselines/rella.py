@@ -329,7 +329,7 @@ def main(args):
         code_digests("baselines/rella.py", "userip/baseline.py", "userip/evidence.py")])
     # what the weights of an epoch depend on; a piece of scores is named by its prompts, too
     decisive = {name: getattr(args, name) for name in (
-        "num_items", "shots", "rank", "alpha", "lr", "batch_size", "epochs", "dtype", "tokens_per_batch")}
+        "num_items", "shots", "rank", "alpha", "lr", "batch_size", "epochs", "tokens_per_batch")}
     vectors, num_tokens, rows = None, 0, []
     if "semantic" in args.retrieval:
         vectors, num_tokens = item_vectors(args, llm, data, finished)
@@ -338,9 +338,9 @@ def main(args):
     for method, (shots, seed) in itertools.product(args.retrieval, [
             (0, args.seed), *((args.shots, seed) for seed in seeds)]):
         before, sets = finished.seconds, draw_sets(args, data, vectors, method, shots, seed)
-        for part in sets.values():
-            tell_of_cut(llm, part.prompts, 2, "lower --num-items")
-        key, trained_tokens = [args.dtype, args.tokens_per_batch, "zero-shot"], 0
+        if seed == args.seed and not shots:
+            tell_of_cut(llm, sets["test"].prompts, 2, "lower --num-items")
+        key, trained_tokens = [args.tokens_per_batch, "zero-shot"], 0
         if shots:
             key, trained_tokens = tune(args, llm, finished, [decisive, method, "lora", seed], sets, seed)
         row, seconds, tokens_per_row = evaluate(args, llm, finished, key, sets)

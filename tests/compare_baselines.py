@@ -86,9 +86,9 @@ def climb(args, folder, of_stage_1, split):
     if state["asked"] != asked:
         sys.exit(f"{folder} has runs of other options, {state['asked']}: take another --run-dir")
     if not (folder / "users.parquet.json").exists():
-        run("01_prepare.py", folder, *of_stage_1, *["--split-seed", split] * (split > 0))
+        run("01_prepare.py", folder, *of_stage_1, *["--split-seed", split] * (args.splits > 1))
     options = json.loads((folder / "interactions.parquet.json").read_text())["options"]
-    steps, seconds = steps_of(args, options["split"] != "random"), state["seconds"]
+    steps, seconds = steps_of(args, options["split"].startswith("cold")), state["seconds"]
 
     def keep():
         with whole_file(path) as file:
@@ -131,7 +131,7 @@ def gains_over(rows, control):
 
 
 def costs_of(folder, system, features, rows):
-    """Cells of a line, of the first split: ms, MB, tokens per user; of a DCN, ms and MB that KAR measured"""
+    """Cells of a line: ms, MB, tokens per user; of a DCN those of the first split, ms and MB by KAR's script"""
     cells = lambda ms, megabytes, tokens: [f"{ms:,.4g}", f"{megabytes:.2f}", f"{tokens:,.0f}"]
     if "bytes" in rows:
         mean = rows[["milliseconds", "bytes", "tokens_per_user"]].mean()
@@ -139,7 +139,7 @@ def costs_of(folder, system, features, rows):
     tokens, sidecar = 0.0, lambda name: json.loads((folder / f"{name}.json").read_text())
     if system == "peapod" and features == "codes":
         ranked = pd.read_parquet(folder / "peapod.parquet")
-        tokens = ranked.loc[ranked["model"] == "pool", "tokens_per_user"].mean()
+        tokens = ranked.loc[ranked["model"] == "pool"].get("tokens_per_user", pd.Series(float("nan"))).mean()
     elif "codes" in features:
         profiles = sidecar("profiles.pt")
         tokens = sum(profiles["tokens"].values()) / profiles["users"]

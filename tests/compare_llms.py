@@ -132,7 +132,7 @@ def climb(args, data, folder, llm, first):
         profiles_of_words(folder)
     elif not (folder / "profiles.pt.json").exists():
         run("02_infer_profiles.py", folder, "--llm", llm, *STAGE_2[args.evidence], *quick)
-    is_cold = json.loads((data / "interactions.parquet.json").read_text())["options"]["split"] != "random"
+    is_cold = json.loads((data / "interactions.parquet.json").read_text())["options"]["split"].startswith("cold")
     run("03_quantize.py", folder, "--stability", int(args.evidence == "titles" and not is_cold))
     sets = list(FEATURES[args.evidence])
     if folder == first:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -399,6 +400,12 @@ def test_peapod_is_one_more_feature_set_beside_the_codes(small_run, tmp_path):
     auc = lambda: pd.read_parquet(run / "results.parquet").set_index("features")["auc"]
     assert "baselines/peapod.py" in stage("peapod", ok=False)
     folder = shutil.copytree(small_run[1], run / "peapod")
+    assert "no profiles of this split" in stage("peapod", ok=False)  # they are of stage 2
+    for name in ("interactions.parquet", "interactions.parquet.json"):  # as peapod.py links them
+        (folder / name).unlink()
+        (folder / name).symlink_to(Path("..") / name)
+    sidecar = folder / "profiles.pt.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"stage": "baselines/peapod.py"}))
     stage("codes", "peapod", "codes+peapod")
     assert auc()["codes"] == auc()["peapod"] != auc()["codes+peapod"]  # here they are the same codes
     bank = pd.read_parquet(folder / "feature_bank.parquet")
@@ -407,9 +414,9 @@ def test_peapod_is_one_more_feature_set_beside_the_codes(small_run, tmp_path):
     before = auc()
     stage("codes", "peapod")
     assert auc()["codes"] == before["codes"] and auc()["peapod"] != before["peapod"]
-    sidecar = folder / "interactions.parquet.json"
+    assert "leave peapod out" in stage("codes+peapod", "--splits", 2, ok=False)
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"run": "another"}))
-    assert "of this split" in stage("peapod", ok=False)
+    assert "no profiles of this split" in stage("peapod", ok=False)
 
 
 def test_each_model_has_a_penalty_of_its_own_unless_one_is_asked_for():

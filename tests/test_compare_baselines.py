@@ -91,7 +91,7 @@ def test_systems_run_once_in_order_and_a_real_llm_reads_less(tmp_path, monkeypat
             raise KeyboardInterrupt
 
     monkeypatch.setattr(compare_baselines, "run", run)
-    args = SimpleNamespace(llm="SMOL", evidence="titles", systems=["kar"])
+    args = SimpleNamespace(llm="SMOL", evidence="titles", systems=["kar"], splits=2)
     folder, of_stage_1 = tmp_path / "split-1", ["--split", "cold-user"]
     assert compare_baselines.climb(args, folder, of_stage_1, 1).keys() == {"kar"}
     assert ran[0] == ("01_prepare.py", folder, ("--split", "cold-user", "--split-seed", 1))

@@ -210,14 +210,19 @@ def test_an_option_of_the_training_moves_what_is_trained(option):
 
 
 def test_ids_are_dropped_of_users_and_where_items_are_cold_of_items():
-    for dropped, first in ((0, 0), (1, data_of().num_users)):
-        data = data_of()
-        data.dropped = dropped
-        reader, args = kar.Reader(data, (), "cpu"), options_of(**TRAINING | {"epochs": 1, "id_dropout": 0.9})
-        assert first <= reader.unknown < first + (data.num_users + 1, data.num_items)[dropped]
+    for dropped in (0, 1):
+        data, args = data_of(), options_of(**TRAINING | {"epochs": 1, "id_dropout": 0.9})
+        train = data.split["train"]
+        data.split["train"] = train[train["item"] != 19]  # a cold item
+        data.labels["train"], data.dropped = data.split["train"]["label"].to_numpy(), dropped
+        reader = kar.Reader(data, (), "cpu")
+        ids = reader.ids["train"]
+        assert not (ids == reader.unknown).any()  # so that nothing but dropping trains its row
         state = kar.train(args, data, (), 0)["state"]["table.weight"]
         untrained = kar.start_model(args, reader, 0).state_dict()["table.weight"]
-        assert not torch.equal(state[reader.unknown], untrained[reader.unknown])
+        moved = (state != untrained).any(1)
+        assert moved[reader.unknown] and moved[ids[:, 0]].all() and moved[ids[:, 1]].all()
+        assert (reader.unknown >= ids[:, 1].min()) == bool(dropped)  # rows of items stand behind those of users
 
 
 def test_the_best_epoch_is_restored_and_scores_test(monkeypatch):

@@ -153,8 +153,12 @@ def test_an_epoch_has_at_most_so_many_prompts_of_each_task(monkeypatch):
     assert len(set(seen["sequential_loss"])) == 6 and sorted(seen["top_n_loss"]) == [0, 1, 2, 3]
 
 
-def test_tokens_per_user_are_those_that_the_llm_reads_in_all_epochs(prepared):
-    args = peapod.parse_args(["--run-dir", str(prepared[0]), *map(str, SMALL)])
+def test_tokens_per_user_are_those_that_the_llm_reads_in_all_epochs(prepared, tmp_path):
+    shutil.copytree(prepared[0], tmp_path / "run")
+    rows = pd.read_parquet(tmp_path / "run/interactions.parquet")
+    rows["review"] = np.where(rows["user"] % 9 == 1, "Good it was. More.", None)
+    write_interactions(argparse.Namespace(run_dir=tmp_path / "run", seed=0), rows)
+    args = peapod.parse_args(["--run-dir", str(tmp_path / "run"), *map(str, SMALL)])
     run = peapod.set_up(args, data := peapod.read_data(args))
     model = peapod.PeaPOD(peapod.PROMPTS["pool"](4, 6, 3, run.item_text.shape[1]), run.item_text, run.share,
                           run.scale)
@@ -165,9 +169,11 @@ def test_tokens_per_user_are_those_that_the_llm_reads_in_all_epochs(prepared):
         peapod.sequential_loss(model, run, torch.tensor([index]), 0)
     for index in range(len(run.warm)):
         peapod.top_n_loss(model, run, torch.tensor([index]), 0)
-    assert peapod.tokens_per_user(args, run, 3) == pytest.approx(3 * sum(read) / data.num_users)
+    for index in range(len(run.texts)):
+        peapod.explanation_loss(model, run, torch.tensor([index]), 0)
+    assert len(run.texts) > 10 and peapod.tokens_per_user(args, run, 3) == pytest.approx(3 * sum(read) / data.num_users)
     args.prompts = 10
-    parts = read[:len(run.sequences)], read[len(run.sequences):]
+    parts = np.split(read, np.cumsum([len(run.sequences), len(run.warm)]))
     assert peapod.tokens_per_user(args, run, 3) == pytest.approx(
         3 * sum(10 * np.mean(part) for part in parts) / data.num_users)
 

@@ -46,12 +46,12 @@ def test_the_rating_head_is_matrix_factorization_when_asked():
 
 
 def test_tokens_per_user_are_those_of_the_text_rows_of_all_epochs(prepared, llm):
-    """Each text behind BOS, u, i and a space, with an EOS"""
+    """Each text behind BOS, u, i and a space; its EOS is not read"""
     model, tokenizer = llm
     run = SimpleNamespace(llm=SimpleNamespace(model=model, tokenizer=tokenizer, device="cpu"),
                           texts=["red racer", "iron"], is_known=[torch.ones(5) > 0, torch.ones(4) > 0])
     shift = own_space(tokenizer)
-    num_tokens = sum(len(tokenizer(f" {text}"[shift:], add_special_tokens=False).input_ids) + 1
+    num_tokens = sum(len(tokenizer(f" {text}"[shift:], add_special_tokens=False).input_ids)
                      for text in run.texts)
     run.bos, num_tokens = torch.zeros(1, 6), num_tokens + 2 * 3
     per_user = lambda args: pepler.costs(args, run, model_of("mf"), 3)["tokens_per_user"]

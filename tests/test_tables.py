@@ -53,6 +53,7 @@ def test_tables_with_tabs_and_other_names(tmp_path):
     theirs = {"user_id": "reviewer", "rating": "stars", "timestamp": "when"}
     (tmp_path / "raw/interactions.csv").unlink()
     interactions["timestamp"] *= 1000  # milliseconds are told by their size
+    interactions["feature"] = 0.5  # NETE's reviews have another column of this name
     interactions.rename(columns=theirs).to_csv(tmp_path / "raw/interactions.tsv.gz", index=False, sep="\t")
     (tmp_path / "raw/items.csv").unlink()
     items.rename(columns={"title": "name"}).to_parquet(tmp_path / "raw/items.parquet")

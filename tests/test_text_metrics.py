@@ -100,8 +100,8 @@ def test_figures_are_of_all_texts_and_features_are_optional():
     assert figures["rouge1"] == pytest.approx((1 + 1 / 2) / 2) and "fmr" not in figures
     assert figures["usr"] == 1.0
     assert text_figures(texts, references, ["plot", "script"])["fmr"] == 0.5
-    assert text_figures(texts, references, ["Plot", None])["fmr"] == 1.0
-    assert math.isnan(text_figures(texts, references, [None, None])["fmr"])
+    assert text_figures(texts, references, pd.Series(["Plot", None], dtype="str"))["fmr"] == 1.0
+    assert math.isnan(text_figures(texts, references, [None, float("nan")])["fmr"])
 
 
 def test_rows_with_a_feature_have_a_matching_ratio():

@@ -43,7 +43,7 @@ def baseline_parser(doc):
     add.machine("--dtype", choices=["auto", "float32", "mixed"], default="auto",
                 help="mixed: products in bfloat16 (auto: for large LLMs on CPUs that have it; CUDA bfloat16)")
     add.machine("--tokens-per-batch", type=at_least(16), default=4096,
-                help="tokens per forward pass without gradients")
+                help="tokens per forward pass (PEPLER, PeaPOD: without gradients)")
     return parser, add
 
 

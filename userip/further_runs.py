@@ -25,6 +25,8 @@ def read_json(path):
 
 def check_further_runs(args, split):
     """Refuse --splits and --codebook-sizes where stages 1 to 3 cannot be repeated."""
+    if args.splits > 1 and "peapod" in "+".join(args.features or []).split("+"):
+        fail("--splits does not repeat baselines/peapod.py: leave peapod out, or take one run a split")
     if args.splits > 1 and split not in ("random", "cold-user", "cold-item"):
         fail(f"--splits {args.splits}: a split {split} is not drawn, so there is one only")
     if (args.splits > 1 or args.codebook_sizes) and read_sidecar(args, "profiles.pt")["options"].get("prior"):

@@ -238,8 +238,8 @@ def read_nete(args):
     """The dumps that the paper's Movies and Yelp are (from NETE, Li et al., 2020).
 
     reviews.pickle: list of {user, item, rating, template: (feature, adjective, sentence, sentiment)};
-    The sentence is the review, the feature (such as "plot") what it is about.
     item.json: list (or lines) of {item, title or name, categories, …}; N/train.index, …: row numbers.
+    The sentence is the review, the feature (such as "plot") what it is about.
     """
     dump, text = (args.raw / "reviews.pickle").read_bytes(), (args.raw / "item.json").read_bytes()
     try:

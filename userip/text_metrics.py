@@ -82,7 +82,7 @@ def feature_matching_ratio(texts, features):
 
 def text_figures(texts, references, features=None):
     """The figures of generated texts beside written ones, both plain texts: a dict of fractions; FMR where
-    the features of the references are known (texts, None where one has none)
+    the features of the references are known (texts, missing where one has none)
     """
     texts, references = (list(map(words, part)) for part in (texts, references))
     rouge = {"rouge1": lambda *pair: rouge_n(*pair, 1), "rouge2": lambda *pair: rouge_n(*pair, 2),
@@ -93,5 +93,6 @@ def text_figures(texts, references, features=None):
     figures |= {"distinct1": distinct(texts, 1), "distinct2": distinct(texts, 2),
                 "usr": unique_sentence_ratio(texts)}
     if features is not None:
-        figures["fmr"] = feature_matching_ratio(texts, [words(feature or "") for feature in features])
+        figures["fmr"] = feature_matching_ratio(
+            texts, [words(feature) if isinstance(feature, str) else [] for feature in features])
     return figures
