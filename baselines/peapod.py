@@ -79,6 +79,7 @@ def parse_args(argv=None):
                  help="learning rate of AdamW; falls linearly to 0 over the epochs")
     add.training("--weight-decay", type=at_least(0, float), default=0.1, help="weight decay of AdamW")
     add.training("--batch-size", type=at_least(1), default=64, help="prompts per step")
+    parser.set_defaults(seeds=1)  # a training takes minutes
     args = parser.parse_args(argv)
     args.variant = list(dict.fromkeys(args.variant))
     if args.variant[0] == "shared" and len(args.variant) > 1:
