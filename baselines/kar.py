@@ -161,7 +161,8 @@ class Experts(nn.Module):
     def __init__(self, num, dim, expert_dim, hidden=32):
         super().__init__()
         self.first, self.dropout = nn.Linear(dim, num * hidden), nn.Dropout(DROPOUT)
-        self.second = nn.Parameter(torch.randn(num, hidden, expert_dim) / hidden**0.5)
+        # small at the start: else they drown the ids' embeddings, which stay on the saddle where they begin
+        self.second = nn.Parameter(0.1 * torch.randn(num, hidden, expert_dim) / hidden**0.5)
 
     def forward(self, r):
         hidden = self.dropout(self.first(r).relu()).unflatten(1, (len(self.second), -1))  # [B, n, H]
