@@ -24,8 +24,8 @@ Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … us
         peapod/: the run's interactions, items, users and profiles.pt of the first variant
         baselines/: the tiny LLM (one for PEPLER and PeaPOD), and each training's state
 
-Example: python baselines/peapod.py        (about 12 minutes on two cores, estimated)
-  wrote … and runs/demo/peapod.parquet: 24 rows | sequential NDCG@10 item-kNN 0.0450, neighbours 0.0362 …
+Example: python baselines/peapod.py        (about 8 minutes in one thread)
+  wrote … and runs/demo/peapod.parquet: 12 rows | sequential NDCG@10 item-kNN 0.0450, pool 0.0411, …
 """
 
 import sys
