@@ -142,7 +142,7 @@ def knowledge(args, llm, data, finished, text):
     prompts = [texts[user] for texts in (user_prompts(args, data, history[fold_of_row != left_out])
                                          for left_out in range(args.folds + 1)) for user in chosen]
     read, num_tokens = encode(args, llm, finished, prompts, user_question)
-    read = standardized(read, is_warm[chosen].repeat(args.folds + 1))
+    read = standardized(read, is_warm[chosen].repeat(args.folds + 1))  # [(F + 1) n, D] of n chosen users
     users = torch.zeros(args.folds + 1, data.num_users, read.shape[1])  # 0, the mean, of all others
     users[:, chosen] = read.unflatten(0, (args.folds + 1, -1))
     items, count = encode_items(data, lambda texts: encode(args, llm, finished, texts, item_question))
@@ -161,7 +161,7 @@ class Experts(nn.Module):
     def __init__(self, num, dim, expert_dim, hidden=32):
         super().__init__()
         self.first, self.dropout = nn.Linear(dim, num * hidden), nn.Dropout(DROPOUT)
-        # small at the start: else they drown the ids' embeddings, which stay on the saddle where they begin
+        # outputs start small: beside large ones the embeddings of ids do not leave their saddle point
         self.second = nn.Parameter(0.1 * torch.randn(num, hidden, expert_dim) / hidden**0.5)
 
     def forward(self, r):

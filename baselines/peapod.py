@@ -24,7 +24,7 @@ Writes  peapod.parquet: model, task, seed, users, hr@1 … ndcg@10, bleu4 … us
         peapod/: the run's interactions, items, users and profiles.pt of the first variant
         baselines/: the tiny LLM (one for PEPLER and PeaPOD), and each training's state
 
-Example: python baselines/peapod.py        (about 8 minutes in one thread)
+Example: python baselines/peapod.py --llm tiny --tiny-steps 100        (7 minutes in one thread)
   wrote … and runs/demo/peapod.parquet: 12 rows | sequential NDCG@10 item-kNN 0.0450, pool 0.0411, …
 """
 
@@ -248,7 +248,7 @@ def tokens_per_user(args, run, num_epochs):
     for task, parts in lengths.items():
         prefix = len(run.bos) + args.soft_tokens + len(run.task_text[task])
         count += min(1, args.prompts / max(1, len(parts))) * (sum(parts) + prefix * len(parts))
-    return num_epochs * count / len(run.pmf.nearest[-1])
+    return num_epochs * count / len(run.pmf.nearest[-1])  # of N users
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def test_tables_with_tabs_and_other_names(tmp_path):
     columns = [f"{ours}={name}" for ours, name in {**theirs, "title": "name"}.items()]
     table, stored, *_ = read_raw(tmp_path, "table", "--columns", *columns)
     assert len(table) == 60 * 14 and stored.loc["i000", "title"] == "red racer 0"
+    assert "feature" not in table
     assert table["timestamp"].between(1_500_000_000, 1_500_001_000).all()
     refuse = lambda *columns: read_raw(tmp_path, "table", "--columns", *columns, ok=False)
     assert "no file has a column nowhere" in refuse(*columns, "brand=nowhere")

@@ -191,8 +191,8 @@ def summarize(options, results, runs):
         text += ["## Paired differences", "",
                  "± is half of the 95% interval of a t test over splits, each the mean of its seeds, "
                  "corrected for the splits' overlap (Nadeau and Bengio, 2003); with one split over its "
-                 "seeds, which say nothing of other splits. p: that "
-                 f"the difference is 0, not corrected for {2 * num_lines} looks.", "", *differences, ""]
+                 "seeds, which say nothing of other splits. p: that the difference is 0, not corrected for "
+                 f"{2 * num_lines} looks.", "", *differences, ""]
     return "\n".join(text), gains
 
 

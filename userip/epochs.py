@@ -14,7 +14,7 @@ from userip.artifacts import fail
 def train_epochs(args, finished, key, model, epoch, rate_falls=False):
     """Train the model by AdamW until the valid loss does not fall for args.patience epochs -> the model with
     the weights of the best epoch, and how many epochs there were. rate_falls: the learning rate falls from
-    epoch to epoch, linearly, to 0 behind the last one
+    epoch to epoch, linearly, to 0 after the last one
 
     finished: see userip.baseline; key: the names and seed that tell the training from others, the seed last;
     epoch(optimizer, generator) trains one and gives {name: loss}, valid loss.
